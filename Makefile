@@ -1,0 +1,61 @@
+# polygpt. `make demo` is the whole path on real text; `make help` lists the rest.
+# Everything runs in .venv, made from `python3` (3.11 or newer) and the pinned versions of constraints.txt.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INPUTS := pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow install dev lint format build clean lab bench
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+demo: install ## train, evaluate and sample on text that is always there; writes runs/demo/report.html
+	$(BIN)/polygpt demo $(ARGS)
+
+test: dev ## the test suite
+	$(BIN)/python -m pytest -m "not slow and not gpu and not parity" $(ARGS)
+
+test-slow: dev ## the tests that take longer
+	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
+
+install: $(VENV)/installed ## .venv with what running needs
+
+dev: $(VENV)/installed-dev ## .venv with what developing needs
+
+lint: dev ## style and mistakes
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: dev ## put the code in the house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+build: dev ## the wheel, in dist/
+	$(BIN)/python -m build --wheel --outdir dist
+
+lab: dev ## Jupyter on notebooks/
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[lab]"
+	$(BIN)/jupyter lab --notebook-dir notebooks
+
+bench: dev ## the benchmarks (benchmarks/README.md says what each needs)
+	$(BIN)/python benchmarks/run.py $(ARGS)
+
+clean: ## remove what was built; runs/ stays
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .jax_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "polygpt needs Python 3.11 or newer"'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: $(VENV)/bin/python $(INPUTS)
+	$(PIP) install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/bin/python $(INPUTS)
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@ $(VENV)/installed

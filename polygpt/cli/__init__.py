@@ -1,0 +1,98 @@
+"""The commands. `polygpt --help` loads no command's module, and so neither JAX nor anything else that is slow."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+
+import click
+
+from polygpt.errors import PolygptError, suggest
+from polygpt.process import keep_freed_memory
+
+# Command -> what `polygpt --help` says of it; each lives in the module of its name.
+COMMANDS = {
+    "demo": "Train, evaluate and sample on text that is always there, in minutes.",
+    "presets": "Every preset: parameters, KV bytes a token, FLOPs a token.",
+    "show": "The resolved configuration of a model and a table of its parts.",
+    "tokenizer": "Train a tokenizer.",
+    "data": "Prepare token shards from text.",
+    "train": "Train a model from a recipe or a file.",
+    "generate": "Continue a prompt.",
+}
+
+
+class _Commands(click.Group):
+    """Commands imported when they are called, and a nearest name for one that does not exist."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        return getattr(importlib.import_module(f"polygpt.cli.{name}"), name)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]):
+        if args and args[0] not in COMMANDS:
+            raise click.UsageError(f"no command '{args[0]}'; {suggest(args[0], COMMANDS)}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="polygpt")
+@click.option("--debug", is_flag=True, help="Show a traceback when something fails; may stand anywhere.")
+def polygpt(debug: bool) -> None:
+    """One decoder, every GPT: compose, train, sample from and study GPT-style language models.
+
+    Every command takes --json: one JSON object on standard output, everything else on standard error. Exit codes:
+    0 done, 1 failed, 2 the request was wrong, 130 interrupted.
+    """
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The program: runs a command and exits with its code."""
+    words = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in words
+    keep_freed_memory()
+    sys.exit(_run([word for word in words if word != "--debug"], debug))
+
+
+def _run(words: list[str], debug: bool) -> int:
+    try:
+        result = polygpt.main(words, prog_name="polygpt", standalone_mode=False)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        return 2
+    except click.ClickException as error:
+        return _fail(error, error.format_message(), 2, debug)
+    except PolygptError as error:
+        return _fail(error, str(error), error.exit_code, debug)
+    except (KeyboardInterrupt, click.Abort) as error:
+        return _fail(error, "interrupted", 130, debug)
+    except BrokenPipeError:
+        # The reader has gone (`| head`); Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except MemoryError as error:
+        return _fail(error, "out of memory: lower training.batch_size, model.context_length or the model", 1, debug)
+    except OSError as error:
+        return _fail(error, f"{error.filename or 'file'}: {error.strerror or error}", 1, debug)
+    except Exception as error:
+        first = (str(error).splitlines() or [""])[0][:300]
+        return _fail(error, f"a fault in polygpt: {type(error).__name__}: {first} (--debug shows where)", 1, debug)
+
+
+def _fail(error: BaseException, message: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exception(error)
+    click.echo(f"polygpt: {message}", err=True)
+    return code

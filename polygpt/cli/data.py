@@ -1,0 +1,44 @@
+"""`polygpt data prepare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from polygpt.cli.output import json_option, print_json, print_result
+
+
+@click.group()
+def data() -> None:
+    """Prepare token shards from text."""
+
+
+@data.command()
+@click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
+@click.option("--tokenizer", "tokenizer_path", required=True, help="A tokenizer.json or its folder.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The folder for the shards.")
+@click.option("--split", type=click.Choice(["document", "fraction"]), default="document", show_default=True)
+@click.option("--validation-fraction", type=float, default=0.05, show_default=True)
+@json_option
+def prepare(
+    sources: tuple[str, ...], tokenizer_path: str, out: Path, split: str, validation_fraction: float, as_json: bool
+) -> None:
+    """Turn text (files, folders, globs, or `builtin`) into shards that runs name by data.path=OUT."""
+    from polygpt.config import validate
+    from polygpt.data import DataConfig, open_source
+    from polygpt.data import prepare as prepare_shards
+    from polygpt.tokenizers import load_tokenizer
+
+    fields = {"path": list(sources), "split": split, "validation_fraction": validation_fraction}
+    config = validate(DataConfig, fields)
+    tokenizer = load_tokenizer(tokenizer_path)
+    shards = prepare_shards(open_source(config), tokenizer, out, config)
+    tokenizer.save(out / "tokenizer.json")
+    facts = {"path": str(out), "dtype": shards.manifest.dtype, "invalid_documents": shards.manifest.invalid_documents}
+    for side in (shards.train, shards.validation):
+        facts |= {f"{side.name}_{name}": getattr(side, name) for name in ("documents", "tokens", "bytes")}
+    if as_json:
+        print_json(facts)
+    else:
+        print_result((name, f"{value:,}" if isinstance(value, int) else value) for name, value in facts.items())

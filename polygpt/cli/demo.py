@@ -1,0 +1,42 @@
+"""`polygpt demo`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import click
+
+from polygpt.cli.output import json_option, overrides_argument, print_json, print_result
+
+
+@click.command()
+@overrides_argument
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="The run's folder; the first free of runs/demo, runs/demo-2."
+)
+@click.option(
+    "--short", is_flag=True, help="Every stage in seconds, for checking an installation; figures mean nothing."
+)
+@json_option
+def demo(overrides: tuple[str, ...], out: Path | None, short: bool, as_json: bool) -> None:
+    """Train a small GPT on Python's own documentation and sources, and measure it against three baselines."""
+    from polygpt.config import parse_overrides
+    from polygpt.demo import run_demo
+    from polygpt.training.listeners import standard_listeners
+
+    result = run_demo(out, parse_overrides(overrides), short=short, listeners=standard_listeners())
+    if as_json:
+        print_json(dataclasses.asdict(result))
+        return
+    print_result(
+        [
+            ("this model", f"{result.val_bits_per_byte:.4f} bits per byte of the held-out text"),
+            ("bigram", f"{result.bigram_bits_per_byte:.4f}"),
+            ("gzip -9", f"{result.gzip_bits_per_byte:.4f}"),
+            ("xz -9", f"{result.xz_bits_per_byte:.4f}"),
+            ("speed", f"{result.tokens_per_second:,.0f} tokens/s, {result.seconds:.0f} s in all"),
+            ("report", result.report),
+            ("next", f'polygpt generate {result.run} --prompt "def main("'),
+        ]
+    )

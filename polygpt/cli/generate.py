@@ -1,0 +1,58 @@
+"""`polygpt generate`."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import click
+
+from polygpt.cli.output import json_option, print_json
+
+
+@click.command()
+@click.argument("model", metavar="MODEL")
+@click.option("--prompt", required=True, help="The text to continue; - reads standard input.")
+@click.option("--max-new-tokens", type=int, default=100, show_default=True)
+@click.option("--temperature", type=float, default=0.8, show_default=True, help="0 is greedy.")
+@click.option("--top-k", type=int, help="Only the k likeliest tokens.")
+@click.option(
+    "--top-p", type=float, default=0.95, show_default=True, help="Only the likeliest tokens up to this probability."
+)
+@click.option(
+    "--min-p", type=float, default=0.0, show_default=True, help="Only tokens this share as likely as the likeliest."
+)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--stop", multiple=True, help="End at this text; may be given several times.")
+@json_option
+def generate(model: str, prompt: str, as_json: bool, **settings) -> None:
+    """Continue a prompt; text streams to standard output as it is decoded.
+
+    MODEL is a run's folder.
+    """
+    from polygpt.loading import load
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    lm = load(model, warn=lambda line: click.echo(f"warning: {line}", err=True))
+    if not as_json:
+        click.echo(text, nl=False)
+    started = time.perf_counter()
+    result = lm.generate(text, on_text=None if as_json else _stream, **settings)
+    speed = len(result.tokens) / (time.perf_counter() - started)
+    if as_json:
+        print_json(
+            {
+                "text": result.text,
+                "tokens": result.tokens,
+                "finish_reason": result.finish_reason,
+                "tokens_per_second": speed,
+            }
+        )
+        return
+    click.echo()
+    click.echo(f"{len(result.tokens)} tokens, {speed:,.1f} tokens/s, finished: {result.finish_reason}", err=True)
+
+
+def _stream(piece: str) -> None:
+    click.echo(piece, nl=False)
+    sys.stdout.flush()

@@ -1,0 +1,38 @@
+"""`polygpt presets`."""
+
+from __future__ import annotations
+
+import click
+
+from polygpt.cli.output import json_option, print_json, print_table
+
+
+@click.command()
+@json_option
+def presets(as_json: bool) -> None:
+    """Every preset: parameters, active parameters, KV bytes a token, FLOPs a token (training, full context)."""
+    from polygpt.summary import PRESET_VOCAB, preset_summaries
+
+    rows = preset_summaries()
+    if as_json:
+        print_json(rows)
+        return
+    columns = [("preset", "left"), ("layers", "right"), ("width", "right"), ("vocab", "right")]
+    columns += [("parameters", "right"), ("active", "right"), ("KV bytes/token", "right"), ("MFLOPs/token", "right")]
+    print_table(
+        columns,
+        (
+            (
+                row["preset"],
+                row["config"]["num_layers"],
+                row["width"],
+                f"{row['config']['vocab_size']:,}" + ("*" if row["open_vocabulary"] else ""),
+                row["parameters"],
+                row["active_parameters"],
+                row["kv_cache_bytes_per_token"],
+                f"{row['flops_per_token'] / 1e6:,.0f}",
+            )
+            for row in rows
+        ),
+    )
+    click.echo(f"* the tokenizer's vocabulary; counted here with {PRESET_VOCAB:,} (GPT-2's)")

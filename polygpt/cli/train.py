@@ -1,0 +1,52 @@
+"""`polygpt train`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import click
+
+from polygpt.cli.output import json_option, overrides_argument, print_json, print_result
+
+
+@click.command()
+@click.argument("recipe", required=False, metavar="[RECIPE|FILE]")
+@overrides_argument
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The run's folder.")
+@click.option("--resume", is_flag=True, help="Go on with the run in --out; needs no recipe.")
+@json_option
+def train(recipe: str | None, overrides: tuple[str, ...], out: Path, resume: bool, as_json: bool) -> None:
+    """Train a model from a recipe or a YAML file, with settings laid over it.
+
+    polygpt train shakespeare_char_cpu data.path=input.txt training.steps=500 --out runs/try
+    """
+    from polygpt.config import parse_overrides
+    from polygpt.errors import RequestError
+    from polygpt.recipes import load_recipe, resume_config
+    from polygpt.training import train as run_training
+    from polygpt.training.listeners import standard_listeners
+
+    if recipe is not None and "=" in recipe and not Path(recipe).exists():
+        recipe, overrides = None, (recipe, *overrides)
+    changes = parse_overrides(overrides)
+    if resume:
+        config = resume_config(out, recipe, changes)
+    elif recipe is None:
+        raise RequestError("name a recipe or a .yaml file, or go on with a run by --resume")
+    else:
+        config = load_recipe(recipe, changes)
+    result = run_training(config, out, resume=resume, listeners=standard_listeners())
+    if as_json:
+        print_json(dataclasses.asdict(result))
+        return
+    print_result(
+        [
+            ("run", result.run),
+            ("validation loss", f"{result.val_loss:.4f} nats a token, {result.val_bits_per_byte:.4f} bits per byte"),
+            ("training loss", f"{result.train_loss:.4f}"),
+            ("speed", f"{result.tokens_per_second:,.0f} tokens/s"),
+            ("report", str(out / "report.html")),
+            ("next", f'polygpt generate {result.run} --prompt "…"'),
+        ]
+    )

@@ -1,0 +1,26 @@
+"""Data: sources of documents, their preparation into token shards, and the loader of batches.
+
+`open_source` finds documents, `prepare` turns them into shards (`open_shards` opens them again, verified),
+and `Loader(shards.train, ...).batch(i)` is a pure function of (seed, i).
+"""
+
+from polygpt.data.config import DataConfig
+from polygpt.data.loader import Loader
+from polygpt.data.preparation import prepare
+from polygpt.data.shards import Manifest, Shards, TokenSplit, is_prepared, open_shards
+from polygpt.data.sources import Document, InvalidText, Source, open_source
+
+__all__ = [
+    "DataConfig",
+    "Document",
+    "InvalidText",
+    "Loader",
+    "Manifest",
+    "Shards",
+    "Source",
+    "TokenSplit",
+    "is_prepared",
+    "open_shards",
+    "open_source",
+    "prepare",
+]

@@ -1,0 +1,127 @@
+"""Batches of windows: batch `i` is a pure function of (seed, i), so that resuming is a number."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from polygpt.data.shards import TokenSplit
+from polygpt.errors import RequestError
+
+# Part of the fingerprint: a change in the order of windows must not resume an older run silently.
+ORDER = "grain-index-shuffle-1"
+
+
+class Loader:
+    """Batches of a split, for training (shuffled, epoch after epoch) or evaluation (once over, in order).
+
+    Training windows are full: window `w` starts at token `w * stride`. Evaluation predicts every token but
+    the first exactly once: with a `stride` below the context length, windows overlap and each counts only the
+    targets that the one before it did not have; the last window and the last batch are filled up with zeros
+    that do not count.
+
+    Attributes:
+        num_windows: windows in an epoch.
+        num_batches: batches in an epoch; the whole ones for training, all of them for evaluation.
+    """
+
+    def __init__(
+        self,
+        split: TokenSplit,
+        *,
+        context_length: int,
+        batch_size: int,
+        stride: int | None = None,
+        seed: int = 0,
+        shuffle: bool = True,
+    ):
+        """A loader of `split`, with T = `context_length` and B = `batch_size`.
+
+        Raises:
+            RequestError: a number is out of range, or the split is shorter than one window.
+        """
+        self.split, self.context_length, self.batch_size = split, context_length, batch_size
+        self.stride = context_length if stride is None else stride
+        self.seed, self.shuffle = seed, shuffle
+        self._check()
+        if shuffle:
+            self.num_windows = (split.tokens - context_length - 1) // self.stride + 1
+            self.num_batches = max(1, self.num_windows // batch_size)
+            self._order = _shuffled(self.num_windows, seed)
+        else:
+            later = max(0, split.tokens - 1 - context_length)  # targets after the first window's
+            self.num_windows = 1 + -(-later // self.stride)
+            self.num_batches = -(-self.num_windows // batch_size)
+            self._order = range(self.num_windows)
+
+    def _check(self) -> None:
+        for name in ("context_length", "batch_size", "stride"):
+            if getattr(self, name) < 1:
+                raise RequestError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.seed < 0:
+            raise RequestError(f"seed must not be negative ({self.seed})")
+        if not self.shuffle and self.stride > self.context_length:
+            raise RequestError(
+                f"a stride of {self.stride} leaves out tokens between windows of {self.context_length}; "
+                "evaluation needs one of at most the context length"
+            )
+        needed = self.context_length + 1 if self.shuffle else 2
+        if self.split.tokens < needed:
+            window = f"{needed} (context_length {self.context_length} + 1)" if self.shuffle else "2"
+            mend = "give more text, or lower model.context_length" if self.shuffle else "give more text"
+            raise RequestError(f"{self.split.name} has {self.split.tokens} tokens, one window needs {window};\n{mend}")
+
+    def batch(self, i: int) -> dict[str, np.ndarray]:
+        """Batch `i`: `input` and `target` int32 `[B, T]`, `mask` float32 `[B, T]` (1 where a target counts).
+
+        Training goes on after an epoch, each shuffled anew; a batch may hold the end of one and the start of
+        the next. Targets are the inputs one token later.
+
+        Raises:
+            IndexError: `i` is negative, or (evaluation) not below `num_batches`.
+        """
+        if i < 0 or (not self.shuffle and i >= self.num_batches):
+            raise IndexError(f"batch {i} of {self.num_batches}")
+        tokens = np.zeros((self.batch_size, self.context_length + 1), np.int32)
+        mask = np.zeros((self.batch_size, self.context_length), np.float32)
+        first = i * self.batch_size
+        last = first + self.batch_size if self.shuffle else min(first + self.batch_size, self.num_windows)
+        for row, position in enumerate(range(first, last)):
+            window = int(self._order[position])
+            start = window * self.stride
+            ids = self.split.read(start, min(start + self.context_length + 1, self.split.tokens))
+            seen = 0 if self.shuffle or window == 0 else self.context_length - self.stride
+            tokens[row, : len(ids)] = ids
+            mask[row, seen : len(ids) - 1] = 1
+        return {"input": tokens[:, :-1].copy(), "target": tokens[:, 1:].copy(), "mask": mask}
+
+    def epoch(self) -> Iterator[dict[str, np.ndarray]]:
+        """The batches of the first epoch; for evaluation, all there are."""
+        return (self.batch(i) for i in range(self.num_batches))
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256, in hexadecimal, of all that decides which tokens are in batch `i`."""
+        parts = [
+            self.split.fingerprint,
+            self.context_length,
+            self.batch_size,
+            self.stride,
+            self.seed,
+            self.shuffle,
+            ORDER,
+        ]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _shuffled(num_windows: int, seed: int) -> Sequence[int]:
+    """Window numbers in an order that is computed, not stored: epoch after epoch, each a permutation."""
+    import grain  # takes over a second, and loads JAX: not for evaluation, nor for `polygpt --help`
+
+    # Grain shuffles epoch e with seed + e, so that runs with seeds 0 and 1 would see the same orders an epoch
+    # apart; spreading the seed first also lets it be any size (Grain's must fit 32 bits).
+    spread = int(np.random.SeedSequence(seed).generate_state(1, np.uint32)[0])
+    return grain.MapDataset.range(num_windows).shuffle(seed=spread).repeat()

@@ -1,0 +1,97 @@
+"""Files to documents as bytes: .txt and .jsonl, plain or compressed."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+import zstandard
+
+from polygpt.errors import PolygptError, RequestError
+
+SEPARATOR = b"<|endoftext|>"
+CHUNK = 1 << 20
+SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz", ".gz", ".txt.zst", ".jsonl.zst", ".zst")
+
+
+def format_of(path: Path) -> Literal["text", "jsonl"] | None:
+    """How the file's name says it is to be read (a bare .gz or .zst is text); None for any other name."""
+    suffix = path.suffix.lower()
+    if suffix in (".gz", ".zst"):
+        suffix = Path(path.stem).suffix.lower() or ".txt"
+    return {".txt": "text", ".jsonl": "jsonl"}.get(suffix)
+
+
+@contextmanager
+def open_bytes(path: Path) -> Iterator[BinaryIO]:
+    """The bytes of `path`, decompressed.
+
+    Raises:
+        RequestError: the file is missing, cannot be read, or is not what its suffix says.
+    """
+    try:
+        with path.open("rb") as raw:
+            if path.suffix.lower() == ".gz":
+                yield gzip.GzipFile(fileobj=raw)
+            elif path.suffix.lower() == ".zst":
+                yield io.BufferedReader(_Zstd(raw), CHUNK)
+            else:
+                yield raw
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise RequestError(f"{path}: not a whole gzip file ({error})") from None
+    except zstandard.ZstdError as error:
+        raise RequestError(f"{path}: not a whole zstd file ({error})") from None
+    except PermissionError as error:
+        raise RequestError(f"{path}: cannot be read ({error.strerror})") from None
+    except FileNotFoundError:
+        raise RequestError(f"{path}: no such file") from None
+    except OSError as error:
+        raise PolygptError(f"{path}: reading failed ({error.strerror})") from None
+
+
+class _Zstd(io.RawIOBase):
+    """A zstd stream of any number of frames; `zstandard`'s own reader takes a truncated one for whole."""
+
+    def __init__(self, raw: BinaryIO):
+        self.raw, self.frame = raw, zstandard.ZstdDecompressor().decompressobj()
+        self.pending = memoryview(b"")
+        self.within = False  # a frame has begun and not ended
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        while not self.pending:
+            chunk = self.frame.unused_data or self.raw.read(1 << 16)
+            if not chunk:
+                if self.within:
+                    raise zstandard.ZstdError("it ends in the middle")
+                return 0
+            if self.frame.eof:
+                self.frame = zstandard.ZstdDecompressor().decompressobj()
+            self.pending = memoryview(self.frame.decompress(chunk))
+            self.within = not self.frame.eof
+        count = min(len(buffer), len(self.pending))
+        buffer[:count], self.pending = self.pending[:count], self.pending[count:]
+        return count
+
+
+def text_documents(stream: BinaryIO) -> Iterator[bytes]:
+    """The documents of a text file: the whole of it, byte for byte, or the parts between `<|endoftext|>`.
+
+    Parts lose the newlines around them, which belong to the separator's line (TinyStories' layout).
+    """
+    pending, separated = bytearray(), False
+    while chunk := stream.read(CHUNK):
+        searched = max(0, len(pending) - len(SEPARATOR) + 1)
+        pending += chunk
+        while (at := pending.find(SEPARATOR, searched)) >= 0:
+            yield bytes(pending[:at].strip(b"\r\n"))
+            del pending[: at + len(SEPARATOR)]
+            separated, searched = True, 0
+    yield bytes(pending.strip(b"\r\n") if separated else pending)

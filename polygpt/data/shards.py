@@ -1,0 +1,206 @@
+"""Prepared shards: flat files of token ids with the starts of documents, and a manifest that verifies them.
+
+A folder holds `train-00000.tokens` (little-endian uint16, or uint32 where the vocabulary needs it),
+`train-00000.offsets` (little-endian int64: where each document starts in its shard), the same for
+`validation`, and `manifest.json`. A document never straddles two shards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from bisect import bisect_right
+from itertools import accumulate
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+
+from polygpt.config import Config, Tuple, validate
+from polygpt.data.config import DataConfig
+from polygpt.errors import PolygptError, RequestError
+from polygpt.tokenizers import Tokenizer
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+OFFSET = np.dtype("<i8")
+SPLITS = ("train", "validation")
+AGAIN = "prepare the data again (polygpt data prepare)"
+
+
+class FileEntry(Config):
+    """A file beside the manifest."""
+
+    name: str
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class ShardEntry(Config):
+    """One shard: `tokens` ids and `documents` offsets."""
+
+    tokens_file: FileEntry
+    offsets_file: FileEntry
+    tokens: int = Field(ge=1)
+    documents: int = Field(ge=1)
+
+
+class SplitEntry(Config):
+    """One side of the data; `bytes` is the length of its text in UTF-8."""
+
+    documents: int = Field(ge=1)
+    tokens: int = Field(ge=1)
+    bytes: int = Field(ge=1)
+    shards: Tuple[ShardEntry] = Field(min_length=1)
+
+
+class Manifest(Config):
+    """What a folder of shards holds."""
+
+    format: int
+    dtype: Literal["uint16", "uint32"]
+    vocab_size: int = Field(ge=1)
+    end_of_text: int | None
+    tokenizer: str
+    """The tokenizer's fingerprint."""
+    source: str
+    invalid_documents: int = Field(ge=0)
+    """Documents that were not UTF-8, and were replaced or skipped."""
+    train: SplitEntry
+    validation: SplitEntry
+
+
+class TokenSplit:
+    """The token stream of one side, read through memory maps.
+
+    Attributes:
+        tokens, documents, bytes: counts; `bytes` of the raw text in UTF-8, for bits per byte.
+        fingerprint: SHA-256, in hexadecimal, of the files' own.
+    """
+
+    def __init__(self, name: str, entry: SplitEntry, folder: Path, dtype: np.dtype):
+        """Maps the files; `open_shards` has verified them."""
+        self.name, self.tokens, self.documents, self.bytes = name, entry.tokens, entry.documents, entry.bytes
+        hashes = [file.sha256 for s in entry.shards for file in (s.tokens_file, s.offsets_file)]
+        self.fingerprint = hashlib.sha256("".join(hashes).encode()).hexdigest()
+        # Plain arrays over the maps: slicing np.memmap itself costs several times more.
+        self._ids = [np.asarray(np.memmap(folder / s.tokens_file.name, dtype, "r")) for s in entry.shards]
+        self._offsets = [np.asarray(np.memmap(folder / s.offsets_file.name, OFFSET, "r")) for s in entry.shards]
+        self._starts = [0, *accumulate(s.tokens for s in entry.shards)]
+        self._first_documents = [0, *accumulate(s.documents for s in entry.shards)]
+
+    def __len__(self) -> int:
+        return self.tokens
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens `start` to `stop` of the stream, across shards: int32 `[stop - start]`.
+
+        Raises:
+            IndexError: the range is not within the stream.
+        """
+        if not 0 <= start <= stop <= self.tokens:
+            raise IndexError(f"tokens {start} to {stop} of {self.name}, which has {self.tokens}")
+        out = np.empty(stop - start, np.int32)
+        shard = bisect_right(self._starts, start) - 1
+        filled = 0
+        while filled < len(out):
+            offset = start + filled - self._starts[shard]
+            part = self._ids[shard][offset : offset + len(out) - filled]
+            out[filled : filled + len(part)] = part
+            filled, shard = filled + len(part), shard + 1
+        return out
+
+    def document(self, i: int) -> np.ndarray:
+        """The tokens of document `i`, int32, the end of text before it included where the tokenizer has one.
+
+        Raises:
+            IndexError: there is no document `i`.
+        """
+        if not 0 <= i < self.documents:
+            raise IndexError(f"document {i} of {self.name}, which has {self.documents}")
+        shard = bisect_right(self._first_documents, i) - 1
+        offsets, first = self._offsets[shard], self._starts[shard]
+        local = i - self._first_documents[shard]
+        stop = int(offsets[local + 1]) if local + 1 < len(offsets) else len(self._ids[shard])
+        return self.read(first + int(offsets[local]), first + stop)
+
+
+class Shards:
+    """Prepared data: `train` and `validation`, and the `manifest` they were checked against."""
+
+    def __init__(self, folder: Path, manifest: Manifest):
+        """Maps the files; `open_shards` has verified them."""
+        self.folder, self.manifest = folder, manifest
+        dtype = DTYPES[manifest.dtype]
+        self.train = TokenSplit("train", manifest.train, folder, dtype)
+        self.validation = TokenSplit("validation", manifest.validation, folder, dtype)
+
+
+def is_prepared(config: DataConfig) -> bool:
+    """Whether `config.path` is one folder of prepared shards, for `open_shards`, and not text."""
+    return len(config.paths) == 1 and (Path(config.paths[0]).expanduser() / MANIFEST).is_file()
+
+
+def open_shards(folder: str | Path, tokenizer: Tokenizer | None = None) -> Shards:
+    """The shards in `folder`, every file checked against the manifest, and the ids against `tokenizer`.
+
+    Raises:
+        RequestError: there is no manifest, a file is missing, truncated or changed, or another tokenizer made
+            it.
+    """
+    folder = Path(folder).expanduser()
+    manifest = _read_manifest(folder)
+    if tokenizer is not None and tokenizer.fingerprint != manifest.tokenizer:
+        raise RequestError(
+            f"{folder}: prepared with another tokenizer ({manifest.vocab_size} ids, fingerprint "
+            f"{manifest.tokenizer[:12]}) than the one given ({tokenizer.vocab_size} ids, fingerprint "
+            f"{tokenizer.fingerprint[:12]});\n"
+            f"use the tokenizer it was prepared with, or {AGAIN}"
+        )
+    for split in (manifest.train, manifest.validation):
+        for shard in split.shards:
+            _check_file(folder, shard.tokens_file, shard.tokens * DTYPES[manifest.dtype].itemsize)
+            _check_file(folder, shard.offsets_file, shard.documents * OFFSET.itemsize)
+    return Shards(folder, manifest)
+
+
+def _read_manifest(folder: Path) -> Manifest:
+    path = folder / MANIFEST
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise RequestError(f"{folder}: no folder of prepared shards (it has no {MANIFEST}); {AGAIN}") from None
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{path}: not JSON ({error}); {AGAIN}") from None
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        found = data.get("format") if isinstance(data, dict) else None
+        raise RequestError(f"{path}: format {found!r} is not {FORMAT}, the one read here; {AGAIN}")
+    manifest = validate(Manifest, data, str(path))
+    for name in SPLITS:
+        split: SplitEntry = getattr(manifest, name)
+        for count in ("tokens", "documents"):
+            total = sum(getattr(shard, count) for shard in split.shards)
+            if total != getattr(split, count):
+                raise RequestError(f"{path}: {name}.{count} is not the sum over its shards ({total}); {AGAIN}")
+    return manifest
+
+
+def _check_file(folder: Path, entry: FileEntry, size: int) -> None:
+    name, path = entry.name, folder / entry.name
+    if name in ("", ".", "..") or "/" in name or "\\" in name or ":" in name or "\0" in name:
+        raise RequestError(f"{folder / MANIFEST}: {name!r} is not the plain name of a file beside it")
+    try:
+        found = path.stat().st_size
+        if found != size:
+            raise RequestError(f"{path}: has {found} bytes, its manifest says {size}: cut short or changed; {AGAIN}")
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    except FileNotFoundError:
+        raise RequestError(f"{path}: is missing, its manifest names it; {AGAIN}") from None
+    except OSError as error:
+        raise PolygptError(f"{path}: reading failed ({error.strerror})") from None
+    if digest != entry.sha256:
+        raise RequestError(f"{path}: changed since it was prepared (another SHA-256); {AGAIN}")

@@ -1,0 +1,40 @@
+"""The model's room: one decoder whose parts are chosen by name.
+
+The legend of axis letters, for every einsum and every shape in the project:
+    B batch, T query position, S key position, D embedding, N heads, K kv heads, G query heads a kv head,
+    H head size, F feed-forward hidden, E experts, C expert slots, V vocabulary.
+"""
+
+from polygpt.model.attention import choose_implementation
+from polygpt.model.config import LayerConfig, ModelConfig
+from polygpt.model.decoder import Decoder, Output
+from polygpt.model.model import Model, ParameterInfo, Params
+from polygpt.model.parts import (
+    AttentionConfig,
+    Context,
+    FeedForwardConfig,
+    Initializer,
+    NormConfig,
+    PositionConfig,
+    dense,
+    dropout,
+)
+
+__all__ = [
+    "AttentionConfig",
+    "Context",
+    "Decoder",
+    "FeedForwardConfig",
+    "Initializer",
+    "LayerConfig",
+    "Model",
+    "ModelConfig",
+    "NormConfig",
+    "Output",
+    "ParameterInfo",
+    "Params",
+    "PositionConfig",
+    "choose_implementation",
+    "dense",
+    "dropout",
+]

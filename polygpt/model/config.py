@@ -1,0 +1,146 @@
+"""The configuration of a model: its shape and what fills each slot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from polygpt.config import Config, Tuple, merge, slot
+from polygpt.model import attention, feedforward, norms, positions
+from polygpt.model.parts import AttentionConfig, FeedForwardConfig, InitScheme, NormConfig, PositionConfig
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Rate = Annotated[float, Field(ge=0, lt=1)]
+
+AttentionSlot = slot(AttentionConfig, attention.MENU)
+FeedForwardSlot = slot(FeedForwardConfig, feedforward.MENU)
+NormSlot = slot(NormConfig, norms.MENU)
+PositionSlot = slot(PositionConfig, positions.MENU)
+
+
+class LayerConfig(Config):
+    """What fills the slots of one layer; in `pattern`, None takes the model's own."""
+
+    attention: AttentionSlot | None = None
+    feedforward: FeedForwardSlot | None = None
+    norm: NormSlot | None = None
+
+
+class ModelConfig(Config):
+    """A decoder, chosen part by part.
+
+    Attributes:
+        vocab_size: V; None means the tokenizer's, and is filled in when one is at hand.
+        context_length: the longest sequence.
+        embed_dim: D; None means V, which only `head: none` allows (the bigram model).
+        num_layers: L.
+        pattern: layers cycle through these entries: layer i takes entry i mod len. An entry's part that names
+            its kind replaces the model's part; without a kind it changes fields of it.
+        head: `tied` to the embedding, `untied`, or `none` (the last hidden states are the logits).
+        dropout: on the output of every attention and feed-forward.
+        embed_dropout: on the embedding.
+        init: `normal` (GPT-2's) or `fan_in` (truncated, variance 1/fan-in).
+        init_std: standard deviation of `normal`.
+        compute_dtype: of activations; norms' statistics, softmax, RoPE angles, logits and loss stay float32.
+        param_dtype: of stored parameters.
+        scan_layers: compile one repetition of the pattern and scan over it, so that compile time does not grow
+            with depth; None means from 9 layers on (unrolled is faster to run where it compiles quickly).
+    """
+
+    vocab_size: PositiveInt | None = None
+    context_length: PositiveInt
+    embed_dim: PositiveInt | None
+    num_layers: Annotated[int, Field(ge=0)]
+    position: PositionSlot
+    norm: NormSlot
+    attention: AttentionSlot | None = None
+    feedforward: FeedForwardSlot | None = None
+    pattern: Tuple[LayerConfig] = (LayerConfig(),)
+    head: Literal["tied", "untied", "none"] = "tied"
+    dropout: Rate = 0.0
+    embed_dropout: Rate = 0.0
+    init: InitScheme = "normal"
+    init_std: Annotated[float, Field(gt=0, le=1)] = 0.02
+    compute_dtype: Dtype = "float32"
+    param_dtype: Dtype = "float32"
+    scan_layers: bool | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lay_pattern_over_model(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping) or not isinstance(data.get("pattern"), (list, tuple)):
+            return data
+        return {**data, "pattern": [_complete(entry, data) for entry in data["pattern"]]}
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if not self.pattern:
+            raise ValueError("pattern is empty; leave it out, or give at least one entry such as {}")
+        if self.num_layers and len(self.pattern) > self.num_layers:
+            raise ValueError(
+                f"pattern has {len(self.pattern)} entries but num_layers={self.num_layers}: "
+                "some entries would never be used"
+            )
+        if self.embed_dim is None and self.head != "none":
+            raise ValueError("embed_dim is required unless head=none (then it is vocab_size)")
+        if self.head == "none" and None not in (self.embed_dim, self.vocab_size):
+            if self.embed_dim != self.vocab_size:
+                raise ValueError(f"head=none needs embed_dim={self.embed_dim} equal to vocab_size={self.vocab_size}")
+        for index, layer in enumerate(self.layers):
+            if layer.attention is None or layer.feedforward is None:
+                missing = "attention" if layer.attention is None else "feedforward"
+                raise ValueError(f"{missing} is required: layer {index} has none")
+        if self.embed_dim is not None or self.vocab_size is not None:
+            self._check_parts()
+        return self
+
+    def _check_parts(self) -> None:
+        self.position.check(self)
+        for layer in self.layers[: len(self.pattern)]:
+            layer.attention.check(self)
+            layer.feedforward.check(self)
+
+    @property
+    def width(self) -> int:
+        """D, the width of the residual stream."""
+        width = self.embed_dim or self.vocab_size
+        if width is None:
+            raise ValueError("embed_dim and vocab_size are both open; give vocab_size")
+        return width
+
+    @property
+    def layers(self) -> tuple[LayerConfig, ...]:
+        """What fills each layer, the pattern resolved."""
+        own = {"attention": self.attention, "feedforward": self.feedforward, "norm": self.norm}
+        entries = [
+            LayerConfig.model_construct(**{name: getattr(entry, name) or part for name, part in own.items()})
+            for entry in self.pattern
+        ]
+        return tuple(entries[i % len(entries)] for i in range(self.num_layers))
+
+    @property
+    def scans(self) -> bool:
+        """Whether layers are scanned over (see `scan_layers`)."""
+        return self.num_layers > 8 if self.scan_layers is None else self.scan_layers
+
+    def with_vocab(self, size: int) -> ModelConfig:
+        """The configuration with an open `vocab_size` filled in."""
+        return self if self.vocab_size is not None else self.replace(vocab_size=size)
+
+
+def _complete(entry: Any, model: Mapping[str, Any]) -> Any:
+    """A pattern's entry in which parts without a kind have been laid over the model's own."""
+    if not isinstance(entry, Mapping):
+        return entry
+    return {
+        name: merge(_plain(model.get(name)), part) if isinstance(part, Mapping) and "kind" not in part else part
+        for name, part in entry.items()
+    }
+
+
+def _plain(part: Any) -> Any:
+    if isinstance(part, Config):
+        return part.to_dict()
+    return {"kind": part} if isinstance(part, str) else part or {}

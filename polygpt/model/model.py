@@ -1,0 +1,149 @@
+"""A configured decoder as pure functions of arrays: what everything outside the model's room works with.
+
+The NNX module is split once, here; parameters travel as nested dictionaries of arrays and every function below can
+be compiled, differentiated and sharded as it is.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.traverse_util import unflatten_dict
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+
+from polygpt.errors import RequestError
+from polygpt.model.config import ModelConfig
+from polygpt.model.decoder import Decoder, Output
+
+Params = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ParameterInfo:
+    """What is known of a parameter without its values.
+
+    Attributes:
+        shape: with a leading `layers` axis for parameters of blocks.
+        dtype: as stored.
+        axes: the logical name of each axis.
+        inputs: how many axes after `layers` are contracted; 0 for a table that is looked up, None for a vector
+            (a bias or gain), which weight decay leaves alone.
+    """
+
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+    axes: tuple[str, ...]
+    inputs: int | None = None
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+def _declared(variable: nnx.Variable) -> dict[str, Any]:
+    metadata = variable.get_metadata()
+    return {name: metadata[name] for name in ("axes", "inputs") if name in metadata}
+
+
+class Model:
+    """The pure functions and the static facts of one configuration; holds no parameters.
+
+    Raises:
+        RequestError: the configuration leaves `vocab_size` open.
+    """
+
+    def __init__(self, config: ModelConfig):
+        if config.vocab_size is None:
+            raise RequestError("model.vocab_size is open (it is the tokenizer's); give model.vocab_size=N")
+        self.config = config
+
+    @cached_property
+    def _abstract(self) -> tuple[nnx.GraphDef, nnx.State]:
+        return nnx.split(jax.eval_shape(lambda: Decoder(self.config, nnx.Rngs(0))))
+
+    def module(self, params: Params) -> Decoder:
+        """The NNX module that holds `params`; inside a compiled function this costs nothing at run time."""
+        return nnx.merge(self._abstract[0], params)
+
+    # --- Pure functions -------------------------------------------------------------------------------------
+
+    def init(self, seed: int | PRNGKeyArray) -> Params:
+        """Freshly drawn parameters."""
+        key = jax.random.key(seed) if isinstance(seed, int) else seed
+        return jax.jit(lambda key: nnx.to_pure_dict(nnx.state(Decoder(self.config, nnx.Rngs(key)))))(key)
+
+    def hidden(self, params: Params, tokens: Int[Array, "B T"], **inputs: Any) -> Output:
+        """Hidden states; keyword arguments are those of `Decoder.__call__`."""
+        return self.module(params)(tokens, **inputs)
+
+    def logits(self, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+        """float32 logits of the token after each position."""
+        decoder = self.module(params)
+        return decoder.logits(decoder(tokens).hidden)
+
+    def nll(
+        self,
+        params: Params,
+        tokens: Int[Array, "B T"],
+        targets: Int[Array, "B T"],
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Float[Array, "B T"], dict[str, Float[Array, ""]]]:
+        """Negative log likelihood of each target in nats (float32), and the auxiliary losses of the parts."""
+        decoder = self.module(params)
+        output = decoder(tokens, key=key)
+        return decoder.nll(output.hidden, targets), output.losses
+
+    def init_state(self, batch: int, length: int) -> PyTree:
+        """An empty decoding state for `batch` sequences of at most `length` tokens."""
+        period = len(self.config.pattern)
+        states = []
+        for entry, layer in enumerate(self.config.layers[:period]):
+            state = layer.attention.init_state(self.config, batch, length)
+            count = len(self.config.layers[entry::period])
+            states.append(jax.tree.map(lambda leaf, n=count: jnp.zeros((n, *leaf.shape), leaf.dtype), state))
+        return states
+
+    # --- Facts, computed from shapes without allocating -----------------------------------------------------
+
+    @cached_property
+    def parameters(self) -> dict[str, Any]:
+        """A `ParameterInfo` in the place of every parameter."""
+        return unflatten_dict(
+            {
+                path: ParameterInfo(tuple(leaf.shape), leaf.dtype, **_declared(leaf))
+                for path, leaf in nnx.to_flat_state(self._abstract[1])
+            }
+        )
+
+    @cached_property
+    def num_parameters(self) -> int:
+        return sum(info.size for info in jax.tree.leaves(self.parameters))
+
+    @cached_property
+    def num_active_parameters(self) -> int:
+        """Parameters that take part in computing one token."""
+        return self.num_parameters
+
+    @cached_property
+    def state_bytes_per_token(self) -> int:
+        """Bytes of decoding state (KV cache) that each further token adds, over all layers."""
+        return sum(layer.attention.state_bytes_per_token(self.config) for layer in self.config.layers)
+
+    @cached_property
+    def flops_per_token(self) -> int:
+        """FLOPs of training on one token at full context: three times the forward pass's products.
+
+        2 FLOPs a weight that multiplies, the head's included when tied, plus what attention adds (Chowdhery et
+        al. 2022, appendix B). Looked-up tables, norms and activations are not counted.
+        """
+        weights = sum(info.size for info in jax.tree.leaves(self.parameters) if info.inputs)
+        if self.config.head == "tied":
+            weights += self.config.vocab_size * self.config.width
+        mixing = sum(layer.attention.flops_per_token(self.config) for layer in self.config.layers)
+        return 3 * (2 * weights + mixing)

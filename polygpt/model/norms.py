@@ -1,0 +1,107 @@
+"""Normalisation of the hidden states. Statistics are float32 whatever the compute dtype."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float
+from pydantic import Field
+
+from polygpt.model.parts import Initializer, NormConfig
+
+Epsilon = Annotated[float, Field(gt=0, le=1e-1)]
+
+
+class LayerNormConfig(NormConfig):
+    """y = (x - mean) / sqrt(var + eps) · gain + bias (Ba et al. 2016)."""
+
+    kind: Literal["layernorm"] = "layernorm"
+    eps: Epsilon = 1e-5
+    bias: bool = True
+
+    def build(self, model, init: Initializer) -> LayerNorm:
+        return LayerNorm(self, model.width, init)
+
+
+class LayerNorm(nnx.Module):
+    def __init__(self, config: LayerNormConfig, width: int, init: Initializer):
+        self.eps = config.eps
+        self.gain = init.constant(1.0, (width,), ("embed",))
+        self.bias = init.constant(0.0, (width,), ("embed",)) if config.bias else None
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        x32 = x.astype(jnp.float32)
+        centred = x32 - x32.mean(-1, keepdims=True)
+        variance = jnp.square(centred).mean(-1, keepdims=True)
+        y = centred * lax.rsqrt(variance + self.eps) * self.gain[...].astype(jnp.float32)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(jnp.float32)
+        return y.astype(x.dtype)
+
+
+class RMSNormConfig(NormConfig):
+    """y = x / sqrt(mean(x²) + eps) · gain (Zhang & Sennrich 2019)."""
+
+    kind: Literal["rmsnorm"] = "rmsnorm"
+    eps: Epsilon = 1e-6
+
+    def build(self, model, init: Initializer) -> RMSNorm:
+        return RMSNorm(self, model.width, init)
+
+
+class RMSNorm(nnx.Module):
+    def __init__(self, config: RMSNormConfig, width: int, init: Initializer):
+        self.eps = config.eps
+        self.gain = init.constant(1.0, (width,), ("embed",))
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        x32 = x.astype(jnp.float32)
+        scale = lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + self.eps)
+        return (x32 * scale * self.gain[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class ScaleNormConfig(NormConfig):
+    """y = gain · x / max(|x|, eps), one learned gain, at first sqrt(D) (Nguyen & Salazar 2019, eq. 5)."""
+
+    kind: Literal["scalenorm"] = "scalenorm"
+    eps: Epsilon = 1e-5
+
+    def build(self, model, init: Initializer) -> ScaleNorm:
+        return ScaleNorm(self, model.width, init)
+
+
+class ScaleNorm(nnx.Module):
+    def __init__(self, config: ScaleNormConfig, width: int, init: Initializer):
+        self.eps = config.eps
+        self.gain = init.constant(width**0.5, (), ())
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        x32 = x.astype(jnp.float32)
+        # The maximum is taken under the root: sqrt has no gradient at 0.
+        squares = jnp.maximum(jnp.square(x32).sum(-1, keepdims=True), self.eps**2)
+        return (x32 * lax.rsqrt(squares) * self.gain[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class NoNormConfig(NormConfig):
+    """y = x."""
+
+    kind: Literal["none"] = "none"
+
+    def build(self, model, init: Initializer) -> NoNorm:
+        return NoNorm()
+
+
+class NoNorm(nnx.Module):
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return x
+
+
+MENU: dict[str, type[NormConfig]] = {
+    "layernorm": LayerNormConfig,
+    "rmsnorm": RMSNormConfig,
+    "scalenorm": ScaleNormConfig,
+    "none": NoNormConfig,
+}

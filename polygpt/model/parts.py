@@ -1,0 +1,195 @@
+"""What a part is: the interfaces of the four slots, the drawing of parameters, and the context of one call.
+
+A part is a frozen configuration with a `kind` and one method that matters, `build`, which makes its NNX module.
+The configuration also states what the part costs and which model shapes it accepts, so that a mistake is found
+before anything is compiled or allocated. Knows nothing of the parts that exist; the rooms' menus list those.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+
+from polygpt.config import PartConfig
+
+if TYPE_CHECKING:
+    from polygpt.model.config import ModelConfig
+
+InitScheme = Literal["normal", "fan_in"]
+
+
+@dataclass(frozen=True)
+class Initializer:
+    """Draws the parameters of modules, each with its logical axes; `layers` stacks them for a scan.
+
+    `normal` is GPT-2's: N(0, `std`), with projections that write to the residual stream scaled by
+    1/sqrt(2·layers of the model) (Radford et al. 2019, section 2.3). `fan_in` draws from a normal truncated at
+    two deviations, with variance 1/fan-in.
+    """
+
+    rngs: nnx.Rngs
+    scheme: InitScheme
+    std: float
+    residual_scale: float
+    dtype: jnp.dtype
+    layers: int | None = None
+
+    def stacked(self, layers: int) -> Initializer:
+        """The same initializer for modules that exist `layers` times, stacked along a leading axis."""
+        return dataclasses.replace(self, layers=layers)
+
+    def weight(
+        self, shape: tuple[int, ...], axes: tuple[str, ...], inputs: int = 1, residual: bool = False
+    ) -> nnx.Param:
+        """A matrix whose first `inputs` axes are contracted (0: a table that is looked up).
+
+        Matrices are what weight decay applies to. `residual`: it writes to the residual stream.
+        """
+        fan_in = math.prod(shape[:inputs]) if inputs else shape[-1]
+        full, axes = self._stack(shape, axes)
+        key = self.rngs.params()
+        if self.scheme == "normal":
+            value = self.std * jax.random.normal(key, full, self.dtype)
+        else:
+            # Truncating at ±2 shrinks the deviation to 0.8796; dividing restores it (as in Lecun's scheme).
+            scale = 1 / (math.sqrt(fan_in) * 0.87962566103423978)
+            value = scale * jax.random.truncated_normal(key, -2, 2, full, self.dtype)
+        if residual:
+            value = value * self.residual_scale
+        return nnx.Param(value, axes=axes, inputs=inputs)
+
+    def constant(self, value: float, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
+        """A vector of equal values: a bias or a gain. Not decayed."""
+        full, axes = self._stack(shape, axes)
+        return nnx.Param(jnp.full(full, value, self.dtype), axes=axes)
+
+    def _stack(self, shape: tuple[int, ...], axes: tuple[str, ...]) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        if self.layers is None:
+            return shape, axes
+        return (self.layers, *shape), ("layers", *axes)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every layer of one call sees beside the hidden states.
+
+    Attributes:
+        positions: int32 [B, T], the index of each token in its sequence.
+        segment_ids: int32 [B, T] or None; tokens of different segments do not see each other.
+        rotations: for each head size, the RoPE table of `positions` (see `positions.py`); empty without RoPE.
+        key: for dropout; None in evaluation and generation, where nothing is dropped.
+    """
+
+    positions: Int[Array, "B T"]
+    segment_ids: Int[Array, "B T"] | None = None
+    rotations: Mapping[int, Any] = dataclasses.field(default_factory=dict)
+    key: PRNGKeyArray | None = None
+
+    def fold(self, number: int | Int[Array, ""]) -> Context:
+        """The same context with an independent dropout key."""
+        if self.key is None:
+            return self
+        return dataclasses.replace(self, key=jax.random.fold_in(self.key, number))
+
+
+def dropout(x: Float[Array, "..."], rate: float, key: PRNGKeyArray | None) -> Float[Array, "..."]:
+    """`x` with a share `rate` of its entries zeroed and the rest scaled by 1/(1-rate); `x` without a key."""
+    if rate == 0.0 or key is None:
+        return x
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(keep, x / (1 - rate), jnp.zeros((), x.dtype))
+
+
+def dense(x: Float[Array, "B T ..."], kernel: nnx.Param, bias: nnx.Param | None = None) -> Float[Array, "B T ..."]:
+    """Contracts the trailing axes of `x` with the leading (`inputs`) axes of `kernel`, over flat tokens.
+
+    The product is taken as [B·T, inputs] @ [inputs, outputs]: on a CPU the gradient of the three-dimensional
+    form runs at half the speed, because XLA transposes operands of a contraction over two axes.
+    """
+    inputs: int = kernel.get_metadata()["inputs"]
+    weight = kernel[...].astype(x.dtype)
+    out_shape = weight.shape[inputs:]
+    flat = x.reshape(x.shape[0] * x.shape[1], -1) @ weight.reshape(math.prod(weight.shape[:inputs]), -1)
+    y = flat.reshape(*x.shape[:2], *out_shape)
+    return y if bias is None else y + bias[...].astype(x.dtype)
+
+
+class AttentionModule(Protocol):
+    """Mixes tokens: x [B, T, D] -> [B, T, D], causally; with a decoding state it also returns the next one."""
+
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Context, state: PyTree | None
+    ) -> tuple[Float[Array, "B T D"], PyTree | None]: ...
+
+
+class FeedForwardModule(Protocol):
+    """Transforms tokens: x [B, T, D] -> [B, T, D], and the auxiliary losses it declares (scalars by name)."""
+
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Context
+    ) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, ""]]]: ...
+
+
+class AttentionConfig(PartConfig):
+    """The slot `attention`."""
+
+    def build(self, model: ModelConfig, init: Initializer) -> AttentionModule:
+        """The module, with its parameters drawn from `init`."""
+        raise NotImplementedError
+
+    def init_state(self, model: ModelConfig, batch: int, length: int) -> PyTree:
+        """An empty decoding state for `batch` sequences of at most `length` tokens."""
+        raise NotImplementedError
+
+    def check(self, model: ModelConfig) -> None:
+        """Raises ValueError where the part does not fit the model's shape, naming the two fields."""
+
+    def rotation_size(self, model: ModelConfig) -> int | None:
+        """The head size for which RoPE tables are wanted; None if the part does not rotate."""
+        return None
+
+    def state_bytes_per_token(self, model: ModelConfig) -> int:
+        """Bytes of decoding state that each further token adds."""
+        raise NotImplementedError
+
+    def flops_per_token(self, model: ModelConfig) -> int:
+        """Forward FLOPs a token beyond those of its weights (2 a weight), at the full context length."""
+        raise NotImplementedError
+
+
+class FeedForwardConfig(PartConfig):
+    """The slot `feedforward`."""
+
+    def build(self, model: ModelConfig, init: Initializer) -> FeedForwardModule:
+        """The module, with its parameters drawn from `init`."""
+        raise NotImplementedError
+
+    def check(self, model: ModelConfig) -> None:
+        """Raises ValueError where the part does not fit the model's shape, naming the two fields."""
+
+
+class NormConfig(PartConfig):
+    """The slot `norm`: the module maps x [B, T, D] to [B, T, D]."""
+
+    def build(self, model: ModelConfig, init: Initializer) -> nnx.Module:
+        """The module, with its parameters drawn from `init`."""
+        raise NotImplementedError
+
+
+class PositionConfig(PartConfig):
+    """The slot `position`: adds to the embedding, or rotates queries and keys, or does neither."""
+
+    def build(self, model: ModelConfig, init: Initializer) -> nnx.Module:
+        """The module: `embed(x, positions) -> x` and `rotations(positions, head sizes) -> tables`."""
+        raise NotImplementedError
+
+    def check(self, model: ModelConfig) -> None:
+        """Raises ValueError where the part does not fit the model's shape, naming the two fields."""

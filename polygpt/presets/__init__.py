@@ -1,0 +1,62 @@
+"""Presets: functions that return model configurations, each written as its difference from another.
+
+`PRESETS` is the menu; `preset(name, **overrides)` the door.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from polygpt.config import dotted_to_nested, merge, validate
+from polygpt.errors import RequestError, suggest
+from polygpt.model import ModelConfig
+from polygpt.presets import core, gpt2, small
+
+Fields = dict[str, Any]
+
+PRESETS: dict[str, Callable[[], Fields]] = {
+    "gpt": core.gpt,
+    "vgpt": core.vgpt,
+    "nope_gpt": core.nope_gpt,
+    "glu_gpt": core.glu_gpt,
+    "rope_gpt": core.rope_gpt,
+    "glu_rope_gpt": core.glu_rope_gpt,
+    "gqa_gpt": core.gqa_gpt,
+    "gqa_glu_rope_gpt": core.gqa_glu_rope_gpt,
+    "smollm": core.smollm,
+    "giant": small.giant,
+    "modular": small.modular,
+    "small": small.small,
+    "tiny_large": small.tiny_large,
+    "gpt2": gpt2.gpt2,
+    "gpt2_medium": gpt2.gpt2_medium,
+    "gpt2_large": gpt2.gpt2_large,
+    "gpt2_xl": gpt2.gpt2_xl,
+    "bigram": small.bigram,
+}
+
+
+def preset_fields(name: str) -> Fields:
+    """The plain fields of a preset, ready for overrides.
+
+    Raises:
+        RequestError: there is no such preset; the nearest is named.
+    """
+    if name not in PRESETS:
+        raise RequestError(f"no preset '{name}'; {suggest(name, PRESETS)}")
+    return PRESETS[name]()
+
+
+def preset(name: str, **overrides: Any) -> ModelConfig:
+    """A preset's configuration with fields overridden: `preset("gpt", num_layers=4)`.
+
+    A nested field is reached by a mapping (`attention={"num_heads": 4}`) or a dotted key.
+
+    Raises:
+        RequestError: no such preset or key, or the result does not fit together.
+    """
+    return validate(ModelConfig, merge(preset_fields(name), dotted_to_nested(overrides)), name)
+
+
+__all__ = ["PRESETS", "preset", "preset_fields"]

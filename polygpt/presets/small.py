@@ -1,0 +1,74 @@
+"""Small and educational models; their vocabulary is the tokenizer's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def giant() -> dict[str, Any]:
+    """Two layers of multi-query attention with a third-width gated feed-forward."""
+    return {
+        "context_length": 257,
+        "embed_dim": 256,
+        "num_layers": 2,
+        "position": {"kind": "rope", "theta": 10000.0},
+        "norm": {"kind": "rmsnorm", "eps": 1e-6},
+        "attention": {"kind": "softmax", "num_heads": 2, "num_kv_heads": 1},
+        "feedforward": {"kind": "glu", "mlp_dim": 1024 // 3, "activation": "silu"},
+        "compute_dtype": "bfloat16",
+    }
+
+
+def modular() -> dict[str, Any]:
+    """Sinusoidal positions, RMSNorm, SwiGLU; untied head, dropout 0.1."""
+    return {
+        "context_length": 256,
+        "embed_dim": 256,
+        "num_layers": 6,
+        "position": {"kind": "sinusoidal"},
+        "norm": {"kind": "rmsnorm", "eps": 1e-6},
+        "attention": {"kind": "softmax", "num_heads": 8, "dropout": 0.1},
+        "feedforward": {"kind": "glu", "mlp_dim": 1024, "activation": "silu"},
+        "head": "untied",
+        "dropout": 0.1,
+        "embed_dropout": 0.1,
+    }
+
+
+def small() -> dict[str, Any]:
+    """A textbook transformer: learned positions, ReLU, untied head without bias."""
+    return {
+        "context_length": 512,
+        "embed_dim": 512,
+        "num_layers": 6,
+        "position": {"kind": "learned"},
+        "norm": {"kind": "layernorm", "eps": 1e-5},
+        "attention": {"kind": "softmax", "num_heads": 8},
+        "feedforward": {"kind": "mlp", "mlp_dim": 2048, "activation": "relu"},
+        "head": "untied",
+    }
+
+
+def tiny_large() -> dict[str, Any]:
+    """A small GPT for TinyStories."""
+    return {
+        "context_length": 256,
+        "embed_dim": 384,
+        "num_layers": 6,
+        "position": {"kind": "learned"},
+        "norm": {"kind": "layernorm", "eps": 1e-5},
+        "attention": {"kind": "softmax", "num_heads": 6},
+        "feedforward": {"kind": "mlp", "mlp_dim": 1536, "activation": "gelu"},
+    }
+
+
+def bigram() -> dict[str, Any]:
+    """A table of logits: row i holds those of the token after token i. The baseline of every report."""
+    return {
+        "context_length": 1024,
+        "embed_dim": None,
+        "num_layers": 0,
+        "position": {"kind": "none"},
+        "norm": {"kind": "none"},
+        "head": "none",
+    }

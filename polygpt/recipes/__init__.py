@@ -1,0 +1,66 @@
+"""Recipes: whole runs as YAML files, each opening with its command, its time and its expected score."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from polygpt.config import dotted_to_nested, merge, parse_yaml, read_yaml, validate
+from polygpt.errors import RequestError, suggest
+from polygpt.presets import preset_fields
+from polygpt.training import RunConfig, read_config
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with polygpt."""
+    return sorted(entry.name.removesuffix(".yaml") for entry in _folder().iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """The run that a recipe or a YAML file describes, with dotted `overrides` laid over it.
+
+    `model.preset` names a preset whose fields the rest of `model` changes.
+
+    Raises:
+        RequestError: no such recipe or file, a mistake in it or in an override, or shapes that do not fit.
+    """
+    fields = merge(_read(name), dotted_to_nested(overrides or {}))
+    if isinstance(fields.get("model"), Mapping):
+        fields["model"] = model_fields(fields["model"])
+    return validate(RunConfig, fields)
+
+
+def resume_config(run: Path, name: str | None, overrides: Mapping[str, Any]) -> RunConfig:
+    """The configuration under which the run in folder `run` goes on: its own, or a recipe's, with overrides.
+
+    Raises:
+        RequestError: there is no run in the folder, or as `load_recipe`.
+    """
+    own = read_config(run)
+    return own.replace(**overrides) if name is None else load_recipe(name, overrides)
+
+
+def model_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """`fields` of a model laid over the preset that `preset` names, if it is there.
+
+    Raises:
+        RequestError: there is no such preset.
+    """
+    fields = dict(fields)
+    name = fields.pop("preset", None)
+    return fields if name is None else merge(preset_fields(str(name)), fields)
+
+
+def _read(name: str) -> dict[str, Any]:
+    path = Path(name).expanduser()
+    if path.suffix in (".yaml", ".yml") or "/" in name:
+        return read_yaml(path)
+    if name not in recipe_names():
+        raise RequestError(f"no recipe '{name}'; {suggest(name, recipe_names())} (a file is named with .yaml)")
+    return parse_yaml((_folder() / f"{name}.yaml").read_text(encoding="utf-8"), name)
+
+
+def _folder() -> Any:
+    return resources.files(__name__)

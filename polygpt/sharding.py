@@ -1,0 +1,34 @@
+"""Where arrays live: the mesh, and the one table from a logical axis to a mesh axis.
+
+Parameters and batches name their axes logically (`embed`, `heads`, `batch`); only this file knows the mesh. For now
+the mesh holds one device, and the table is where more of them will be put to use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+# Logical axis -> mesh axis. An axis that is not listed is not split.
+RULES: dict[str, str] = {
+    "batch": "data",
+    "vocab": "model",
+    "mlp": "model",
+    "heads": "model",
+    "kv_heads": "model",
+    "expert": "model",
+}
+
+
+def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of axes (data, model) over `devices`: by default the first device of this process."""
+    devices = jax.local_devices()[:1] if devices is None else devices
+    return Mesh(np.asarray(devices).reshape(len(devices), 1), ("data", "model"))
+
+
+def sharding_of(axes: Sequence[str], mesh: Mesh) -> NamedSharding:
+    """The placement on `mesh` of an array whose axes have these logical names."""
+    return NamedSharding(mesh, PartitionSpec(*(RULES.get(axis) for axis in axes)))

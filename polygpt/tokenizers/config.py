@@ -1,0 +1,47 @@
+"""What a tokenizer is made from."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from polygpt.config import Config, Tuple
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+class TokenizerConfig(Config):
+    """A tokenizer to train (`char`, `byte`, `bpe`), or one to read from a `file`."""
+
+    kind: Literal["char", "byte", "bpe", "file"] = "bpe"
+    vocab_size: int = Field(4096, ge=1)
+    """Of `bpe` only, special tokens included; a text too small for it gives fewer ids."""
+    path: str | None = None
+    """Of `file` only: a tokenizer.json, or the folder that holds one."""
+    special_tokens: Tuple[str] | None = None
+    """None is the kind's default: none for `char` (tiny Shakespeare has 65 ids), else `<|endoftext|>`."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> TokenizerConfig:
+        if self.kind == "file":
+            if self.path is None:
+                raise ValueError("kind 'file' needs path: a tokenizer.json, or a folder that holds one")
+            if self.special_tokens is not None:
+                raise ValueError("special_tokens: a tokenizer of kind 'file' has its own; leave them out")
+        elif self.path is not None:
+            raise ValueError(f"path is for kind 'file'; a tokenizer of kind '{self.kind}' is trained on text")
+        specials = self.specials
+        if len(set(specials)) < len(specials) or "" in specials:
+            raise ValueError(f"special_tokens must be distinct and not empty, not {list(specials)}")
+        least = 257 + len(specials)  # every byte, the special tokens, and one merge: less is kind 'byte'
+        if self.kind == "bpe" and self.vocab_size < least:
+            raise ValueError(f"vocab_size must be at least {least} for kind 'bpe', not {self.vocab_size}")
+        return self
+
+    @property
+    def specials(self) -> tuple[str, ...]:
+        """The special tokens, the kind's default filled in."""
+        if self.special_tokens is not None:
+            return self.special_tokens
+        return (END_OF_TEXT,) if self.kind in ("byte", "bpe") else ()

@@ -1,0 +1,241 @@
+"""Text to ids and back, through one `tokenizer.json` of the `tokenizers` library.
+
+Knows nothing of models or data sets. Encoding is exact: nothing is added (no start token, no padding),
+nothing is cut off, and (kind `char`) a text that the vocabulary cannot hold is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import tokenizers as hf
+
+from polygpt.errors import PolygptError, RequestError
+from polygpt.tokenizers.bytelevel import BYTE_TO_CHAR, token_bytes
+from polygpt.tokenizers.config import END_OF_TEXT
+from polygpt.tokenizers.structure import Structure, describe_structure
+
+# What published models call the end of a text, the commonest first.
+END_TOKENS = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "[EOS]")
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+PIECE_CHARS = 1 << 14  # pieces of a long text, so that one document too uses every core
+GROUP_CHARS = 1 << 22  # characters in the library's hands at once: it takes about 100 bytes for each token
+
+
+class Tokenizer:
+    """Encodes and decodes. Make one with `train_tokenizer` or `load_tokenizer`.
+
+    Attributes:
+        kind: `char`, `byte`, or the library's name of the model (`bpe`, `unigram`, `wordpiece`, ...).
+        vocab_size: the largest id plus one.
+        end_of_text: the id of the token that ends a text, if there is one.
+        special_tokens: the special tokens with their ids.
+        fingerprint: SHA-256, in hexadecimal, of everything that decides the ids.
+    """
+
+    def __init__(self, tokenizer: hf.Tokenizer):
+        """`tokenizer` is taken over: its truncation and padding are switched off."""
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True  # that is: special tokens that a user types are ordinary text
+        self._plain = tokenizer
+        spec = json.loads(tokenizer.to_str())
+        canonical = json.dumps(spec, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        self.fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
+        self._structure: Structure = describe_structure(spec)
+        self.kind = self._structure.kind
+        vocab = tokenizer.get_vocab(with_added_tokens=True)
+        if not vocab:
+            raise RequestError("this tokenizer has an empty vocabulary")
+        self.vocab_size = max(vocab.values()) + 1  # not the number of tokens: some files have holes
+        self.special_tokens = {t["content"]: t["id"] for t in spec["added_tokens"] if t["special"]}
+        ends = [self.special_tokens[token] for token in END_TOKENS if token in self.special_tokens]
+        self.end_of_text = ends[0] if ends else None
+
+    def __repr__(self) -> str:
+        return f"Tokenizer({self.kind}, {self.vocab_size} ids, {self.fingerprint[:12]})"
+
+    @cached_property
+    def _with_specials(self) -> hf.Tokenizer:
+        # A second one, rather than a switch on the first: a server encodes on several threads at once.
+        twin = hf.Tokenizer.from_str(self._plain.to_str())
+        twin.encode_special_tokens = False
+        return twin
+
+    @cached_property
+    def _tokens(self) -> dict[int, str]:
+        return {i: token for token, i in self._plain.get_vocab(with_added_tokens=True).items()}
+
+    @cached_property
+    def _token_bytes(self) -> dict[int, bytes]:
+        added = self._structure.added
+        to_bytes = token_bytes if self._structure.byte_level else str.encode
+        return {i: t.encode() if t in added else to_bytes(t) for i, t in self._tokens.items()}
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """The ids of `text`. Special tokens written in it are ordinary text, or themselves where `special`.
+
+        Raises:
+            RequestError: the text holds a lone surrogate, or (kind `char`) a character outside the alphabet.
+        """
+        if not special:
+            return self.encode_batch([text])[0].tolist()
+        self._check(text, special=True)
+        return self._with_specials.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The ids of each text, int32, special tokens as ordinary text; on every core.
+
+        Raises:
+            RequestError: as `encode`.
+        """
+        parts: list[list[np.ndarray]] = [[] for _ in texts]
+        for group in _groups(self._pieces(texts)):
+            encoded = self._plain.encode_batch_fast([piece for _, piece in group], add_special_tokens=False)
+            for (i, _), encoding in zip(group, encoded, strict=True):
+                parts[i].append(np.array(encoding.ids, dtype=np.int32))
+        return [p[0] if len(p) == 1 else np.concatenate(p) if p else np.zeros(0, np.int32) for p in parts]
+
+    def _pieces(self, texts: Sequence[str]) -> Iterator[tuple[int, str]]:
+        for i, text in enumerate(texts):
+            self._check(text)
+            for piece in self._structure.cut(text, PIECE_CHARS):
+                yield i, piece
+
+    def _check(self, text: str, special: bool = False) -> None:
+        refuse_surrogates(text)
+        if self.kind != "char":
+            return
+        if special and self.special_tokens:
+            # Blanked to its length rather than removed, so that the index in the error stays right.
+            known = self._structure.alphabet
+            blank = next(iter(known))
+            pattern = "|".join(re.escape(t) for t in sorted(self.special_tokens, key=len, reverse=True))
+            text = re.sub(pattern, lambda match: blank * len(match[0]), text)
+        unknown = set(text) - self._structure.alphabet
+        if unknown:
+            at = min(text.index(char) for char in unknown)
+            raise RequestError(
+                f"character {text[at]!r} (U+{ord(text[at]):04X}) at index {at} of the text is not among the "
+                f"{len(self._structure.alphabet)} characters of this tokenizer;\n"
+                "train the tokenizer on text that has it, or use kind 'byte' or 'bpe', which hold every text"
+            )
+
+    def encode_bytes(self, data: bytes) -> list[int]:
+        """The ids of any bytes: runs of valid UTF-8 as text, every other byte as its own token.
+
+        Raises:
+            RequestError: this tokenizer has no token for some bytes (it is not byte-level).
+        """
+        if not self._structure.byte_level:
+            raise RequestError(f"a tokenizer of kind '{self.kind}' holds text, not any bytes; use 'byte' or 'bpe'")
+        # Python's surrogateescape marks each byte that is not UTF-8 as one character of U+DC80..U+DCFF.
+        runs = re.split("([\udc80-\udcff])", data.decode("utf-8", "surrogateescape"))
+        encoded = iter(self.encode_batch(runs[::2]))
+        ids = next(encoded).tolist()
+        for byte, run in zip(runs[1::2], encoded, strict=True):
+            ids.append(self._plain.token_to_id(BYTE_TO_CHAR[ord(byte) - 0xDC00]))
+            ids.extend(run.tolist())
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`, special tokens shown; U+FFFD for bytes that are no UTF-8 and ids without token.
+
+        A model may have more ids than its tokenizer (a vocabulary padded to a round number), so such an id is
+        shown and not refused.
+        """
+        if self._structure.exact:
+            return self.decode_bytes(ids).decode("utf-8", errors="replace")
+        parts = []
+        for known, run in itertools.groupby(map(int, ids), key=self._tokens.__contains__):
+            run_ids = list(run)
+            unknown = REPLACEMENT * len(run_ids)
+            parts.append(self._plain.decode(run_ids, skip_special_tokens=False) if known else unknown)
+        return "".join(parts)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes of `ids`: exact for `char`, `byte` and byte-level BPE, else `decode` in UTF-8."""
+        if not self._structure.exact:
+            return self.decode(ids).encode()
+        unknown = REPLACEMENT.encode()
+        return b"".join(self._token_bytes.get(int(i), unknown) for i in ids)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the `tokenizer.json` at `path`, whole or not at all, making its folder where it is missing.
+
+        Raises:
+            PolygptError: it cannot be written there.
+        """
+        path = Path(path)
+        partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("w", encoding="utf-8") as stream:
+                stream.write(self._plain.to_str(pretty=True))
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(partial, path)
+        except OSError as error:
+            raise PolygptError(f"{path}: cannot be written ({error.strerror})") from None
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer in `path`: a `tokenizer.json`, or a folder that holds one.
+
+    Raises:
+        RequestError: there is none, or the file is not one.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        if not (path / "tokenizer.json").is_file():
+            raise RequestError(f"{path}: this folder holds no tokenizer.json")
+        path = path / "tokenizer.json"
+    try:
+        text = path.read_text(encoding="utf-8")
+        json.loads(text)
+    except FileNotFoundError:
+        raise RequestError(f"{path}: no such file; give a tokenizer.json, or a folder that holds one") from None
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise RequestError(f"{path}: not JSON ({str(error).splitlines()[0]})") from None
+    try:
+        return Tokenizer(hf.Tokenizer.from_str(text))
+    except Exception as error:  # the library raises plain Exceptions
+        raise RequestError(f"{path}: not a tokenizer.json ({str(error).splitlines()[0]})") from None
+
+
+def refuse_surrogates(text: str) -> None:
+    """Raises `RequestError` where `text` holds half of a surrogate pair, which UTF-8 cannot hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = f"U+{ord(text[error.start]):04X}"
+        raise RequestError(
+            f"index {error.start} of the text is a lone surrogate ({code}), which is no character"
+        ) from None
+
+
+def _groups(pieces: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+    """`pieces` in lists of about `GROUP_CHARS` characters, none of them empty."""
+    group: list[tuple[int, str]] = []
+    size = 0
+    for piece in pieces:
+        group.append(piece)
+        size += len(piece[1])
+        if size >= GROUP_CHARS:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group

@@ -1,0 +1,49 @@
+"""Training: from a configuration to a run's folder with a verified checkpoint."""
+
+from polygpt.training.config import RunConfig, SamplingConfig, TrainingConfig
+from polygpt.training.events import (
+    Evaluated,
+    Event,
+    Finished,
+    Listener,
+    Note,
+    RunResult,
+    Sampled,
+    Saved,
+    Started,
+    Stepped,
+)
+from polygpt.training.interrupt import Interrupted
+from polygpt.training.loop import train
+from polygpt.training.optimizers import OptimizerConfig, ScheduleConfig
+from polygpt.training.run_folder import CHECKPOINTS, CONFIG, TOKENIZER, Run, open_run, read_config
+from polygpt.training.step import Batch, Trainer, TrainState
+
+__all__ = [
+    "CHECKPOINTS",
+    "CONFIG",
+    "TOKENIZER",
+    "Batch",
+    "Evaluated",
+    "Event",
+    "Finished",
+    "Interrupted",
+    "Listener",
+    "Note",
+    "OptimizerConfig",
+    "Run",
+    "RunConfig",
+    "RunResult",
+    "Sampled",
+    "SamplingConfig",
+    "Saved",
+    "ScheduleConfig",
+    "Started",
+    "Stepped",
+    "TrainState",
+    "Trainer",
+    "TrainingConfig",
+    "open_run",
+    "read_config",
+    "train",
+]

@@ -1,0 +1,72 @@
+"""The configuration of a run: model, tokenizer, data, training."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from polygpt.config import Config, slot
+from polygpt.data import DataConfig
+from polygpt.model import ModelConfig
+from polygpt.tokenizers import TokenizerConfig
+from polygpt.training.optimizers import (
+    OPTIMIZERS,
+    SCHEDULES,
+    AdamWConfig,
+    CosineConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+)
+
+
+class SamplingConfig(Config):
+    """Samples written during training: every `every` steps (0: never), continuing each of `prompts`."""
+
+    every: NonNegativeInt = 0
+    prompts: Annotated[tuple[str, ...], Field(strict=False)] = ("\n",)
+    max_new_tokens: PositiveInt = 100
+    temperature: Annotated[float, Field(ge=0)] = 0.8
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    seed: NonNegativeInt = 0
+
+
+class TrainingConfig(Config):
+    """How a model is trained.
+
+    Attributes:
+        steps: optimizer steps.
+        batch_size: windows a step; a step sees batch_size · context_length tokens.
+        optimizer, schedule: chosen by `kind`.
+        clip_norm: the gradient's global norm is clipped to this; None does not clip.
+        seed: of initialisation, batches and dropout.
+        eval_every: steps between evaluations on the fixed validation windows; 0 evaluates at the end only.
+        eval_batches: how many batches of validation windows, evenly spread, an evaluation along the way reads;
+            None reads all. The evaluation at the end always reads all.
+        save_every: steps between checkpoints; 0 saves at the end (and when interrupted) only.
+        keep: how many of the newest checkpoints stay.
+        log_every: steps whose metrics are fetched from the device together.
+        samples: text sampled along the way.
+    """
+
+    steps: PositiveInt
+    batch_size: PositiveInt
+    optimizer: slot(OptimizerConfig, OPTIMIZERS) = AdamWConfig()
+    schedule: slot(ScheduleConfig, SCHEDULES) = CosineConfig()
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    seed: NonNegativeInt = 0
+    eval_every: NonNegativeInt = 0
+    eval_batches: PositiveInt | None = None
+    save_every: NonNegativeInt = 0
+    keep: PositiveInt = 2
+    log_every: PositiveInt = 10
+    samples: SamplingConfig = SamplingConfig()
+
+
+class RunConfig(Config):
+    """Everything a run is: from text to a trained model."""
+
+    model: ModelConfig
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    data: DataConfig = DataConfig()
+    training: TrainingConfig

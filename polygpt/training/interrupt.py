@@ -1,0 +1,46 @@
+"""SIGINT and SIGTERM as a flag that the loop looks at between steps, so that it can save before it stops."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+
+from polygpt.errors import PolygptError
+
+
+class Interrupted(PolygptError):
+    """The run was asked to stop, and saved."""
+
+    exit_code = 130
+
+    def __init__(self, step: int, folder: Path):
+        super().__init__(
+            f"interrupted after step {step}, which is saved; go on with: polygpt train --resume --out {folder}"
+        )
+
+
+class InterruptFlag:
+    """While entered, the first SIGINT or SIGTERM sets `raised`; a second SIGINT interrupts at once.
+
+    Outside the main thread, where Python allows no handlers, signals keep their usual meaning.
+    """
+
+    raised = False
+
+    def __enter__(self) -> InterruptFlag:
+        self._previous = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.raised and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.raised = True

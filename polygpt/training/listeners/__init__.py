@@ -1,0 +1,16 @@
+"""Listeners of a run's events: what a person watches, and the files that stay."""
+
+from __future__ import annotations
+
+from polygpt.training.events import Listener
+from polygpt.training.listeners.files import RunFiles, read_lines
+from polygpt.training.listeners.progress import progress_listener
+from polygpt.training.listeners.report import Baseline, write_report
+
+
+def standard_listeners(quiet: bool = False) -> list[Listener]:
+    """What `polygpt train` listens with: the run's files and report, and unless `quiet` the progress bar."""
+    return [RunFiles()] if quiet else [RunFiles(), progress_listener()]
+
+
+__all__ = ["Baseline", "RunFiles", "progress_listener", "read_lines", "standard_listeners", "write_report"]

@@ -1,0 +1,141 @@
+"""`report.html` and `loss.png`: a run to look at, built from the run's own files.
+
+The page is self-contained: plots are inline SVG, and it loads nothing.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from matplotlib.figure import Figure
+
+from polygpt.config import read_yaml, to_yaml
+from polygpt.training.listeners.files import METRICS, RESULT, SAMPLES, read_lines
+from polygpt.training.run_folder import CONFIG
+
+REPORT, PLOT = "report.html", "loss.png"
+BLUE, ORANGE, GREY = "#2563eb", "#ea580c", "#94a3b8"
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Another way to predict or compress the same held-out text."""
+
+    name: str
+    bits_per_byte: float
+    note: str = ""
+
+
+def write_report(run: Path, baselines: Sequence[Baseline] = ()) -> Path:
+    """Writes `report.html` and `loss.png` into the finished run's folder; gives the page's path."""
+    lines = read_lines(run / METRICS)
+    result = json.loads((run / RESULT).read_text(encoding="utf-8"))
+    curve = _loss_figure(lines)
+    curve.savefig(run / PLOT, dpi=150)
+    bars = None
+    if baselines:
+        own = Baseline("this model", result["val_bits_per_byte"])
+        bars = _svg(_baseline_figure([own, *baselines]))
+    page = _template().render(
+        name=run.name,
+        result=result,
+        config=to_yaml(read_yaml(run / CONFIG)),
+        curve=_svg(curve),
+        speed=_svg(_speed_figure(lines)),
+        bars=bars,
+        baselines=baselines,
+        samples=read_lines(run / SAMPLES),
+        evaluations=[line for line in lines if "val_loss" in line],
+        versions=_versions(),
+    )
+    partial = run / f".{REPORT}.partial"
+    partial.write_text(page, encoding="utf-8")
+    return partial.replace(run / REPORT)
+
+
+def _template() -> Any:
+    source = resources.files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
+    return Environment(autoescape=True, undefined=StrictUndefined).from_string(source)
+
+
+def _versions() -> dict[str, str]:
+    packages = ("polygpt", "jax", "flax", "optax")
+    return {"Python": platform.python_version()} | {name: metadata.version(name) for name in packages}
+
+
+def _figure(height: float = 3.4) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(8, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    return figure, axes
+
+
+def _loss_figure(lines: Sequence[dict[str, Any]]) -> Figure:
+    figure, axes = _figure()
+    steps = [line for line in lines if "loss" in line]
+    x, loss = [line["step"] for line in steps], [line["loss"] for line in steps]
+    axes.plot(x, loss, color=BLUE, alpha=0.25, linewidth=0.8, label="training, each batch")
+    axes.plot(x, _smooth(loss), color=BLUE, linewidth=1.6, label="training, moving average")
+    held_out = [line for line in lines if "val_loss" in line]
+    axes.plot(
+        [line["step"] for line in held_out],
+        [line["val_loss"] for line in held_out],
+        color=ORANGE,
+        marker="o",
+        markersize=4,
+        label="held-out text",
+    )
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats a token)")
+    axes.legend(frameon=False)
+    return figure
+
+
+def _speed_figure(lines: Sequence[dict[str, Any]]) -> Figure:
+    figure, axes = _figure(2.2)
+    timed = [line for line in lines if "tokens_per_second" in line]
+    axes.plot(
+        [line["step"] for line in timed], [line["tokens_per_second"] for line in timed], color=BLUE, linewidth=1.2
+    )
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("step")
+    axes.set_ylabel("tokens/s")
+    return figure
+
+
+def _baseline_figure(rows: Sequence[Baseline]) -> Figure:
+    figure, axes = _figure(0.5 * len(rows) + 0.9)
+    names, values = [row.name for row in rows], [row.bits_per_byte for row in rows]
+    bars = axes.barh(names, values, color=[BLUE] + [GREY] * (len(rows) - 1))
+    axes.bar_label(bars, fmt="%.3f", padding=4)
+    axes.invert_yaxis()
+    axes.grid(visible=False)
+    axes.set_xlabel("bits per byte of the held-out text (less is better)")
+    return figure
+
+
+def _smooth(values: Sequence[float], horizon: float = 20.0) -> list[float]:
+    """Exponential moving average over about `horizon` steps, without a bias towards 0 at the start."""
+    averages, total, weight = [], 0.0, 0.0
+    keep = 1 - 1 / horizon
+    for value in values:
+        total, weight = keep * total + value, keep * weight + 1
+        averages.append(total / weight)
+    return averages
+
+
+def _svg(figure: Figure) -> str:
+    stream = io.StringIO()
+    # Without a date and with fixed ids, the same run gives the same page.
+    figure.savefig(stream, format="svg", metadata={"Date": None})
+    text = stream.getvalue()
+    return text[text.index("<svg") :]

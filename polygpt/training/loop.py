@@ -1,0 +1,291 @@
+"""The loop: batches in, events out, checkpoints that go on to the same numbers.
+
+Progress bars, files and reports are listeners of the events; the loop itself prints and plots nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from polygpt import checkpoint
+from polygpt.data import Loader
+from polygpt.errors import PolygptError, RequestError
+from polygpt.language_model import LanguageModel
+from polygpt.model import Model
+from polygpt.training.config import RunConfig
+from polygpt.training.events import (
+    Evaluated,
+    Event,
+    Finished,
+    Listener,
+    Note,
+    RunResult,
+    Sampled,
+    Saved,
+    Started,
+    Stepped,
+)
+from polygpt.training.interrupt import Interrupted, InterruptFlag
+from polygpt.training.run_folder import CHECKPOINTS, Run, create_run, open_run
+from polygpt.training.step import Batch, Metrics, Trainer, TrainState, nll_sums
+
+
+def train(
+    config: RunConfig | None, out: str | Path, *, resume: bool = False, listeners: Iterable[Listener] = ()
+) -> RunResult:
+    """Trains as `config` says into the folder `out`, or goes on with the run that is there.
+
+    Args:
+        config: the run's configuration; with `resume` it may be None, and must otherwise equal the run's own but
+            for `training.steps` and what does not change the numbers.
+        out: the run's folder.
+        resume: go on from the newest verified checkpoint.
+        listeners: called with each event (see `events.py`).
+
+    Raises:
+        RequestError: the folder exists (or, resuming, does not), the data or shapes do not fit, the run differs.
+        PolygptError: writing failed, or the loss is no longer a number.
+        Interrupted: SIGINT or SIGTERM came; a checkpoint was saved.
+    """
+    out = Path(out).expanduser()
+    emit = _emitter(listeners)
+    if resume:
+        run = open_run(out)
+        if config is not None:
+            run = _with_changes(run, config)
+    else:
+        run = create_run(config, out, lambda text: emit(Note(text)), check=_check)
+    return _Loop(run, emit).run(resume)
+
+
+def _emitter(listeners: Iterable[Listener]) -> Listener:
+    listeners = tuple(listeners)
+
+    def emit(event: Event) -> None:
+        for listener in listeners:
+            listener(event)
+
+    return emit
+
+
+def _with_changes(run: Run, config: RunConfig) -> Run:
+    """The run under `config`, which may train longer but must be the same model on the same data."""
+    own = run.config
+    for name in ("model", "tokenizer", "data"):
+        mine, theirs = getattr(own, name), getattr(config, name)
+        if name == "model":
+            theirs = theirs.with_vocab(own.model.vocab_size)
+        if mine != theirs:
+            key = next(k for k in type(mine).model_fields if getattr(mine, k) != getattr(theirs, k))
+            raise RequestError(
+                f"{run.folder}: this run has {name}.{key}={getattr(mine, key)}, not {getattr(theirs, key)}; "
+                "resume without changing it, or start a new run with another --out"
+            )
+    return Run(run.folder, own.replace(training=config.training.to_dict()), run.tokenizer, run.shards)
+
+
+def _check(run: Run) -> None:
+    """Refuses a run whose data is shorter than a window or whose model cannot be built, before it is written."""
+    _loaders(run)
+    Model(run.config.model).num_parameters  # noqa: B018 - traces the construction
+
+
+def _loaders(run: Run) -> tuple[Loader, Loader]:
+    """Training batches and validation batches of a run."""
+    training, context = run.config.training, run.config.model.context_length
+    train = Loader(
+        run.shards.train,
+        context_length=context,
+        batch_size=training.batch_size,
+        stride=run.config.data.stride,
+        seed=training.seed,
+    )
+    held_out = Loader(run.shards.validation, context_length=context, batch_size=training.batch_size, shuffle=False)
+    return train, held_out
+
+
+class _Loop:
+    """One process's work on one run."""
+
+    def __init__(self, run: Run, emit: Listener):
+        self.folder, self.tokenizer, self.emit = run.folder, run.tokenizer, emit
+        self.config, self.training = run.config, run.config.training
+        self.train_loader, self.validation_loader = _loaders(run)
+        self.tokens_per_byte = run.shards.validation.tokens / run.shards.validation.bytes
+        self.model = Model(run.config.model)
+        self.trainer = Trainer(self.model, self.training)
+        self.sums = jax.jit(lambda params, batch: nll_sums(self.model, params, batch))
+        self.meter = _Meter(emit, self.training.batch_size * run.config.model.context_length)
+
+    def run(self, resume: bool) -> RunResult:
+        """The whole of it: from the newest checkpoint, if resuming, to the last step's."""
+        started = time.perf_counter()
+        with InterruptFlag() as interrupt:
+            state = self._restore() if resume else self.trainer.init()
+            self.emit(Started(self.config, self.folder, int(state.step), self.model.num_parameters, self._facts()))
+            step_function = self.trainer.compile_step(state, self._batch(self.train_loader, 0))
+            compile_seconds = time.perf_counter() - started
+            self.emit(Note(f"compiled in {compile_seconds:.1f} s"))
+            state = self._steps(state, step_function, interrupt)
+            evaluated = self._evaluate(state, full=True)
+        result = RunResult(
+            run=str(self.folder),
+            steps=int(state.step),
+            train_loss=self.meter.recent_loss,
+            val_loss=evaluated.val_loss,
+            val_bits_per_byte=evaluated.val_bits_per_byte,
+            tokens_per_second=self.meter.tokens_per_second,
+            seconds=time.perf_counter() - started,
+            compile_seconds=compile_seconds,
+        )
+        self.emit(Finished(result))
+        return result
+
+    def _steps(self, state: TrainState, step_function: Callable, interrupt: InterruptFlag) -> TrainState:
+        self.meter.restart()
+        for index in range(int(state.step), self.training.steps):
+            state, metrics = step_function(state, self._batch(self.train_loader, index))
+            self.meter.add(index + 1, metrics)
+            step, last = index + 1, index + 1 == self.training.steps
+            if step % self.training.log_every == 0:
+                self.meter.flush()
+            if _due(step, self.training.eval_every) and not last:
+                self._evaluate(state)
+            if _due(step, self.training.samples.every) or (last and self.training.samples.every):
+                self._sample(state, step)
+            if interrupt.raised or last or _due(step, self.training.save_every):
+                self._save(state, step)
+            if interrupt.raised and not last:
+                raise Interrupted(step, self.folder)
+        return state
+
+    def _batch(self, loader: Loader, index: int) -> Batch:
+        return Batch(**{name: jnp.asarray(values) for name, values in loader.batch(index).items()})
+
+    def _evaluate(self, state: TrainState, full: bool = False) -> Evaluated:
+        """On all validation windows, or on batches spread evenly over them, the same ones every time."""
+        self.meter.flush()
+        count = self.validation_loader.num_batches
+        wanted = count if full else min(self.training.eval_batches or count, count)
+        indices = np.linspace(0, count - 1, wanted).round().astype(int)
+        # Summed on the device: fetching each would wait for it.
+        total = sum(self.sums(state.params, self._batch(self.validation_loader, int(i))) for i in indices)
+        nats, tokens = np.asarray(total, np.float64)
+        loss = float(nats / tokens)
+        bits = loss * self.tokens_per_byte / math.log(2)
+        event = Evaluated(int(state.step), loss, bits, full=wanted == count)
+        self.emit(event)
+        self.meter.restart()
+        return event
+
+    def _sample(self, state: TrainState, step: int) -> None:
+        self.meter.flush()
+        settings = self.training.samples
+        lm = LanguageModel(self.config.model, state.params, self.tokenizer)
+        for prompt in settings.prompts:
+            text = lm.generate(
+                prompt,
+                max_new_tokens=min(settings.max_new_tokens, self.config.model.context_length),
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                seed=settings.seed,
+            ).text
+            self.emit(Sampled(step, prompt, text))
+        self.meter.restart()
+
+    def _save(self, state: TrainState, step: int) -> None:
+        self.meter.flush()  # raises where the state is not worth saving
+        items = {"params": state.params, "optimizer": (state.optimizer, state.step)}
+        info = {"step": step, "data": self.train_loader.fingerprint, "recent_losses": list(self.meter.recent)}
+        saved = checkpoint.save(self.folder / CHECKPOINTS, step, items, info, self.training.keep)
+        self.emit(Saved(step, saved.folder))
+        self.meter.restart()
+
+    def _restore(self) -> TrainState:
+        saved = checkpoint.newest(self.folder / CHECKPOINTS, lambda text: self.emit(Note(text, warning=True)))
+        if saved is None:
+            self.emit(Note("no checkpoint yet: starting from the first step"))
+            return self.trainer.init()
+        if saved.info["data"] != self.train_loader.fingerprint:
+            raise RequestError(
+                f"{self.folder}: the checkpoint was trained on other batches (data, batch_size, context_length, "
+                "stride or seed differ); resume with the run's own settings"
+            )
+        like = self.trainer.abstract_state()
+        params = checkpoint.restore(saved, "params", like.params)
+        optimizer, step = checkpoint.restore(saved, "optimizer", (like.optimizer, like.step))
+        self.meter.recent.extend(saved.info["recent_losses"])
+        return TrainState(params, optimizer, step)
+
+    def _facts(self) -> dict[str, Any]:
+        device = jax.local_devices()[0]
+        return {
+            "device": f"{device.platform} ({device.device_kind})",
+            "tokens a step": self.training.batch_size * self.config.model.context_length,
+            "steps an epoch": self.train_loader.num_batches,
+        }
+
+
+class _Meter:
+    """Metrics wait on the device and are fetched together, so that no step waits for the one before."""
+
+    def __init__(self, emit: Listener, tokens_per_step: int):
+        self.emit, self.tokens_per_step = emit, tokens_per_step
+        self.pending: list[tuple[int, Metrics]] = []
+        self.recent: deque[float] = deque(maxlen=20)
+        self.speeds: list[float] = []
+        self.clock = time.perf_counter()
+
+    def restart(self) -> None:
+        """The clock, after something that was not training."""
+        self.clock = time.perf_counter()
+
+    def add(self, step: int, metrics: Metrics) -> None:
+        """Metrics of a step that may not have finished."""
+        self.pending.append((step, metrics))
+
+    def flush(self) -> None:
+        """Fetches what is pending and tells of it.
+
+        Raises:
+            PolygptError: a loss or gradient is not a finite number.
+        """
+        if not self.pending:
+            return
+        fetched = [(step, jax.device_get(metrics)) for step, metrics in self.pending]
+        speed = len(fetched) * self.tokens_per_step / (time.perf_counter() - self.clock)
+        self.speeds.append(speed)
+        self.pending = []
+        for step, metrics in fetched:
+            values = {name: float(value) for name, value in metrics._asdict().items()}
+            if not all(map(math.isfinite, values.values())):
+                raise PolygptError(
+                    f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}: training diverged; "
+                    "lower training.optimizer.learning_rate. The checkpoint before it is intact"
+                )
+            self.recent.append(values["loss"])
+            self.emit(Stepped(step, **values, tokens_per_second=speed if step == fetched[-1][0] else None))
+        self.restart()
+
+    @property
+    def recent_loss(self) -> float:
+        """Mean loss of the last (up to 20) steps, nats a token; the loss of one batch says little."""
+        return sum(self.recent) / len(self.recent) if self.recent else math.nan
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Median over groups of steps, so that neither compilation nor a pause counts."""
+        return float(np.median(self.speeds)) if self.speeds else 0.0
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

@@ -1,0 +1,131 @@
+"""A run's folder: what is in it, how it comes to be whole or not at all, and how one is opened again.
+
+config.yaml      the resolved configuration
+tokenizer.json   the tokenizer
+data/            token shards (absent where `data.path` is a folder of shards already)
+checkpoints/     verified steps
+metrics.jsonl    one JSON object a line, with `step` and `loss` or `val_loss`
+samples.jsonl, loss.png, report.html
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from polygpt.config import read_yaml, to_yaml, validate
+from polygpt.data import Shards, is_prepared, open_shards, open_source, prepare
+from polygpt.errors import PolygptError, RequestError
+from polygpt.model import ModelConfig
+from polygpt.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
+from polygpt.training.config import RunConfig
+
+CONFIG, TOKENIZER, DATA, CHECKPOINTS = "config.yaml", "tokenizer.json", "data", "checkpoints"
+
+
+@dataclass(frozen=True)
+class Run:
+    """An opened run: its configuration is resolved (the vocabulary is filled in)."""
+
+    folder: Path
+    config: RunConfig
+    tokenizer: Tokenizer
+    shards: Shards
+
+
+def create_run(config: RunConfig, folder: Path, tell: Callable[[str], None], check: Callable[[Run], None]) -> Run:
+    """Trains the tokenizer, prepares the shards, and writes the folder; `check` may still refuse the whole.
+
+    Raises:
+        RequestError: the folder exists, the data cannot be used, or the parts do not fit together.
+        PolygptError: the folder cannot be written.
+    """
+    if folder.exists():
+        raise RequestError(f"{folder}: exists already; go on with it (--resume), or choose another --out")
+    with _partial_folder(folder) as partial:
+        tokenizer, shards = _prepare(config, partial, tell)
+        model = resolve_vocabulary(config.model, tokenizer)
+        run = Run(partial, config.replace(model=model.to_dict()), tokenizer, shards)
+        check(run)
+        tokenizer.save(partial / TOKENIZER)
+        (partial / CONFIG).write_text(to_yaml(run.config), encoding="utf-8")
+    return open_run(folder)
+
+
+def open_run(folder: Path) -> Run:
+    """The run in `folder`, its shards verified.
+
+    Raises:
+        RequestError: there is no run, or its files do not fit together.
+    """
+    config = read_config(folder)
+    tokenizer = load_tokenizer(folder / TOKENIZER)
+    own = folder / DATA
+    shards = open_shards(own if own.exists() else config.data.paths[0], tokenizer)
+    return Run(folder, config, tokenizer, shards)
+
+
+def read_config(folder: Path) -> RunConfig:
+    """The resolved configuration of the run in `folder`.
+
+    Raises:
+        RequestError: there is no run in it.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise RequestError(f"{folder}: no run here (it has no {CONFIG}); start one without --resume")
+    return validate(RunConfig, read_yaml(path), str(path))
+
+
+def resolve_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """The model with the tokenizer's vocabulary where its own is open.
+
+    Raises:
+        RequestError: the tokenizer has ids that the model has no embedding for.
+    """
+    model = model.with_vocab(tokenizer.vocab_size)
+    if model.vocab_size < tokenizer.vocab_size:
+        raise RequestError(
+            f"model.vocab_size={model.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size} ids; "
+            "leave it out to take the tokenizer's"
+        )
+    return model
+
+
+def _prepare(config: RunConfig, partial: Path, tell: Callable[[str], None]) -> tuple[Tokenizer, Shards]:
+    if is_prepared(config.data):
+        folder = Path(config.data.paths[0]).expanduser()
+        wanted = config.tokenizer
+        path = wanted.path if wanted.kind == "file" else folder / TOKENIZER
+        tell(f"data: prepared shards in {folder}, with their own tokenizer")
+        tokenizer = load_tokenizer(path)
+        return tokenizer, open_shards(folder, tokenizer)
+    source = open_source(config.data)
+    tell(f"data: {source.describe()}")
+    tokenizer = train_tokenizer(config.tokenizer, (document.text for document in source))
+    tell(f"tokenizer: {config.tokenizer.kind}, {tokenizer.vocab_size} ids, {tokenizer.fingerprint[:12]}")
+    shards = prepare(source, tokenizer, partial / DATA, config.data)
+    if source.invalid.documents:
+        tell(f"data: {source.invalid.documents} documents were not UTF-8 ({config.data.invalid_utf8})")
+    train, validation = shards.train, shards.validation
+    tell(f"shards: {train.tokens:,} tokens to train on, {validation.tokens:,} held out ({validation.bytes:,} bytes)")
+    return tokenizer, shards
+
+
+@contextmanager
+def _partial_folder(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder` that takes its name at the end, or goes if anything goes wrong before."""
+    partial = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        os.rename(partial, folder)
+    except OSError as error:
+        raise PolygptError(f"{folder}: cannot be written ({error.strerror})") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,88 @@
+"""One training step and one evaluation step, as pure functions of arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, PyTree
+
+from polygpt.model import Model, Params
+from polygpt.training.config import TrainingConfig
+
+
+class Batch(NamedTuple):
+    """`mask` is 1 where a target counts; all [B, T]."""
+
+    input: Int[Array, "B T"]
+    target: Int[Array, "B T"]
+    mask: Float[Array, "B T"]
+
+
+class TrainState(NamedTuple):
+    """All that training changes. `step` is int32, the number of updates done."""
+
+    params: Params
+    optimizer: PyTree
+    step: Int[Array, ""]
+
+
+class Metrics(NamedTuple):
+    """Of one step: mean nats a token, the gradient's global norm before clipping, and the learning rate."""
+
+    loss: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+    learning_rate: Float[Array, ""]
+
+
+def masked_mean(values: Float[Array, "B T"], mask: Float[Array, "B T"]) -> Float[Array, ""]:
+    """Σ values·mask / Σ mask; 0 where nothing counts."""
+    return (values * mask).sum() / jnp.maximum(mask.sum(), 1)
+
+
+class Trainer:
+    """The pure functions of training one model under one configuration."""
+
+    def __init__(self, model: Model, config: TrainingConfig):
+        self.model, self.config = model, config
+        self.learning_rate = config.schedule.build(config.optimizer.learning_rate, config.steps)
+        self.optimizer = config.optimizer.build(model, self.learning_rate)
+
+    def init(self) -> TrainState:
+        """The state before the first step."""
+        params = self.model.init(self.config.seed)
+        return TrainState(params, jax.jit(self.optimizer.init)(params), jnp.zeros((), jnp.int32))
+
+    def abstract_state(self) -> TrainState:
+        """Shapes and dtypes of the state, nothing allocated."""
+        return jax.eval_shape(self.init)
+
+    def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        """One update on one batch. Dropout's key is a function of (seed, step) alone, so a resumed run repeats it."""
+        key = jax.random.fold_in(jax.random.key(self.config.seed), state.step)
+
+        def objective(params: Params) -> Float[Array, ""]:
+            nll, _ = self.model.nll(params, batch.input, batch.target, key)
+            return masked_mean(nll, batch.mask)
+
+        loss, gradients = jax.value_and_grad(objective)(state.params)
+        norm = optax.global_norm(gradients)
+        if self.config.clip_norm is not None:
+            scale = jnp.minimum(1.0, self.config.clip_norm / jnp.maximum(norm, 1e-12))
+            gradients = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients)
+        updates, optimizer = self.optimizer.update(gradients, state.optimizer, state.params)
+        metrics = Metrics(loss, norm, jnp.asarray(self.learning_rate(state.step), jnp.float32))
+        return TrainState(optax.apply_updates(state.params, updates), optimizer, state.step + 1), metrics
+
+    def compile_step(self, state: TrainState, batch: Batch) -> Callable[[TrainState, Batch], tuple]:
+        """`step` compiled for these shapes, the old state's memory given to the new one."""
+        return jax.jit(self.step, donate_argnums=0).lower(state, batch).compile()
+
+
+def nll_sums(model: Model, params: Params, batch: Batch) -> Float[Array, "2"]:
+    """(Σ nats, Σ tokens) of a batch, without dropout."""
+    nll, _ = model.nll(params, batch.input, batch.target)
+    return jnp.stack([(nll * batch.mask).sum(), batch.mask.sum()])
