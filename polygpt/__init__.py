@@ -36,7 +36,19 @@ _HOMES = {
     "train": "training",
 }
 
-__all__ = sorted(_HOMES)
+__all__ = [
+    "Generation",
+    "LanguageModel",
+    "ModelConfig",
+    "PolygptError",
+    "RequestError",
+    "RunConfig",
+    "build",
+    "load",
+    "load_recipe",
+    "preset",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

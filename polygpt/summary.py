@@ -44,7 +44,7 @@ def _fields(name: str) -> dict[str, Any]:
         return read_config(path).model.to_dict()
     if path.suffix in (".yaml", ".yml"):
         fields = read_yaml(path)
-        return model_fields(fields["model"] if "model" in fields else fields)
+        return model_fields(fields.get("model", fields))
     if name in recipe_names():
         return load_recipe(name).model.to_dict()
     known = [*PRESETS, *recipe_names()]

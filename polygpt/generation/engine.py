@@ -156,7 +156,7 @@ def _check(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens
             raise RequestError("the prompt is empty and the tokenizer has no end-of-text token to start from")
         if len(prompt) > config.context_length:
             raise RequestError(
-                f"the prompt has {len(prompt)} tokens, the model's context_length is {config.context_length}; shorten it"
+                f"the prompt has {len(prompt)} tokens, model.context_length is {config.context_length}: shorten it"
             )
         bad = next((token for token in prompt if not 0 <= token < config.vocab_size), None)
         if bad is not None:

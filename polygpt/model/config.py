@@ -85,9 +85,9 @@ class ModelConfig(Config):
             )
         if self.embed_dim is None and self.head != "none":
             raise ValueError("embed_dim is required unless head=none (then it is vocab_size)")
-        if self.head == "none" and None not in (self.embed_dim, self.vocab_size):
-            if self.embed_dim != self.vocab_size:
-                raise ValueError(f"head=none needs embed_dim={self.embed_dim} equal to vocab_size={self.vocab_size}")
+        known = self.embed_dim is not None and self.vocab_size is not None
+        if self.head == "none" and known and self.embed_dim != self.vocab_size:
+            raise ValueError(f"head=none needs embed_dim={self.embed_dim} equal to vocab_size={self.vocab_size}")
         for index, layer in enumerate(self.layers):
             if layer.attention is None or layer.feedforward is None:
                 missing = "attention" if layer.attention is None else "feedforward"

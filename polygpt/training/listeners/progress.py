@@ -66,9 +66,8 @@ class _Lines:
         self.last = now
         steps = self.config.training.steps
         left = (now - self.begun) / (event.step - self.first) * (steps - event.step)
-        self.console.print(
-            f"step {event.step}/{steps}: loss {event.loss:.4f}, {event.tokens_per_second:,.0f} tokens/s, {left:.0f} s left"
-        )
+        speed = f"{event.tokens_per_second:,.0f} tokens/s"
+        self.console.print(f"step {event.step}/{steps}: loss {event.loss:.4f}, {speed}, {left:.0f} s left")
 
 
 class _Bar:
