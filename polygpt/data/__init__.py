@@ -6,7 +6,7 @@ and `Loader(shards.train, ...).batch(i)` is a pure function of (seed, i).
 
 from polygpt.data.config import DataConfig
 from polygpt.data.loader import Loader
-from polygpt.data.preparation import prepare
+from polygpt.data.preparation import prepare, training_texts
 from polygpt.data.shards import Manifest, Shards, TokenSplit, is_prepared, open_shards
 from polygpt.data.sources import Document, InvalidText, Source, open_source
 
@@ -23,4 +23,5 @@ __all__ = [
     "open_shards",
     "open_source",
     "prepare",
+    "training_texts",
 ]

@@ -104,6 +104,11 @@ def _write_manifest(path: Path, manifest: Manifest) -> None:
         os.fsync(stream.fileno())
 
 
+def training_texts(source: Source, config: DataConfig) -> Iterator[str]:
+    """The texts on the training side, for a tokenizer to be trained on: the held-out text stays unseen by it, too."""
+    return (part.text for part in _parts(source, config) if part.side == "train")
+
+
 def _parts(source: Source, config: DataConfig) -> Iterator[_Part]:
     if config.split == "document":
         for document in source:

@@ -76,7 +76,7 @@ class Finished:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run comes to. Losses in nats a token; `seconds` includes compilation and evaluation."""
+    """What a run comes to. Losses in nats a token; `seconds` is all of it, from preparing the data to the end."""
 
     run: str
     steps: int

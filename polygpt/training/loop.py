@@ -56,6 +56,7 @@ def train(
         PolygptError: writing failed, or the loss is no longer a number.
         Interrupted: SIGINT or SIGTERM came; a checkpoint was saved.
     """
+    started = time.perf_counter()
     out = Path(out).expanduser()
     emit = _emitter(listeners)
     if resume:
@@ -64,7 +65,7 @@ def train(
             run = _with_changes(run, config)
     else:
         run = create_run(config, out, lambda text: emit(Note(text)), check=_check)
-    return _Loop(run, emit).run(resume)
+    return _Loop(run, emit, started).run(resume)
 
 
 def _emitter(listeners: Iterable[Listener]) -> Listener:
@@ -116,7 +117,8 @@ def _loaders(run: Run) -> tuple[Loader, Loader]:
 class _Loop:
     """One process's work on one run."""
 
-    def __init__(self, run: Run, emit: Listener):
+    def __init__(self, run: Run, emit: Listener, started: float):
+        self.started = started
         self.folder, self.tokenizer, self.emit = run.folder, run.tokenizer, emit
         self.config, self.training = run.config, run.config.training
         self.train_loader, self.validation_loader = _loaders(run)
@@ -128,12 +130,12 @@ class _Loop:
 
     def run(self, resume: bool) -> RunResult:
         """The whole of it: from the newest checkpoint, if resuming, to the last step's."""
-        started = time.perf_counter()
         with InterruptFlag() as interrupt:
             state = self._restore() if resume else self.trainer.init()
             self.emit(Started(self.config, self.folder, int(state.step), self.model.num_parameters, self._facts()))
+            before = time.perf_counter()
             step_function = self.trainer.compile_step(state, self._batch(self.train_loader, 0))
-            compile_seconds = time.perf_counter() - started
+            compile_seconds = time.perf_counter() - before
             self.emit(Note(f"compiled in {compile_seconds:.1f} s"))
             state = self._steps(state, step_function, interrupt)
             evaluated = self._evaluate(state, full=True)
@@ -144,7 +146,7 @@ class _Loop:
             val_loss=evaluated.val_loss,
             val_bits_per_byte=evaluated.val_bits_per_byte,
             tokens_per_second=self.meter.tokens_per_second,
-            seconds=time.perf_counter() - started,
+            seconds=time.perf_counter() - self.started,
             compile_seconds=compile_seconds,
         )
         self.emit(Finished(result))

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from polygpt.config import read_yaml, to_yaml, validate
-from polygpt.data import Shards, is_prepared, open_shards, open_source, prepare
+from polygpt.data import Shards, is_prepared, open_shards, open_source, prepare, training_texts
 from polygpt.errors import PolygptError, RequestError
 from polygpt.model import ModelConfig
 from polygpt.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
@@ -107,7 +107,10 @@ def _prepare(config: RunConfig, partial: Path, tell: Callable[[str], None]) -> t
         return tokenizer, open_shards(folder, tokenizer)
     source = open_source(config.data)
     tell(f"data: {source.describe()}")
-    tokenizer = train_tokenizer(config.tokenizer, (document.text for document in source))
+    # An alphabet is no knowledge of the held-out text, and a character outside it could not be encoded at all.
+    whole = config.tokenizer.kind == "char"
+    texts = (document.text for document in source) if whole else training_texts(source, config.data)
+    tokenizer = train_tokenizer(config.tokenizer, texts)
     tell(f"tokenizer: {config.tokenizer.kind}, {tokenizer.vocab_size} ids, {tokenizer.fingerprint[:12]}")
     shards = prepare(source, tokenizer, partial / DATA, config.data)
     if source.invalid.documents:
