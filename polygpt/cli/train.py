@@ -25,7 +25,6 @@ def train(recipe: str | None, overrides: tuple[str, ...], out: Path, resume: boo
     from polygpt.errors import RequestError
     from polygpt.recipes import load_recipe, resume_config
     from polygpt.training import train as run_training
-    from polygpt.training.listeners import standard_listeners
 
     if recipe is not None and "=" in recipe and not Path(recipe).exists():
         recipe, overrides = None, (recipe, *overrides)
@@ -36,7 +35,7 @@ def train(recipe: str | None, overrides: tuple[str, ...], out: Path, resume: boo
         raise RequestError("name a recipe or a .yaml file, or go on with a run by --resume")
     else:
         config = load_recipe(recipe, changes)
-    result = run_training(config, out, resume=resume, listeners=standard_listeners())
+    result = run_training(config, out, resume=resume)
     if as_json:
         print_json(dataclasses.asdict(result))
         return

@@ -5,6 +5,7 @@ Progress bars, files and reports are listeners of the events; the loop itself pr
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections import deque
@@ -35,12 +36,13 @@ from polygpt.training.events import (
     Stepped,
 )
 from polygpt.training.interrupt import Interrupted, InterruptFlag
-from polygpt.training.run_folder import CHECKPOINTS, Run, create_run, open_run
+from polygpt.training.listeners import standard_listeners
+from polygpt.training.run_folder import CHECKPOINTS, Run, create_run, open_run, write_config
 from polygpt.training.step import Batch, Metrics, Trainer, TrainState, nll_sums
 
 
 def train(
-    config: RunConfig | None, out: str | Path, *, resume: bool = False, listeners: Iterable[Listener] = ()
+    config: RunConfig | None, out: str | Path, *, resume: bool = False, listeners: Iterable[Listener] | None = None
 ) -> RunResult:
     """Trains as `config` says into the folder `out`, or goes on with the run that is there.
 
@@ -49,7 +51,8 @@ def train(
             for `training.steps` and what does not change the numbers.
         out: the run's folder.
         resume: go on from the newest verified checkpoint.
-        listeners: called with each event (see `events.py`).
+        listeners: called with each event (see `events.py`); by default those that write the run's metrics, samples
+            and report and show a progress bar on standard error.
 
     Raises:
         RequestError: the folder exists (or, resuming, does not), the data or shapes do not fit, the run differs.
@@ -58,7 +61,7 @@ def train(
     """
     started = time.perf_counter()
     out = Path(out).expanduser()
-    emit = _emitter(listeners)
+    emit = _emitter(standard_listeners() if listeners is None else listeners)
     if resume:
         run = open_run(out)
         if config is not None:
@@ -91,7 +94,7 @@ def _with_changes(run: Run, config: RunConfig) -> Run:
                 f"{run.folder}: this run has {name}.{key}={getattr(mine, key)}, not {getattr(theirs, key)}; "
                 "resume without changing it, or start a new run with another --out"
             )
-    return Run(run.folder, own.replace(training=config.training.to_dict()), run.tokenizer, run.shards)
+    return dataclasses.replace(run, config=own.replace(training=config.training.to_dict()))
 
 
 def _check(run: Run) -> None:
@@ -132,6 +135,7 @@ class _Loop:
         """The whole of it: from the newest checkpoint, if resuming, to the last step's."""
         with InterruptFlag() as interrupt:
             state = self._restore() if resume else self.trainer.init()
+            write_config(self.folder, self.config)  # a resumed run may go on for more steps
             self.emit(Started(self.config, self.folder, int(state.step), self.model.num_parameters, self._facts()))
             before = time.perf_counter()
             step_function = self.trainer.compile_step(state, self._batch(self.train_loader, 0))

@@ -26,6 +26,7 @@ from polygpt.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
 from polygpt.training.config import RunConfig
 
 CONFIG, TOKENIZER, DATA, CHECKPOINTS = "config.yaml", "tokenizer.json", "data", "checkpoints"
+METRICS, SAMPLES, RESULT = "metrics.jsonl", "samples.jsonl", "result.json"
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def create_run(config: RunConfig, folder: Path, tell: Callable[[str], None], che
         run = Run(partial, config.replace(model=model.to_dict()), tokenizer, shards)
         check(run)
         tokenizer.save(partial / TOKENIZER)
-        (partial / CONFIG).write_text(to_yaml(run.config), encoding="utf-8")
+        write_config(partial, run.config)
     return open_run(folder)
 
 
@@ -68,6 +69,13 @@ def open_run(folder: Path) -> Run:
     own = folder / DATA
     shards = open_shards(own if own.exists() else config.data.paths[0], tokenizer)
     return Run(folder, config, tokenizer, shards)
+
+
+def write_config(folder: Path, config: RunConfig) -> None:
+    """Writes the run's configuration, whole or not at all."""
+    partial = folder / f".{CONFIG}.partial"
+    partial.write_text(to_yaml(config), encoding="utf-8")
+    partial.replace(folder / CONFIG)
 
 
 def read_config(folder: Path) -> RunConfig:

@@ -9,8 +9,8 @@ from typing import Any
 
 from polygpt.errors import PolygptError
 from polygpt.training.events import Evaluated, Event, Finished, Sampled, Saved, Started, Stepped
-
-METRICS, SAMPLES, RESULT = "metrics.jsonl", "samples.jsonl", "result.json"
+from polygpt.training.listeners.report import write_report
+from polygpt.training.run_folder import METRICS, RESULT, SAMPLES, read_lines
 
 
 class RunFiles:
@@ -37,8 +37,6 @@ class RunFiles:
             case Sampled():
                 self._write(SAMPLES, dataclasses.asdict(event))
             case Finished(result=result):
-                from polygpt.training.listeners.report import write_report  # matplotlib: only when there is a plot
-
                 text = json.dumps(dataclasses.asdict(result), indent=1) + "\n"
                 (self.folder / RESULT).write_text(text, encoding="utf-8")
                 write_report(self.folder)
@@ -48,19 +46,6 @@ class RunFiles:
     def _write(self, name: str, line: dict[str, Any]) -> None:
         with (self.folder / name).open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a line file; a last line that was cut by a crash is left out, a missing file has none."""
-    if not path.is_file():
-        return []
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            break
-    return lines
 
 
 def _cut_after(path: Path, step: int) -> None:

@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata, resources
 from pathlib import Path
-from typing import Any
-
-from jinja2 import Environment, StrictUndefined
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from polygpt.config import read_yaml, to_yaml
 from polygpt.training.listeners.files import METRICS, RESULT, SAMPLES, read_lines
 from polygpt.training.run_folder import CONFIG
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 REPORT, PLOT = "report.html", "loss.png"
 BLUE, ORANGE, GREY = "#2563eb", "#ea580c", "#94a3b8"
@@ -62,6 +62,8 @@ def write_report(run: Path, baselines: Sequence[Baseline] = ()) -> Path:
 
 
 def _template() -> Any:
+    from jinja2 import Environment, StrictUndefined
+
     source = resources.files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
     return Environment(autoescape=True, undefined=StrictUndefined).from_string(source)
 
@@ -72,6 +74,8 @@ def _versions() -> dict[str, str]:
 
 
 def _figure(height: float = 3.4) -> tuple[Figure, Any]:
+    from matplotlib.figure import Figure  # takes a second to import, which only a report should cost
+
     figure = Figure(figsize=(8, height), layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
