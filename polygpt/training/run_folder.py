@@ -5,11 +5,13 @@ tokenizer.json   the tokenizer
 data/            token shards (absent where `data.path` is a folder of shards already)
 checkpoints/     verified steps
 metrics.jsonl    one JSON object a line, with `step` and `loss` or `val_loss`
-samples.jsonl, loss.png, report.html
+samples.jsonl    what the model wrote along the way
+result.json      what the run came to; with loss.png and report.html, written at the end
 """
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
@@ -17,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from polygpt.config import read_yaml, to_yaml, validate
 from polygpt.data import Shards, is_prepared, open_shards, open_source, prepare, training_texts
@@ -88,6 +91,19 @@ def read_config(folder: Path) -> RunConfig:
     if not path.is_file():
         raise RequestError(f"{folder}: no run here (it has no {CONFIG}); start one without --resume")
     return validate(RunConfig, read_yaml(path), str(path))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a line file; a last line that was cut by a crash is left out, a missing file has none."""
+    if not path.is_file():
+        return []
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
 
 
 def resolve_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from polygpt.training.events import Listener
-from polygpt.training.listeners.files import RunFiles, read_lines
+from polygpt.training.listeners.files import RunFiles
 from polygpt.training.listeners.progress import progress_listener
 from polygpt.training.listeners.report import Baseline, write_report
 
@@ -13,4 +13,4 @@ def standard_listeners(quiet: bool = False) -> list[Listener]:
     return [RunFiles()] if quiet else [RunFiles(), progress_listener()]
 
 
-__all__ = ["Baseline", "RunFiles", "progress_listener", "read_lines", "standard_listeners", "write_report"]
+__all__ = ["Baseline", "RunFiles", "progress_listener", "standard_listeners", "write_report"]

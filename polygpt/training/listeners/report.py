@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polygpt.config import read_yaml, to_yaml
-from polygpt.training.listeners.files import METRICS, RESULT, SAMPLES, read_lines
-from polygpt.training.run_folder import CONFIG
+from polygpt.training.run_folder import CONFIG, METRICS, RESULT, SAMPLES, read_lines
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
