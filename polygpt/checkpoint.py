@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
 import warnings
@@ -29,6 +30,7 @@ from jaxtyping import PyTree
 from polygpt.errors import PolygptError, RequestError
 
 FORMAT = 1
+MANIFEST = "manifest.json"
 _STEP = re.compile(r"step_(\d{8,})")
 
 
@@ -42,35 +44,40 @@ class Checkpoint:
 
 
 def save(root: Path, step: int, items: Mapping[str, PyTree], info: Mapping[str, Any], keep: int = 2) -> Checkpoint:
-    """Writes `items` (each a tree of arrays) as step `step` below `root`; then leaves the newest `keep` steps.
+    """Writes `items` (each a tree of arrays) as step `step` below `root`; then leaves it and the `keep - 1` before it.
+
+    Later steps stay: they failed verification, or training would not be here, and are for their owner to look at.
 
     Raises:
         PolygptError: the disk is full or refuses to be written; steps saved before are untouched.
     """
-    final = root / f"step_{step:08d}"
+    final = root / _name(step)
     partial = root / f".{final.name}.partial"
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        for left in root.glob(".step_*.partial"):  # by a process that was killed while it saved
+            shutil.rmtree(left, ignore_errors=True)
         partial.mkdir(parents=True)
         for name, tree in items.items():
             _write_arrays(partial / name, _flatten(tree))
-        (partial / "info.json").write_text(json.dumps(dict(info), indent=1, allow_nan=False))
-        files = {str(path.relative_to(partial)): _fingerprint(path) for path in _files(partial)}
-        (partial / "manifest.json").write_text(json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1))
+        _write_json(partial / "info.json", dict(info))
+        files = {str(path.relative_to(partial)): _fingerprint(path, sync=True) for path in _files(partial)}
+        _write_json(partial / MANIFEST, {"format": FORMAT, "step": step, "files": files})
         if final.exists():  # a step that failed verification and was trained again
             shutil.rmtree(final)
         partial.rename(final)
-        for old in _step_folders(root)[keep:]:
+        whole = [folder for number, folder in _step_folders(root) if number <= step and (folder / MANIFEST).is_file()]
+        for old in whole[keep:]:
             shutil.rmtree(old, ignore_errors=True)
     except (OSError, ValueError) as error:  # tensorstore reports a full disk as ValueError
-        shutil.rmtree(partial, ignore_errors=True)
         raise PolygptError(f"{final}: cannot be saved ({_reason(error)}); earlier checkpoints are intact") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return Checkpoint(final, step, dict(info))
 
 
 def newest(root: Path, warn: Callable[[str], None] = warnings.warn) -> Checkpoint | None:
     """The newest verified step below `root`, or None. Each newer one that fails is named through `warn`."""
-    for folder in _step_folders(root):
+    for _, folder in _step_folders(root):
         try:
             return verify(folder)
         except PolygptError as error:
@@ -85,13 +92,15 @@ def verify(folder: Path) -> Checkpoint:
         PolygptError: a file is missing, of another size, or changed; the file is named.
     """
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = json.loads((folder / MANIFEST).read_text())
         step, files = manifest["step"], manifest["files"]
         if manifest["format"] != FORMAT:
             raise PolygptError(f"{folder}: checkpoint format {manifest['format']}; this version reads {FORMAT}")
+        if folder.name != _name(step):
+            raise PolygptError(f"{folder}: holds step {step}, which its name does not say")
         for name, expected in files.items():
             if _fingerprint(folder / name) != expected:
-                raise PolygptError(f"{folder / name}: does not match its SHA-256 in manifest.json")
+                raise PolygptError(f"{folder / name}: does not match its SHA-256 in {MANIFEST}")
         return Checkpoint(folder, step, json.loads((folder / "info.json").read_text()))
     except FileNotFoundError as error:
         raise PolygptError(f"{folder}: incomplete checkpoint, {Path(error.filename).name} is missing") from None
@@ -163,17 +172,30 @@ def _files(folder: Path) -> Iterator[Path]:
     return (path for path in sorted(folder.rglob("*")) if path.is_file())
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
+def _fingerprint(path: Path, sync: bool = False) -> dict[str, Any]:
     with path.open("rb") as file:
+        if sync:  # a manifest must not reach the disk before what it vouches for
+            os.fsync(file.fileno())
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def _step_folders(root: Path) -> list[Path]:
-    """Folders named like a step, newest first."""
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=1, allow_nan=False))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def _step_folders(root: Path) -> list[tuple[int, Path]]:
+    """What is named like a step, newest first, with its number."""
     if not root.is_dir():
         return []
     found = [(int(match[1]), path) for path in root.iterdir() if (match := _STEP.fullmatch(path.name))]
-    return [path for _, path in sorted(found, reverse=True)]
+    return sorted(found, reverse=True)
 
 
 def _reason(error: Exception) -> str:

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError
 from ruamel.yaml import YAML
@@ -50,6 +50,9 @@ class PartConfig(Config):
 # A YAML list becomes a tuple, so that configurations hash; strict mode alone would refuse the list.
 Tuple = Annotated[tuple[C, ...], Field(strict=False)]
 
+# `jax.random.key` drops the bits above 32: a larger seed would give the numbers of a smaller one.
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
 
 class _PartError(ValueError):
     """The mistakes found inside a part, carried with the part's class so that they can be described."""
@@ -59,10 +62,11 @@ class _PartError(ValueError):
         self.cls, self.error = cls, error
 
 
-def slot(base: type[PartConfig], menu: Mapping[str, type[PartConfig]]) -> Any:
+def slot(base: type[PartConfig], menu: Mapping[str, type[PartConfig]], default: str | None = None) -> Any:
     """The annotated type of a slot: a mapping whose `kind` names an entry of `menu`, or a user's own part.
 
-    A user's part is named by dotted path, `kind: package.module:ClassName`, and must derive from `base`.
+    A user's part is named by dotted path, `kind: package.module:ClassName`, and must derive from `base`. A mapping
+    without a kind is of the kind `default`, where there is one.
     """
 
     def resolve(value: Any) -> Any:
@@ -72,14 +76,15 @@ def slot(base: type[PartConfig], menu: Mapping[str, type[PartConfig]]) -> Any:
             value = {"kind": value}
         if not isinstance(value, Mapping):
             raise ValueError(f"a mapping with a 'kind' is needed here, not {value!r}")
-        kind = value.get("kind")
+        value = {"kind": default, **value}
+        kind = value["kind"]
         if not isinstance(kind, str):
             raise ValueError(f"'kind' is missing; choose from: {', '.join(menu)}")
         cls = _import_part(kind, base) if ":" in kind else menu.get(kind)
         if cls is None:
             raise ValueError(f"no kind '{kind}'; {suggest(kind, menu)}")
         try:
-            return cls.model_validate(dict(value))
+            return cls.model_validate(value)
         except ValidationError as error:
             raise _PartError(cls, error) from None
 
@@ -94,10 +99,12 @@ def _import_part(path: str, base: type[PartConfig]) -> type[PartConfig]:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # a user's module may fail in any way while it is imported
-        raise ValueError(f"cannot import '{module_name}' of kind '{path}': {error}") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"cannot import '{module_name}' of kind '{path}': {reason}") from error
     cls = getattr(module, class_name, None)
     if cls is None:
-        raise ValueError(f"module '{module_name}' has no '{class_name}'; {suggest(class_name, vars(module))}")
+        fitting = [name for name, value in vars(module).items() if isinstance(value, type) and issubclass(value, base)]
+        raise ValueError(f"module '{module_name}' has no '{class_name}'; {suggest(class_name, fitting)}")
     if not (isinstance(cls, type) and issubclass(cls, base)):
         raise ValueError(f"'{path}' must be a class that derives from {base.__module__}.{base.__name__}")
     return cls
@@ -118,35 +125,59 @@ def validate(cls: type[C], data: Mapping[str, Any], where: str = "") -> C:
         raise RequestError("\n".join(prefix + line for line in lines[:3]) + more) from None
 
 
+# What pydantic says in Python's words, in a configuration's.
+_NEEDED = {"model_type": "a mapping is needed", "tuple_type": "a list is needed", "too_short": "it must not be empty"}
+
+
 def _describe(error: ValidationError, cls: type[Config], at: str = "") -> list[str]:
-    lines = []
+    lines: dict[str, list[str]] = {}  # by key: of a union, what its first member misses is enough
     for item in error.errors():
-        steps = [at] if at else []
-        steps += [str(step) for step in item["loc"]]
-        dotted = ".".join(steps)
+        steps, parent = _locate(cls, item["loc"])
+        dotted = ".".join([at, *steps] if at else steps)
         cause = item.get("ctx", {}).get("error")
         if isinstance(cause, _PartError):
-            lines += _describe(cause.error, cause.cls, dotted)
+            told = _describe(cause.error, cause.cls, dotted)
         elif item["type"] == "extra_forbidden":
-            lines.append(f"{dotted}: no such key; {suggest(steps[-1], _known_keys(cls, item['loc'][:-1]))}")
+            told = [f"{dotted}: no such key; {_suggest_key(steps[-1], parent)}"]
         elif item["type"] == "missing":
-            lines.append(f"{dotted}: this key is required")
+            told = [f"{dotted}: this key is required"]
         elif item["type"] == "value_error":
-            lines.append(f"{dotted}: {cause}" if dotted else str(cause))
+            told = [f"{dotted}: {cause}" if dotted else str(cause)]
         else:
-            lines.append(f"{dotted}: {item['msg'][0].lower()}{item['msg'][1:]}, not {item['input']!r}")
-    return lines
+            needed = _NEEDED.get(item["type"], item["msg"][0].lower() + item["msg"][1:])
+            told = [f"{dotted}: {needed}, not {item['input']!r}"]
+        lines.setdefault(dotted, told)
+    return [line for told in lines.values() for line in told]
 
 
-def _known_keys(cls: Any, path: Sequence[str | int]) -> list[str]:
-    """Names of the fields of the plain (not slot) configuration at `path` below `cls`."""
-    for step in path:
+def _locate(cls: type[Config], loc: Sequence[str | int]) -> tuple[list[str], type[Config]]:
+    """The steps of a key's path below `cls`, without pydantic's names for the members of a union, and its parent."""
+    steps: list[str] = []
+    here: type[Config] | None = cls
+    parent = cls
+    for step in loc:
         if isinstance(step, int):  # an entry of a list: the same class as the list's
-            continue
-        annotation = cls.model_fields[step].annotation
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        cls = next((c for c in candidates if isinstance(c, type) and issubclass(c, Config)), Config)
-    return list(cls.model_fields)
+            steps.append(str(step))
+        elif here is not None:
+            steps.append(step)
+            parent, here = here, _nested(here).get(step)
+    return steps, parent
+
+
+def _nested(cls: type[Config]) -> dict[str, type[Config]]:
+    """The fields of `cls` that are plain (not slot) configurations, or lists of one."""
+    found = {}
+    for name, field in cls.model_fields.items():
+        for candidate in (field.annotation, *get_args(field.annotation)):
+            if isinstance(candidate, type) and issubclass(candidate, Config) and not issubclass(candidate, PartConfig):
+                found[name] = candidate
+    return found
+
+
+def _suggest_key(key: str, cls: type[Config]) -> str:
+    """The nearest key of `cls`; or where the very key is, one level deeper: `steps` is `training.steps`."""
+    deeper = [f"{name}.{key}" for name, inner in _nested(cls).items() if key in inner.model_fields]
+    return f"did you mean '{deeper[0]}'?" if deeper else suggest(key, cls.model_fields)
 
 
 # --- YAML ---------------------------------------------------------------------------------------------------
@@ -224,16 +255,20 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
 
 
 def dotted_to_nested(changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`{"a.b": 1}` as `{"a": {"b": 1}}`."""
+    """`{"a.b": 1}` as `{"a": {"b": 1}}`; a key within a mapping that is given too is laid over it.
+
+    Raises:
+        RequestError: a plain value is given where a key goes deeper.
+    """
     nested: dict[str, Any] = {}
-    for key, value in changes.items():
+    for key, value in sorted(changes.items(), key=lambda item: item[0].count(".")):
         *parents, last = key.split(".")
         place = nested
         for step in parents:
             place = place.setdefault(step, {})
             if not isinstance(place, dict):
                 raise RequestError(f"{key}: '{step}' was given a plain value as well; keep one of the two")
-        place[last] = merge(place[last], value) if isinstance(place.get(last), dict) else value
+        place[last] = dict(value) if isinstance(value, Mapping) else value
     return nested
 
 
@@ -241,10 +276,12 @@ def merge(base: Any, changes: Any) -> Any:
     """`changes` laid over `base`: mappings merge key by key, anything else is replaced.
 
     A mapping that names another `kind` than the base replaces it whole: the fields of one kind say nothing
-    about another's.
+    about another's. A base that is a kind's name alone stands for `{kind: name}`.
     """
+    if isinstance(base, str) and isinstance(changes, Mapping):
+        base = {"kind": base}
     if not (isinstance(base, Mapping) and isinstance(changes, Mapping)):
         return changes
-    if "kind" in changes and changes["kind"] != base.get("kind"):
+    if "kind" in base and changes.get("kind", base["kind"]) != base["kind"]:
         return dict(changes)
     return {**base, **{key: merge(base.get(key), value) for key, value in changes.items()}}

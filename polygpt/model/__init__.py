@@ -5,7 +5,6 @@ The legend of axis letters, for every einsum and every shape in the project:
     H head size, F feed-forward hidden, E experts, C expert slots, V vocabulary.
 """
 
-from polygpt.model.attention import choose_implementation
 from polygpt.model.config import LayerConfig, ModelConfig
 from polygpt.model.decoder import Decoder, Output
 from polygpt.model.model import Model, ParameterInfo, Params
@@ -34,7 +33,6 @@ __all__ = [
     "ParameterInfo",
     "Params",
     "PositionConfig",
-    "choose_implementation",
     "dense",
     "dropout",
 ]

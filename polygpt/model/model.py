@@ -109,6 +109,11 @@ class Model:
             states.append(jax.tree.map(lambda leaf, n=count: jnp.zeros((n, *leaf.shape), leaf.dtype), state))
         return states
 
+    def attention_implementation(self) -> str:
+        """What computes attention in training on this machine, for the log; several where layers differ."""
+        names = {layer.attention.implementation_name(self.config) for layer in self.config.layers}
+        return " and ".join(sorted(names)) or "none"
+
     # --- Facts, computed from shapes without allocating -----------------------------------------------------
 
     @cached_property

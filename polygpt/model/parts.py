@@ -156,6 +156,10 @@ class AttentionConfig(PartConfig):
         """The head size for which RoPE tables are wanted; None if the part does not rotate."""
         return None
 
+    def implementation_name(self, model: ModelConfig) -> str:
+        """What computes it in training on this machine, for the log."""
+        return self.kind
+
     def state_bytes_per_token(self, model: ModelConfig) -> int:
         """Bytes of decoding state that each further token adds."""
         raise NotImplementedError

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from polygpt.config import Config, slot
+from polygpt.config import Config, Seed, slot
 from polygpt.data import DataConfig
 from polygpt.model import ModelConfig
 from polygpt.tokenizers import TokenizerConfig
@@ -28,7 +28,7 @@ class SamplingConfig(Config):
     max_new_tokens: PositiveInt = 100
     temperature: Annotated[float, Field(ge=0)] = 0.8
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
 
 
 class TrainingConfig(Config):
@@ -49,12 +49,12 @@ class TrainingConfig(Config):
         samples: text sampled along the way.
     """
 
-    steps: PositiveInt
+    steps: Annotated[int, Field(gt=0, lt=2**31)]
     batch_size: PositiveInt
-    optimizer: slot(OptimizerConfig, OPTIMIZERS) = AdamWConfig()
-    schedule: slot(ScheduleConfig, SCHEDULES) = CosineConfig()
+    optimizer: slot(OptimizerConfig, OPTIMIZERS, default="adamw") = AdamWConfig()
+    schedule: slot(ScheduleConfig, SCHEDULES, default="cosine") = CosineConfig()
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     eval_every: NonNegativeInt = 0
     eval_batches: PositiveInt | None = None
     save_every: NonNegativeInt = 0

@@ -236,6 +236,7 @@ class _Loop:
         device = jax.local_devices()[0]
         return {
             "device": f"{device.platform} ({device.device_kind})",
+            "attention": self.model.attention_implementation(),
             "tokens a step": self.training.batch_size * self.config.model.context_length,
             "steps an epoch": self.train_loader.num_batches,
         }

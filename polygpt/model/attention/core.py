@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from polygpt.errors import RequestError
+from polygpt.model.attention.blocked import BLOCK, attend_blocked
 from polygpt.model.parts import dropout
 
 Implementation = Literal["auto", "xla", "cudnn"]
@@ -40,9 +41,12 @@ def attend(
         key: for dropout; None drops nothing.
         implementation: `xla`, `cudnn` (NVIDIA, 16-bit), or `auto`, the fastest that can run.
     """
-    dropping = dropout_rate > 0 and key is not None
-    if choose(implementation, q.dtype, plain=segment_ids is None and not dropping) == "cudnn":
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+    simple = segment_ids is None and not (dropout_rate > 0 and key is not None)
+    match choose(implementation, q.dtype, q.shape[1], simple):
+        case "cudnn":
+            return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+        case "blocked":
+            return attend_blocked(q, k, v)
     t = q.shape[1]
     mask = jnp.tril(jnp.ones((t, t), bool))[None]
     if segment_ids is not None:
@@ -50,24 +54,31 @@ def attend(
     return attend_plain(q, k, v, mask, dropout_rate, key)
 
 
-def choose(implementation: Implementation, dtype: jnp.dtype, plain: bool = True) -> Literal["xla", "cudnn"]:
-    """The implementation that runs: cuDNN's fused kernel needs a GPU, 16-bit inputs and a plain causal mask.
+def choose(
+    implementation: Implementation, dtype: jnp.dtype, length: int, simple: bool = True
+) -> Literal["cudnn", "blocked", "xla"]:
+    """What computes causal attention over `length` tokens; `simple` means no dropout and no segment ids.
+
+    `auto` takes cuDNN's fused kernel where it can run, this project's blocks on a CPU, and otherwise `xla`, the
+    equation as it stands.
 
     Raises:
         RequestError: cuDNN was asked for by name and cannot run here.
     """
-    missing = [
-        reason
-        for wrong, reason in (
-            (jax.default_backend() != "gpu", f"a GPU (this is {jax.default_backend()})"),
-            (jnp.dtype(dtype).itemsize != 2, "compute_dtype bfloat16"),
-            (not plain, "no attention dropout and no segment ids"),
-        )
-        if wrong
-    ]
+    backend = jax.default_backend()
+    needs = {
+        f"a GPU (this is a {backend})": backend == "gpu",
+        "compute_dtype bfloat16 or float16": jnp.dtype(dtype).itemsize == 2,
+        "no attention dropout and no segment ids": simple,
+    }
+    missing = [need for need, met in needs.items() if not met]
     if implementation == "cudnn" and missing:
         raise RequestError(f"attention.implementation=cudnn needs {' and '.join(missing)}; use auto or xla")
-    return "cudnn" if implementation != "xla" and not missing else "xla"
+    if implementation == "xla":
+        return "xla"
+    if not missing:
+        return "cudnn"
+    return "blocked" if backend == "cpu" and simple and length > BLOCK else "xla"
 
 
 def attend_plain(

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 from pydantic import Field, PositiveInt
 
-from polygpt.model.attention.core import Implementation, attend, attend_cache
+from polygpt.model.attention.core import Implementation, attend, attend_cache, choose
 from polygpt.model.parts import AttentionConfig, Context, Initializer, dense
 from polygpt.model.positions import rotate
 
@@ -60,6 +60,10 @@ class SoftmaxAttentionConfig(AttentionConfig):
             )
         if self.implementation == "cudnn" and model.compute_dtype == "float32":
             raise ValueError("implementation=cudnn needs compute_dtype bfloat16 or float16, not float32")
+
+    def implementation_name(self, model) -> str:
+        dtype = jnp.dtype(model.compute_dtype)
+        return choose(self.implementation, dtype, model.context_length, simple=self.dropout == 0)
 
     def state_bytes_per_token(self, model) -> int:
         return 2 * self.kv_heads * self.size(model) * jnp.dtype(model.compute_dtype).itemsize

@@ -1,0 +1,162 @@
+"""The decoder as a whole: causality, decoding, compilation forms, precision, initialisation, counts."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from polygpt.errors import RequestError
+from polygpt.model import Model
+
+POSITIONS = ("learned", "sinusoidal", "rope", "none")
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("segments", [False, True])
+def test_no_position_depends_on_a_later_token(position, segments, tiny_config, lively, tokens):
+    model = Model(tiny_config(position=position))
+    params = lively(model)
+    segment_ids = jnp.asarray([[0] * 10 + [1] * 14, [0] * 24]) if segments else None
+    decoder = model.module(params)
+
+    def hidden(embedding, row):
+        # The gradient with respect to an offset of each input's embedding, all else fixed.
+        table = model.module({**params, "embedding": params["embedding"]})
+        table.embedding[...] = embedding
+        return table(row, segment_ids=segment_ids).hidden
+
+    distinct = jnp.arange(24)[None].repeat(2, 0)  # every position its own token, so its own row of the table
+    jacobian = jax.jit(jax.jacobian(lambda e: hidden(e, distinct).sum(-1)))(decoder.embedding[...])
+    influence = np.abs(jacobian).sum(-1)[:, :, :24] > 1e-9  # [B, T of output, T of input]
+    assert not np.triu(influence[0], 1).any()
+    assert not np.triu(influence[1], 1).any()
+    assert influence[1][23, 0], "the last position must see the first"
+    if segments:
+        assert not influence[0][10:, :10].any(), "a segment saw the one before"
+
+
+def test_decoding_token_by_token_equals_the_full_pass(tiny_config, lively, tokens):
+    for position in POSITIONS:
+        model = Model(tiny_config(position=position, scan_layers=position == "rope"))
+        params = lively(model)
+        expected = model.logits(params, tokens)
+
+        @jax.jit
+        def step(state, token, position, model=model, params=params):
+            output = model.hidden(params, token, positions=position, state=state)
+            return output.state, model.module(params).logits(output.hidden)
+
+        state, logits = step(model.init_state(2, 24), tokens[:, :7], jnp.arange(7)[None].repeat(2, 0))
+        found = [logits]
+        for t in range(7, 24):
+            state, logits = step(state, tokens[:, t : t + 1], jnp.full((2, 1), t))
+            found.append(logits)
+        np.testing.assert_allclose(jnp.concatenate(found, 1), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_scanned_and_unrolled_layers_agree_to_the_gradient(tiny_config, lively, tokens):
+    changes = {"num_layers": 5, "pattern": [{"attention": {"num_heads": 2}}, {"feedforward": {"mlp_dim": 8}}]}
+    unrolled, scanned = (Model(tiny_config(scan_layers=scan, **changes)) for scan in (False, True))
+    params = lively(unrolled)
+    grads = [jax.jit(jax.grad(lambda p, m=m: m.nll(p, tokens, tokens)[0].mean()))(params) for m in (unrolled, scanned)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *grads)
+
+
+def test_bfloat16_computes_close_to_float32_and_scores_in_float32(tiny_config, tokens):
+    low, full = (Model(tiny_config(compute_dtype=dtype)) for dtype in ("bfloat16", "float32"))
+    params = full.init(0)
+    assert low.hidden(params, tokens).hidden.dtype == jnp.bfloat16
+    logits = low.logits(params, tokens)
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, full.logits(params, tokens), atol=0.02)
+
+
+def test_rope_angles_stay_exact_far_out(tiny_config, tokens):
+    """In bfloat16 positions past 256 would collapse: neighbouring far positions must still differ."""
+    model = Model(tiny_config(compute_dtype="bfloat16", context_length=4096))
+    module = model.module(model.init(0))
+    rotation = module.position.rotations(jnp.asarray([[4000, 4001]]), [8])[8]
+    assert rotation.cos.dtype == jnp.float32
+    np.testing.assert_allclose(rotation.cos[0, :, 0], np.cos([4000.0, 4001.0]), atol=1e-3)
+
+
+def test_parameters_are_stored_in_their_own_dtype(tiny_config):
+    model = Model(tiny_config(param_dtype="bfloat16"))
+    assert {leaf.dtype for leaf in jax.tree.leaves(model.init(0))} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_gpt2_initialisation_has_its_deviations(tiny_config):
+    config = tiny_config(embed_dim=128, vocab_size=512, num_layers=8, feedforward={"mlp_dim": 256}, norm="layernorm")
+    params = Model(config).init(0)
+    block = params["blocks"][0]
+    assert np.std(params["embedding"]) == pytest.approx(0.02, rel=0.02)
+    assert np.std(block["attention"]["query"]) == pytest.approx(0.02, rel=0.02)
+    residual = 0.02 / math.sqrt(2 * 8)
+    assert np.std(block["attention"]["out"]) == pytest.approx(residual, rel=0.02)
+    assert np.std(block["feedforward"]["down"]) == pytest.approx(residual, rel=0.02)
+    assert (np.asarray(block["attention_norm"]["gain"]) == 1).all()
+    assert (np.asarray(block["attention_norm"]["bias"]) == 0).all()
+    layers = np.asarray(block["attention"]["query"])
+    assert np.abs(np.corrcoef(layers[0].ravel(), layers[1].ravel())[0, 1]) < 0.05, "layers drawn alike"
+
+
+def test_fan_in_initialisation_is_truncated_and_scaled(tiny_config):
+    config = tiny_config(embed_dim=64, num_layers=8, init="fan_in", feedforward={"mlp_dim": 256})
+    down = np.asarray(Model(config).init(0)["blocks"][0]["feedforward"]["down"])
+    assert np.std(down) == pytest.approx(1 / 16, rel=0.02)  # 1/sqrt(256)
+    assert np.abs(down).max() <= 2 / 0.87962566 / 16 + 1e-6
+
+
+def test_dropout_drops_in_training_only_and_by_key(tiny_config, tokens):
+    model = Model(tiny_config(dropout=0.2, embed_dropout=0.1, attention={"dropout": 0.3}))
+    params = model.init(0)
+    plain = model.nll(params, tokens, tokens)[0]
+    first, again, other = (model.nll(params, tokens, tokens, jax.random.key(seed))[0] for seed in (1, 1, 2))
+    assert (first == again).all()
+    assert (first != other).any()
+    assert (first != plain).any()
+    assert (plain == Model(tiny_config()).nll(params, tokens, tokens)[0]).all()
+
+
+def test_dropout_keeps_the_mean():
+    from polygpt.model import dropout
+
+    dropped = dropout(jnp.ones((200, 200)), 0.25, jax.random.key(0))
+    assert float((dropped == 0).mean()) == pytest.approx(0.25, abs=0.01)
+    assert float(dropped.mean()) == pytest.approx(1, abs=0.02)
+
+
+def test_parameter_facts_are_those_of_the_parameters(tiny_config):
+    model = Model(tiny_config(head="untied", attention={"bias": True}))
+    params, facts = model.init(0), model.parameters
+    jax.tree.map(
+        lambda leaf, info: (leaf.shape, leaf.dtype) == (info.shape, info.dtype) or pytest.fail(), params, facts
+    )
+    assert model.num_parameters == sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert all(len(info.axes) == len(info.shape) for info in jax.tree.leaves(facts))
+    assert facts["blocks"][0]["attention"]["query"].axes == ("layers", "embed", "heads", "head_dim")
+    assert facts["blocks"][0]["attention"]["query_bias"].inputs is None  # not a matrix, though it has two axes
+
+
+def test_costs_of_a_model_counted_by_hand(tiny_config):
+    # D 16, N 4, K 2, H 4, F 24, V 37, T 24, L 2
+    model = Model(tiny_config())
+    weights = 2 * (16 * 16 + 2 * 16 * 8 + 16 * 16 + 3 * 16 * 24) + 16 * 37
+    mixing = 2 * 2 * 2 * 4 * 4 * 24  # layers x (scores, values) x 2 x N x H x T
+    assert model.flops_per_token == 3 * (2 * weights + mixing)
+    assert model.state_bytes_per_token == 2 * 2 * 2 * 4 * 4  # layers x (k, v) x K x H x float32
+
+
+def test_an_open_vocabulary_is_refused_by_name(tiny_config):
+    with pytest.raises(RequestError, match="vocab_size"):
+        Model(tiny_config(vocab_size=None))
+
+
+def test_compile_text_of_a_scanned_model_does_not_grow_with_depth(tiny_config, tokens):
+    def length(layers):
+        model = Model(tiny_config(num_layers=layers, scan_layers=True))
+        return len(jax.jit(model.logits).lower(model.init(0), tokens).as_text())
+
+    assert length(12) < 1.05 * length(3)
