@@ -17,6 +17,7 @@ from typing import Annotated, Any, TypeVar, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.representer import SafeRepresenter
 
 from polygpt.errors import RequestError, suggest
 
@@ -183,9 +184,21 @@ def _suggest_key(key: str, cls: type[Config]) -> str:
 # --- YAML ---------------------------------------------------------------------------------------------------
 
 
+class _Representer(SafeRepresenter):
+    """Writes a text with a Unicode line break in double quotes, where alone it is escaped and comes back."""
+
+    def represent_str(self, data: str) -> Any:
+        style = '"' if set(data) & {"\r", "\x85", "\u2028", "\u2029", "\ufeff"} else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_Representer.add_representer(str, _Representer.represent_str)
+
+
 def _yaml() -> YAML:
     # YAML 1.2 (`1e-3` is a float, `yes` a string) and duplicate keys refused; PyYAML gets all three wrong.
     yaml = YAML(typ="safe", pure=True)
+    yaml.Representer = _Representer
     yaml.default_flow_style = None
     yaml.width = 110
     yaml.sort_base_mapping_type_on_output = False

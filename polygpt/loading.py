@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +51,7 @@ def load(name: str | Path, *, warn: Callable[[str], None] = warnings.warn) -> La
         raise RequestError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}")
     saved = checkpoint.newest(folder / CHECKPOINTS, warn)
     if saved is None:
-        raise RequestError(f"{folder}: no usable checkpoint; train it with: polygpt train --resume --out {folder}")
+        command = f"polygpt train --resume --out {shlex.quote(str(folder))}"
+        raise RequestError(f"{folder}: no usable checkpoint; train it with: {command}")
     shapes = jax.eval_shape(lambda: Model(config).init(0))
     return LanguageModel(config, checkpoint.restore(saved, "params", shapes), tokenizer)

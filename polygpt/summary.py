@@ -44,7 +44,10 @@ def _fields(name: str) -> dict[str, Any]:
         return read_config(path).model.to_dict()
     if path.suffix in (".yaml", ".yml"):
         fields = read_yaml(path)
-        return model_fields(fields.get("model", fields))
+        model = fields.get("model", fields)
+        if not isinstance(model, Mapping):
+            raise RequestError(f"{path}: model: a mapping is needed, not {model!r}")
+        return model_fields(model)
     if name in recipe_names():
         return load_recipe(name).model.to_dict()
     known = [*PRESETS, *recipe_names()]

@@ -1,9 +1,56 @@
 """Fixtures that every test may use."""
 
 import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+
+# What XLA compiled once is read from here, by this process and by those it starts: set before JAX is imported.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".jax_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+TINY = """\
+model:
+  context_length: 16
+  embed_dim: 16
+  num_layers: 1
+  position: {kind: rope}
+  norm: {kind: rmsnorm}
+  attention: {kind: softmax, num_heads: 2}
+  feedforward: {kind: mlp, mlp_dim: 32}
+  dropout: 0.1
+tokenizer: {kind: char}
+data: {path: text.txt, split: fraction}
+training:
+  steps: 6
+  batch_size: 4
+  schedule: {kind: cosine, warmup_steps: 2}
+  eval_every: 3
+  eval_batches: 2
+  save_every: 2
+  log_every: 2
+"""
+
+
+class Ran(NamedTuple):
+    """What a program left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def complaint(self) -> list[str]:
+        """The lines of the error, without the notes before it."""
+        _, found, told = self.err.partition("polygpt: ")
+        return told.splitlines() if found else []
 
 
 @pytest.fixture(scope="session")
@@ -13,3 +60,81 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no test data at {folder} (set POLYGPT_TEST_DATA)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_files(tmp_path_factory) -> Path:
+    """A folder with `text.txt` and `tiny.yaml`, a run of seconds on it; not to be written to."""
+    folder = tmp_path_factory.mktemp("tiny")
+    draw = random.Random(0)
+    words = "the cat sat on a mat and then it ran to see what was there; o yes! ROMEO: speak again, speak".split()
+    lines = (" ".join(draw.choices(words, k=8)) for _ in range(300))
+    (folder / "text.txt").write_text("\n".join(lines) + "\n")
+    (folder / "tiny.yaml").write_text(TINY)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_files) -> Path:
+    """The finished run of `tiny.yaml`, with checkpoints at steps 4 and 6; not to be written to."""
+    from polygpt.recipes import load_recipe
+    from polygpt.training import train
+    from polygpt.training.listeners import standard_listeners
+
+    config = load_recipe(str(tiny_files / "tiny.yaml"), {"data.path": str(tiny_files / "text.txt")})
+    train(config, tiny_files / "run", listeners=standard_listeners(quiet=True))
+    return tiny_files / "run"
+
+
+@pytest.fixture
+def workdir(tiny_files, tmp_path, monkeypatch) -> Path:
+    """A folder of the test's own, the current one, with `text.txt` and `tiny.yaml`."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    for name in ("text.txt", "tiny.yaml"):
+        shutil.copy(tiny_files / name, folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def run(workdir, tiny_run) -> Path:
+    """A copy of `tiny_run` to be changed at will: `run` in the current folder."""
+    shutil.copytree(tiny_run, workdir / "run")
+    return Path("run")
+
+
+@pytest.fixture
+def program(capsys) -> Callable[..., Ran]:
+    """`program(*words)` runs `polygpt` with them in this process."""
+    from polygpt import cli
+
+    def call(*words: object) -> Ran:
+        capsys.readouterr()
+        code = cli._run([str(word) for word in words], debug=False)
+        return Ran(code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def process() -> Callable[..., Ran]:
+    """`process(*words)` runs `polygpt` with them in a process of its own; keywords are those of `subprocess.run`."""
+
+    def call(*words: object, **settings) -> Ran:
+        command = [sys.executable, "-m", "polygpt", *map(str, words)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, **settings)
+        return Ran(done.returncode, done.stdout, done.stderr)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def snapshot() -> Callable[[Path], dict[str, bytes | None]]:
+    """`snapshot(folder)`: all that is below it, hidden or not: paths and the bytes of files."""
+
+    def take(folder: Path) -> dict[str, bytes | None]:
+        paths = sorted(folder.rglob("*"))
+        return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in paths}
+
+    return take

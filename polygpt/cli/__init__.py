@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 import traceback
 
@@ -22,6 +23,8 @@ COMMANDS = {
     "train": "Train a model from a recipe or a file.",
     "generate": "Continue a prompt.",
 }
+
+OUT_OF_MEMORY = "out of memory: lower training.batch_size, model.context_length or the model"
 
 
 class _Commands(click.Group):
@@ -61,6 +64,9 @@ def main(argv: list[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else argv
     debug = "--debug" in words
     keep_freed_memory()
+    # SIGTERM as Ctrl-C: what is half-written is removed on the way out.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 must not end a run
     sys.exit(_run([word for word in words if word != "--debug"], debug))
 
 
@@ -83,10 +89,12 @@ def _run(words: list[str], debug: bool) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except MemoryError as error:
-        return _fail(error, "out of memory: lower training.batch_size, model.context_length or the model", 1, debug)
+        return _fail(error, OUT_OF_MEMORY, 1, debug)
     except OSError as error:
         return _fail(error, f"{error.filename or 'file'}: {error.strerror or error}", 1, debug)
     except Exception as error:
+        if "RESOURCE_EXHAUSTED" in str(error):  # XLA's
+            return _fail(error, OUT_OF_MEMORY, 1, debug)
         first = (str(error).splitlines() or [""])[0][:300]
         return _fail(error, f"a fault in polygpt: {type(error).__name__}: {first} (--debug shows where)", 1, debug)
 

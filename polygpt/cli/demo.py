@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from pathlib import Path
 
 import click
@@ -37,6 +38,6 @@ def demo(overrides: tuple[str, ...], out: Path | None, short: bool, as_json: boo
             ("xz -9", f"{result.xz_bits_per_byte:.4f}"),
             ("speed", f"{result.tokens_per_second:,.0f} tokens/s, {result.seconds:.0f} s in all"),
             ("report", result.report),
-            ("next", f'polygpt generate {result.run} --prompt "def main("'),
+            ("next", f'polygpt generate {shlex.quote(result.run)} --prompt "def main("'),
         ]
     )

@@ -22,7 +22,7 @@ from polygpt.cli.output import json_option, print_json
 @click.option(
     "--min-p", type=float, default=0.0, show_default=True, help="Only tokens this share as likely as the likeliest."
 )
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
 @click.option("--stop", multiple=True, help="End at this text; may be given several times.")
 @json_option
 def generate(model: str, prompt: str, as_json: bool, **settings) -> None:
@@ -32,12 +32,17 @@ def generate(model: str, prompt: str, as_json: bool, **settings) -> None:
     """
     from polygpt.loading import load
 
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _standard_input() if prompt == "-" else prompt
     lm = load(model, warn=lambda line: click.echo(f"warning: {line}", err=True))
-    if not as_json:
-        click.echo(text, nl=False)
+    unseen = [text]  # the prompt, shown with the first piece of text: by then it is known to be in order
+
+    def stream(piece: str) -> None:
+        click.echo("".join(unseen) + piece, nl=False)
+        sys.stdout.flush()
+        unseen.clear()
+
     started = time.perf_counter()
-    result = lm.generate(text, on_text=None if as_json else _stream, **settings)
+    result = lm.generate(text, on_text=None if as_json else stream, **settings)
     speed = len(result.tokens) / (time.perf_counter() - started)
     if as_json:
         print_json(
@@ -49,10 +54,15 @@ def generate(model: str, prompt: str, as_json: bool, **settings) -> None:
             }
         )
         return
-    click.echo()
+    stream("\n")
     click.echo(f"{len(result.tokens)} tokens, {speed:,.1f} tokens/s, finished: {result.finish_reason}", err=True)
 
 
-def _stream(piece: str) -> None:
-    click.echo(piece, nl=False)
-    sys.stdout.flush()
+def _standard_input() -> str:
+    from polygpt.errors import RequestError
+
+    data = sys.stdin.buffer.read()
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise RequestError(f"standard input: not UTF-8 text (byte {error.start})") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from pathlib import Path
 
 import click
@@ -46,6 +47,6 @@ def train(recipe: str | None, overrides: tuple[str, ...], out: Path, resume: boo
             ("training loss", f"{result.train_loss:.4f}"),
             ("speed", f"{result.tokens_per_second:,.0f} tokens/s"),
             ("report", str(out / "report.html")),
-            ("next", f'polygpt generate {result.run} --prompt "…"'),
+            ("next", f'polygpt generate {shlex.quote(result.run)} --prompt "…"'),
         ]
     )

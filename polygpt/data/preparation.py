@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
-import shutil
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack
@@ -30,7 +28,8 @@ from polygpt.data.shards import (
     open_shards,
 )
 from polygpt.data.sources import Source
-from polygpt.errors import PolygptError, RequestError
+from polygpt.errors import RequestError
+from polygpt.files import new_folder
 from polygpt.tokenizers import Tokenizer
 
 SHARD_TOKENS = 100_000_000
@@ -67,20 +66,13 @@ def prepare(
     out = Path(out).expanduser()
     if out.exists():
         raise RequestError(f"{out}: exists already; choose another folder, or remove it first")
-    partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    try:
-        partial.mkdir(parents=True)
+    with new_folder(out) as partial:
         with ExitStack() as stack:
             writers = {name: stack.enter_context(_SplitWriter(partial, name, dtype, shard_tokens)) for name in SPLITS}
             _write(_parts(source, config), tokenizer, writers, progress)
             entries = {name: writer.finish(config) for name, writer in writers.items()}
         _write_manifest(partial / MANIFEST, _manifest(source, tokenizer, dtype, entries))
-        os.rename(partial, out)
-    except OSError as error:
-        raise PolygptError(f"{out}: cannot be written ({error.strerror})") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return open_shards(out, tokenizer)
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from polygpt.model.block import Block
 from polygpt.model.config import ModelConfig
 from polygpt.model.head import next_token_nll, nll_of_logits, project_to_vocabulary
-from polygpt.model.parts import Context, Initializer, dropout
+from polygpt.model.parts import Context, Draws, Initializer, dropout
 
 
 class Output(NamedTuple):
@@ -37,9 +37,9 @@ class Output(NamedTuple):
 class Decoder(nnx.Module):
     """tokens [B, T] -> hidden states [B, T, D] -> logits [B, T, V]."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, draws: Draws):
         init = Initializer(
-            rngs=rngs,
+            draws=draws,
             scheme=config.init,
             std=config.init_std,
             residual_scale=(2 * max(config.num_layers, 1)) ** -0.5 if config.init == "normal" else 1.0,

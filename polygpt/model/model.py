@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from polygpt.errors import RequestError
 from polygpt.model.config import ModelConfig
 from polygpt.model.decoder import Decoder, Output
+from polygpt.model.parts import Draws
 
 Params = dict[str, Any]
 
@@ -65,7 +66,7 @@ class Model:
 
     @cached_property
     def _abstract(self) -> tuple[nnx.GraphDef, nnx.State]:
-        return nnx.split(jax.eval_shape(lambda: Decoder(self.config, nnx.Rngs(0))))
+        return nnx.split(jax.eval_shape(lambda: Decoder(self.config, Draws())))
 
     def module(self, params: Params) -> Decoder:
         """The NNX module that holds `params`; inside a compiled function this costs nothing at run time."""
@@ -75,8 +76,14 @@ class Model:
 
     def init(self, seed: int | PRNGKeyArray) -> Params:
         """Freshly drawn parameters."""
-        key = jax.random.key(seed) if isinstance(seed, int) else seed
-        return jax.jit(lambda key: nnx.to_pure_dict(nnx.state(Decoder(self.config, nnx.Rngs(key)))))(key)
+        count = sum(info.size for info in jax.tree.leaves(self.parameters) if info.inputs is not None)
+        truncated = self.config.init == "fan_in"
+
+        def draw(key: PRNGKeyArray) -> Params:
+            numbers = jax.random.truncated_normal(key, -2, 2, count) if truncated else jax.random.normal(key, count)
+            return nnx.to_pure_dict(nnx.state(Decoder(self.config, Draws(numbers))))
+
+        return jax.jit(draw)(jax.random.key(seed) if isinstance(seed, int) else seed)
 
     def hidden(self, params: Params, tokens: Int[Array, "B T"], **inputs: Any) -> Output:
         """Hidden states; keyword arguments are those of `Decoder.__call__`."""

@@ -26,6 +26,24 @@ if TYPE_CHECKING:
 InitScheme = Literal["normal", "fan_in"]
 
 
+class Draws:
+    """Standard normal numbers (truncated for `fan_in`), handed out in order to the parameters of one model.
+
+    They are drawn all at once: a generator compiled for every shape took 4.5 s of the demo's start on two cores,
+    one for all takes 0.6. Without numbers, shapes alone can be found (`jax.eval_shape`).
+    """
+
+    def __init__(self, numbers: Float[Array, " count"] | None = None):
+        self.numbers, self.used = numbers, 0
+
+    def take(self, shape: tuple[int, ...]) -> Float[Array, "..."]:
+        """The next numbers, float32 of `shape`."""
+        if self.numbers is None:
+            return jnp.zeros(shape)
+        start, self.used = self.used, self.used + math.prod(shape)
+        return self.numbers[start : self.used].reshape(shape)
+
+
 @dataclass(frozen=True)
 class Initializer:
     """Draws the parameters of modules, each with its logical axes; `layers` stacks them for a scan.
@@ -35,7 +53,7 @@ class Initializer:
     two deviations, with variance 1/fan-in.
     """
 
-    rngs: nnx.Rngs
+    draws: Draws
     scheme: InitScheme
     std: float
     residual_scale: float
@@ -55,16 +73,11 @@ class Initializer:
         """
         fan_in = math.prod(shape[:inputs]) if inputs else shape[-1]
         full, axes = self._stack(shape, axes)
-        key = self.rngs.params()
-        if self.scheme == "normal":
-            value = self.std * jax.random.normal(key, full, self.dtype)
-        else:
-            # Truncating at ±2 shrinks the deviation to 0.8796; dividing restores it (as in Lecun's scheme).
-            scale = 1 / (math.sqrt(fan_in) * 0.87962566103423978)
-            value = scale * jax.random.truncated_normal(key, -2, 2, full, self.dtype)
+        # Truncating at ±2 shrinks the deviation to 0.8796; dividing restores it (as in Lecun's scheme).
+        scale = self.std if self.scheme == "normal" else 1 / (math.sqrt(fan_in) * 0.87962566103423978)
         if residual:
-            value = value * self.residual_scale
-        return nnx.Param(value, axes=axes, inputs=inputs)
+            scale *= self.residual_scale
+        return nnx.Param((scale * self.draws.take(full)).astype(self.dtype), axes=axes, inputs=inputs)
 
     def constant(self, value: float, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
         """A vector of equal values: a bias or a gain. Not decayed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import threading
 from pathlib import Path
@@ -16,9 +17,8 @@ class Interrupted(PolygptError):
     exit_code = 130
 
     def __init__(self, step: int, folder: Path):
-        super().__init__(
-            f"interrupted after step {step}, which is saved; go on with: polygpt train --resume --out {folder}"
-        )
+        command = f"polygpt train --resume --out {shlex.quote(str(folder))}"
+        super().__init__(f"interrupted after step {step}, which is saved; go on with: {command}")
 
 
 class InterruptFlag:

@@ -98,7 +98,7 @@ class AdamWConfig(OptimizerConfig):
 
 
 class MuonConfig(OptimizerConfig):
-    """Muon for the matrices of blocks, AdamW for embeddings, head, gains and biases (Jordan et al. 2024).
+    """Muon for the matrices of blocks, Adam (Nesterov) for embeddings, head, gains and biases (Jordan et al. 2024).
 
     A matrix's momentum is replaced by the nearest semi-orthogonal matrix (five Newton-Schulz steps). `learning_rate`
     is Muon's; `adam_learning_rate` that of the rest; both follow the schedule.

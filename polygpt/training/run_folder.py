@@ -12,18 +12,16 @@ result.json      what the run came to; with loss.png and report.html, written at
 from __future__ import annotations
 
 import json
-import os
-import secrets
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from polygpt.config import read_yaml, to_yaml, validate
 from polygpt.data import Shards, is_prepared, open_shards, open_source, prepare, training_texts
-from polygpt.errors import PolygptError, RequestError
+from polygpt.errors import RequestError
+from polygpt.files import new_folder, write_text
 from polygpt.model import ModelConfig
 from polygpt.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
 from polygpt.training.config import RunConfig
@@ -51,10 +49,11 @@ def create_run(config: RunConfig, folder: Path, tell: Callable[[str], None], che
     """
     if folder.exists():
         raise RequestError(f"{folder}: exists already; go on with it (--resume), or choose another --out")
-    with _partial_folder(folder) as partial:
+    with new_folder(folder) as partial:
         tokenizer, shards = _prepare(config, partial, tell)
         model = resolve_vocabulary(config.model, tokenizer)
         run = Run(partial, config.replace(model=model.to_dict()), tokenizer, shards)
+        _check_prompts(run)
         check(run)
         tokenizer.save(partial / TOKENIZER)
         write_config(partial, run.config)
@@ -76,9 +75,7 @@ def open_run(folder: Path) -> Run:
 
 def write_config(folder: Path, config: RunConfig) -> None:
     """Writes the run's configuration, whole or not at all."""
-    partial = folder / f".{CONFIG}.partial"
-    partial.write_text(to_yaml(config), encoding="utf-8")
-    partial.replace(folder / CONFIG)
+    write_text(folder / CONFIG, to_yaml(config))
 
 
 def read_config(folder: Path) -> RunConfig:
@@ -89,7 +86,8 @@ def read_config(folder: Path) -> RunConfig:
     """
     path = folder / CONFIG
     if not path.is_file():
-        raise RequestError(f"{folder}: no run here (it has no {CONFIG}); start one without --resume")
+        start = f"polygpt train RECIPE --out {shlex.quote(str(folder))}"
+        raise RequestError(f"{folder}: no run here (it has no {CONFIG}); start one with: {start}")
     return validate(RunConfig, read_yaml(path), str(path))
 
 
@@ -98,7 +96,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     lines = []
-    for line in path.read_text(encoding="utf-8").split("\n"):  # not splitlines: U+2028 may stand in a sample
+    for line in path.read_text(encoding="utf-8", errors="replace").split(
+        "\n"
+    ):  # not splitlines: U+2028 may stand in a sample
         try:
             lines.append(json.loads(line))
         except ValueError:
@@ -119,6 +119,21 @@ def resolve_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
             "leave it out to take the tokenizer's"
         )
     return model
+
+
+def _check_prompts(run: Run) -> None:
+    """Refuses prompts that the samples along the way could not start from, before hours have gone into training."""
+    samples, context = run.config.training.samples, run.config.model.context_length
+    for index, prompt in enumerate(samples.prompts if samples.every else ()):
+        where = f"training.samples.prompts.{index}"
+        try:
+            tokens = len(run.tokenizer.encode(prompt))
+        except RequestError as error:
+            raise RequestError(f"{where}: {error}") from None
+        if tokens > context:
+            raise RequestError(f"{where}: has {tokens} tokens, model.context_length is {context}; shorten it")
+        if not tokens and run.tokenizer.end_of_text is None:
+            raise RequestError(f"{where}: is empty, and the tokenizer has no end-of-text token to start from")
 
 
 def _prepare(config: RunConfig, partial: Path, tell: Callable[[str], None]) -> tuple[Tokenizer, Shards]:
@@ -142,17 +157,3 @@ def _prepare(config: RunConfig, partial: Path, tell: Callable[[str], None]) -> t
     train, validation = shards.train, shards.validation
     tell(f"shards: {train.tokens:,} tokens to train on, {validation.tokens:,} held out ({validation.bytes:,} bytes)")
     return tokenizer, shards
-
-
-@contextmanager
-def _partial_folder(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` that takes its name at the end, or goes if anything goes wrong before."""
-    partial = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        os.rename(partial, folder)
-    except OSError as error:
-        raise PolygptError(f"{folder}: cannot be written ({error.strerror})") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from polygpt.errors import PolygptError
+from polygpt.files import write_text
 from polygpt.training.events import Evaluated, Event, Finished, Sampled, Saved, Started, Stepped
 from polygpt.training.listeners.report import write_report
 from polygpt.training.run_folder import METRICS, RESULT, SAMPLES, read_lines
@@ -28,12 +29,14 @@ class RunFiles:
         match event:
             case Started(folder=folder, step=step):
                 self.folder = folder
-                for name in (METRICS, SAMPLES):
-                    _cut_after(folder / name, step)
+                kept = [_cut_after(folder / name, step) for name in (METRICS, SAMPLES)]
+                self.evaluated = next((line for line in reversed(kept[0]) if "val_loss" in line), None)
             case Stepped():
                 self._write(METRICS, {k: v for k, v in dataclasses.asdict(event).items() if v is not None})
             case Evaluated():
-                self._write(METRICS, dataclasses.asdict(event))
+                # A finished run that is resumed ends with the evaluation that it already has.
+                if (line := dataclasses.asdict(event)) != self.evaluated:
+                    self._write(METRICS, line)
             case Sampled():
                 self._write(SAMPLES, dataclasses.asdict(event))
             case Finished(result=result):
@@ -48,11 +51,9 @@ class RunFiles:
             stream.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def _cut_after(path: Path, step: int) -> None:
-    """Leaves the lines up to `step`: what came after the checkpoint will come again."""
-    if not path.is_file():
-        return
+def _cut_after(path: Path, step: int) -> list[dict[str, Any]]:
+    """Leaves, and gives, the lines up to `step`: what came after the checkpoint will come again."""
     kept = [line for line in read_lines(path) if line["step"] <= step]
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")
-    partial.replace(path)
+    if path.is_file():
+        write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+    return kept

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polygpt.config import read_yaml, to_yaml
+from polygpt.files import write_text
 from polygpt.training.run_folder import CONFIG, METRICS, RESULT, SAMPLES, read_lines
 
 if TYPE_CHECKING:
@@ -55,9 +56,8 @@ def write_report(run: Path, baselines: Sequence[Baseline] = ()) -> Path:
         evaluations=[line for line in lines if "val_loss" in line],
         versions=_versions(),
     )
-    partial = run / f".{REPORT}.partial"
-    partial.write_text(page, encoding="utf-8")
-    return partial.replace(run / REPORT)
+    write_text(run / REPORT, page)
+    return run / REPORT
 
 
 def _template() -> Any:

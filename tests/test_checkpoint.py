@@ -1,0 +1,257 @@
+"""Checkpoints: exact, whole or not there, and the newest that verifies is the one that loads."""
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from polygpt import checkpoint
+from polygpt.errors import PolygptError, RequestError
+
+TREE = {
+    "matrix": jnp.linspace(-1, 1, 96, dtype=jnp.float32).reshape(8, 12) / 3,
+    "nested": {"half": jnp.arange(7, dtype=jnp.bfloat16) / 7, "count": jnp.int32(41)},
+    "odd values": jnp.array([jnp.nan, jnp.inf, -0.0, 1e-45], jnp.float32),
+}
+
+
+def save(root, step, tree=TREE, **settings):
+    return checkpoint.save(
+        root, step, {"params": tree, "optimizer": {"step": jnp.int32(step)}}, {"n": step}, **settings
+    )
+
+
+def steps(root):
+    return sorted(path.name for path in root.iterdir())
+
+
+@pytest.fixture
+def warned():
+    return []
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """Steps 1, 2 and 3; not to be written to."""
+    root = tmp_path_factory.mktemp("saved")
+    for step in (1, 2, 3):
+        save(root, step, keep=3)
+    return root
+
+
+@pytest.fixture
+def root(saved, tmp_path):
+    """A copy of `saved` to be damaged."""
+    return shutil.copytree(saved, tmp_path / "root")
+
+
+def test_every_bit_comes_back(saved):
+    restored = checkpoint.restore(checkpoint.newest(saved), "params", jax.eval_shape(lambda: TREE))
+    assert jax.tree.structure(restored) == jax.tree.structure(TREE)
+    for found, wanted in zip(jax.tree.leaves(restored), jax.tree.leaves(TREE), strict=True):
+        assert (found.dtype, found.shape) == (wanted.dtype, wanted.shape)
+        assert np.asarray(found).tobytes() == np.asarray(wanted).tobytes()
+
+
+def test_the_newest_step_is_taken_with_its_info(saved, warned):
+    found = checkpoint.newest(saved, warned.append)
+    assert (found.step, found.info, found.folder.name) == (3, {"n": 3}, "step_00000003")
+    assert not warned
+
+
+@pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir(), lambda path: path.write_text("x")])
+def test_without_a_step_there_is_none(tmp_path, make, warned):
+    make(tmp_path / "root")
+    assert checkpoint.newest(tmp_path / "root", warned.append) is None
+    assert not warned
+
+
+def files_of_a_step(root):
+    return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
+
+
+def test_a_flipped_byte_in_any_file_is_named_and_the_step_before_taken(saved, root, warned):
+    last = saved / "step_00000003"
+    names = files_of_a_step(last)
+    assert {"info.json", "manifest.json"} < set(names)
+    assert sum("/d/" in name for name in names) >= 2
+    for name in names:
+        path = root / last.name / name
+        data = bytearray(path.read_bytes())
+        at = len(data) // 2 if name != "manifest.json" else data.index(b'"sha256": "') + 12
+        data[at] ^= 1
+        path.write_bytes(data)
+        assert checkpoint.newest(root, warned.append).step == 2, name
+        told = warned.pop()
+        assert last.name in told
+        assert "the step before" in told
+        assert name == "manifest.json" or name in told
+        shutil.copy(last / name, path)
+    assert checkpoint.newest(root, warned.append).step == 3
+
+
+@pytest.mark.parametrize("name", ["info.json", "params/_METADATA", "params/manifest.ocdbt", "manifest.json"])
+@pytest.mark.parametrize("damage", ["cut", "longer", "gone"])
+def test_a_file_cut_short_lengthened_or_gone_is_noticed(root, name, damage, warned):
+    path = root / "step_00000003" / name
+    data = path.read_bytes()
+    match damage:
+        case "gone":
+            path.unlink()
+        case "cut":
+            path.write_bytes(data[:-3])
+        case "longer":
+            path.write_bytes(data + b"\n}")
+    assert checkpoint.newest(root, warned.append).step == 2
+    assert len(warned) == 1
+
+
+@pytest.mark.parametrize("manifest", ["", "[]", "5", "{}", '{"format": 2, "step": 3, "files": {}}', "\x00"])
+def test_a_manifest_that_is_none_is_noticed(root, manifest, warned):
+    (root / "step_00000003/manifest.json").write_text(manifest)
+    assert checkpoint.newest(root, warned.append).step == 2
+    assert len(warned) == 1
+
+
+def test_an_empty_and_a_half_copied_folder_are_passed_over_with_a_warning(root, warned):
+    (root / "step_00000008").mkdir()
+    shutil.copytree(root / "step_00000003/params", root / "step_00000009/params")
+    assert checkpoint.newest(root, warned.append).step == 3
+    assert ["step_00000009" in warned[0], "step_00000008" in warned[1]] == [True, True]
+    assert all("incomplete checkpoint, manifest.json is missing" in told for told in warned)
+
+
+def test_a_step_under_another_steps_name_is_passed_over(root, warned):
+    shutil.copytree(root / "step_00000001", root / "step_00000007")
+    assert checkpoint.newest(root, warned.append).step == 3
+    assert "holds step 1" in warned[0]
+
+
+def test_files_and_folders_of_other_names_are_no_steps(root, warned):
+    (root / "notes.txt").write_text("mine")
+    (root / ".step_00000009.partial").mkdir()
+    shutil.copytree(root / "step_00000002", root / "step_00000009 (copy)")
+    (root / "step_9").mkdir()
+    assert checkpoint.newest(root, warned.append).step == 3
+    assert not warned
+
+
+def test_a_file_with_the_name_of_a_step_is_passed_over_with_a_warning(root, warned):
+    (root / "step_00000009").write_text("x")
+    assert checkpoint.newest(root, warned.append).step == 3
+    assert "step_00000009" in warned[0]
+
+
+def test_a_file_of_the_users_beside_the_arrays_does_no_harm(root, warned):
+    (root / "step_00000003/params/.DS_Store").write_text("x")
+    found = checkpoint.newest(root, warned.append)
+    assert found.step == 3
+    assert checkpoint.restore(found, "params", TREE)["nested"]["count"] == 41
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"matrix": jnp.zeros((8, 12), jnp.bfloat16)}, r"matrix is float32\[8, 12\] here, bfloat16\[8, 12\] in"),
+        ({"matrix": jnp.zeros((12, 8))}, r"matrix is float32\[8, 12\] here, float32\[12, 8\] in the model"),
+        ({"more": jnp.zeros(3)}, r"more is absent here, float32\[3\] in the model"),
+        ({"nested": {"count": jnp.int32(0)}}, r"nested\.half is bfloat16\[7\] here, absent in the model"),
+    ],
+)
+def test_another_dtype_shape_or_name_is_refused_by_name(saved, change, message):
+    with pytest.raises(RequestError, match=message):
+        checkpoint.restore(checkpoint.newest(saved), "params", TREE | change)
+
+
+# --- Saving -------------------------------------------------------------------------------------------------
+
+
+def test_the_newest_few_steps_stay(tmp_path):
+    for step in range(1, 5):
+        save(tmp_path, step, keep=2)
+    assert steps(tmp_path) == ["step_00000003", "step_00000004"]
+
+
+def test_a_later_step_that_fails_does_not_push_out_the_one_just_saved(tmp_path, warned):
+    save(tmp_path, 2, keep=1)
+    (tmp_path / "step_00000009").mkdir()
+    save(tmp_path, 3, keep=1)
+    assert steps(tmp_path) == ["step_00000003", "step_00000009"]
+    assert checkpoint.newest(tmp_path, warned.append).step == 3
+
+
+def test_half_a_step_does_not_count_among_those_that_stay(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / "step_00000002").mkdir()
+    save(tmp_path, 3, keep=2)
+    assert "step_00000001" in steps(tmp_path)
+
+
+def test_a_step_is_saved_again(tmp_path):
+    save(tmp_path, 1)
+    save(tmp_path, 1, TREE | {"matrix": TREE["matrix"] + 1})
+    restored = checkpoint.restore(checkpoint.newest(tmp_path), "params", TREE)
+    assert jnp.array_equal(restored["matrix"], TREE["matrix"] + 1)
+    assert steps(tmp_path) == ["step_00000001"]
+
+
+def test_what_a_killed_process_left_goes_with_the_next_save(tmp_path):
+    (tmp_path / ".step_00000001.partial/params").mkdir(parents=True)
+    save(tmp_path, 2)
+    assert steps(tmp_path) == ["step_00000002"]
+
+
+def test_the_manifest_lists_every_other_file(saved):
+    last = saved / "step_00000003"
+    listed = json.loads((last / "manifest.json").read_text())["files"]
+    assert sorted([*listed, "manifest.json"]) == files_of_a_step(last)
+
+
+def test_info_that_is_no_json_number_is_refused_and_leaves_nothing(root):
+    with pytest.raises(PolygptError, match="cannot be saved"):
+        checkpoint.save(root, 4, {"params": TREE}, {"loss": float("nan")})
+    assert steps(root) == ["step_00000001", "step_00000002", "step_00000003"]
+
+
+def test_a_file_in_the_place_of_the_folder_is_named(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(PolygptError, match="step_00000001: cannot be saved") as error:
+        save(tmp_path / "file", 1)
+    assert error.value.exit_code == 1
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+import jax.numpy as jnp
+from polygpt import checkpoint
+from polygpt.errors import PolygptError
+root, limit = Path(sys.argv[1]), int(sys.argv[2])
+tree = {"matrix": jnp.arange(300_000, dtype=jnp.float32)}
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+try:
+    checkpoint.save(root, 9, {"params": tree}, {})
+except PolygptError as error:
+    print(error)
+    sys.exit(error.exit_code)
+"""
+
+
+@pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="files cannot be limited here")
+@pytest.mark.parametrize("limit", [0, 2_000, 200_000])
+def test_a_write_that_fails_leaves_the_steps_before_as_they_were(root, limit, snapshot, warned):
+    before = snapshot(root)
+    command = [sys.executable, "-c", FULL_DISK, str(root), str(limit)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1, done.stderr
+    assert "step_00000009: cannot be saved" in done.stdout
+    assert "earlier checkpoints are intact" in done.stdout
+    assert len(done.stdout.splitlines()) == 1
+    assert snapshot(root) == before
+    assert checkpoint.newest(root, warned.append).step == 3

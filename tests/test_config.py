@@ -1,0 +1,344 @@
+"""Configuration: YAML 1.2, overrides, slots and users' own parts, and errors that name the key and the mend."""
+
+import math
+from typing import Annotated
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from pydantic import Field
+
+from polygpt.config import (
+    Config,
+    dotted_to_nested,
+    merge,
+    parse_overrides,
+    parse_yaml,
+    read_yaml,
+    to_yaml,
+    validate,
+)
+from polygpt.errors import RequestError
+from polygpt.model import ModelConfig
+from polygpt.presets import PRESETS, preset
+from polygpt.recipes import load_recipe
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
+KEYS = st.text("abcdefghij_", min_size=1, max_size=4)
+TREES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3))
+
+MY_PARTS = """
+from polygpt.model import FeedForwardConfig
+from pydantic import PositiveInt
+
+class Wide(FeedForwardConfig):
+    factor: PositiveInt = 4
+
+    def check(self, model):
+        if self.factor > 8:
+            raise ValueError(f"factor={self.factor} is too much")
+
+class NoPart:
+    pass
+"""
+
+
+@pytest.fixture
+def my_parts(tmp_path, monkeypatch):
+    """A module of a user's own, beside where they work; gives its name."""
+    name = f"parts_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text(MY_PARTS)
+    (tmp_path / f"{name}_broken.py").write_text("import a_package_that_is_not_there\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", ["/nowhere"] + __import__("sys").path)
+    return name
+
+
+def small(**changes):
+    return preset("gpt", **{"num_layers": 2, "embed_dim": 24, "attention.num_heads": 4, "vocab_size": 64, **changes})
+
+
+# --- YAML ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-3", 1e-3),
+        ("3E4", 3e4),
+        ("0o17", 15),
+        ("017", 17),
+        (".5", 0.5),
+        ("yes", "yes"),
+        ("off", "off"),
+        ("true", True),
+        ("null", None),
+        ("1:30", "1:30"),
+    ],
+)
+def test_scalars_are_those_of_yaml_1_2(text, value):
+    found = parse_yaml(text)
+    assert (type(found), found) == (type(value), value)
+
+
+def test_a_key_that_comes_twice_is_refused_with_its_line():
+    with pytest.raises(RequestError, match=r"here line 3: .*duplicate key \"steps\""):
+        parse_yaml("steps: 1\nseed: 2\nsteps: 3\n", "here")
+
+
+@pytest.mark.parametrize("text", ["[1", "a: b: c", "!!python/object:os.system ls", "\x00", "&a [*b]", "\t- x: y\n z"])
+def test_what_is_not_yaml_is_refused_in_one_line(text):
+    with pytest.raises(RequestError, match="^here") as error:
+        parse_yaml(text, "here")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [(b"- a\n- b\n", "a mapping is needed, not list"), (b"a: \xff", "not UTF-8"), (b"", "not NoneType")],
+)
+def test_a_file_that_is_no_mapping_is_refused_by_name(tmp_path, data, message):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(data)
+    with pytest.raises(RequestError, match=rf"run\.yaml: .*{message}"):
+        read_yaml(path)
+
+
+@pytest.mark.parametrize("name", ["missing.yaml", ""])
+def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path, name):
+    with pytest.raises(RequestError, match="cannot be read"):
+        read_yaml(tmp_path / name)
+
+
+@settings(deadline=None, max_examples=50)
+@example({"a": "\x85 \u2028\ufeff\r\n", "b": "é: 🙂 #x", "c": ["1e-3", "null", "yes", "", " "]})
+@given(st.dictionaries(KEYS, TREES, max_size=4))
+def test_anything_comes_back_from_yaml(tree):
+    assert parse_yaml(to_yaml(tree)) == tree
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_comes_back_from_its_yaml(name):
+    config = preset(name)
+    again = validate(ModelConfig, parse_yaml(to_yaml(config)))
+    assert again == config
+    assert hash(again) == hash(config)
+
+
+# --- Numbers ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("key", ["dropout", "init_std", "norm.eps", "attention.dropout", "num_layers", "vocab_size"])
+def test_nan_and_infinity_are_refused_everywhere(key, value):
+    with pytest.raises(RequestError, match=rf"^model\.{key}|^gpt: {key}"):
+        small(**{key: value})
+
+
+@pytest.mark.parametrize("word", ["a.b=.nan", "a.b=.inf", "a.b=-.inf", "a.b=1e999"])
+def test_an_override_that_is_no_finite_number_is_refused(word):
+    with pytest.raises(RequestError, match=r"^a\.b: a finite number is needed"):
+        parse_overrides([word])
+
+
+@pytest.mark.parametrize("value", ["4", 4.0, True])
+def test_types_are_not_bent(value):
+    with pytest.raises(RequestError, match="num_layers: input should be a valid integer"):
+        small(num_layers=value)
+
+
+# --- Overrides ----------------------------------------------------------------------------------------------
+
+
+def test_overrides_are_dotted_keys_with_yaml_values():
+    words = ["model.num_layers=4", "training.lr=3e-4", "data.path=a=b.txt", "x=[1, {y: z}]", "none="]
+    assert parse_overrides(words) == {
+        "model.num_layers": 4,
+        "training.lr": 3e-4,
+        "data.path": "a=b.txt",
+        "x": [1, {"y": "z"}],
+        "none": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["steps"], "'steps': settings are written key=value"),
+        (["=5"], "'=5': settings are written key=value"),
+        (["a=1", "b=2", "a=3"], r"a: given twice \(1 and '3'\)"),
+        (["a={b: 1, b: 2}"], "a line 1: found duplicate key"),
+    ],
+)
+def test_a_wrong_override_is_refused(words, message):
+    with pytest.raises(RequestError, match=message):
+        parse_overrides(words)
+
+
+@pytest.mark.parametrize("keys", [["model", "model.num_layers"], ["model.num_layers", "model"]])
+def test_a_key_below_a_plain_value_clashes_in_either_order(keys):
+    with pytest.raises(RequestError, match=r"model\.num_layers: 'model' was given a plain value"):
+        dotted_to_nested(dict.fromkeys(keys, 5))
+
+
+@pytest.mark.parametrize("turn", [1, -1])
+def test_a_key_within_a_given_mapping_is_laid_over_it_in_either_order(turn):
+    changes = {"optimizer": {"kind": "muon", "b1": 0.5}, "optimizer.b1": 0.8}
+    assert dotted_to_nested(dict(list(changes.items())[::turn])) == {"optimizer": {"kind": "muon", "b1": 0.8}}
+
+
+def test_mappings_of_one_kind_merge_and_of_another_are_replaced():
+    base = {"norm": {"kind": "rmsnorm", "eps": 1e-3}, "layers": [1, 2], "seed": 0}
+    assert merge(base, {"norm": {"eps": 1e-4}, "layers": [3]}) == {
+        "norm": {"kind": "rmsnorm", "eps": 1e-4},
+        "layers": [3],
+        "seed": 0,
+    }
+    assert merge(base, {"norm": {"kind": "rmsnorm"}})["norm"] == base["norm"]
+    assert merge(base, {"norm": {"kind": "layernorm"}})["norm"] == {"kind": "layernorm"}
+
+
+def test_a_base_without_a_kind_keeps_what_it_says():
+    assert merge({"vocab_size": 500}, {"kind": "bpe"}) == {"vocab_size": 500, "kind": "bpe"}
+    assert merge({"norm": "rmsnorm"}, {"norm": {"eps": 1.0}}) == {"norm": {"kind": "rmsnorm", "eps": 1.0}}
+
+
+@given(st.dictionaries(KEYS, TREES, max_size=3), st.dictionaries(KEYS, TREES, max_size=3))
+def test_what_changes_say_holds_after_a_merge(base, changes):
+    before = (repr(base), repr(changes))
+    merged = merge(base, changes)
+    assert merge(merged, changes) == merged
+    assert set(merged) == set(base) | set(changes)
+    assert (repr(base), repr(changes)) == before
+
+
+def test_replace_gives_a_validated_copy():
+    config = small()
+    changed = config.replace(num_layers=3, **{"attention.num_heads": 6})
+    assert (changed.num_layers, changed.attention.num_heads) == (3, 6)
+    assert (config.num_layers, config.attention.num_heads) == (2, 4)
+    with pytest.raises(RequestError, match="not divisible"):
+        config.replace(embed_dim=25)
+
+
+def test_a_configuration_cannot_be_changed():
+    with pytest.raises(ValueError, match="frozen"):
+        small().num_layers = 3
+
+
+# --- Keys ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("modle.num_layers", 1, "modle: no such key; did you mean 'model'?"),
+        ("model.num_layer", 1, "model.num_layer: no such key; did you mean 'num_layers'?"),
+        ("model.attention.num_head", 1, "model.attention.num_head: no such key; did you mean 'num_heads'?"),
+        ("model.pattern", [{"atention": {}}], "model.pattern.0.atention: no such key; did you mean 'attention'?"),
+        (
+            "model.pattern",
+            [{}, {"attention": {"num_haeds": 2}}],
+            "model.pattern.1.attention.num_haeds: no such key; did you mean 'num_heads'?",
+        ),
+        (
+            "training.optimizer.learning_rte",
+            1e-3,
+            "training.optimizer.learning_rte: no such key; did you mean 'learning_rate'?",
+        ),
+        ("training.samples.evry", 1, "training.samples.evry: no such key; did you mean 'every'?"),
+        ("steps", 5, "steps: no such key; did you mean 'training.steps'?"),
+        ("num_layers", 5, "num_layers: no such key; did you mean 'model.num_layers'?"),
+        ("zzz", 5, "zzz: no such key; choose from: data, model, tokenizer, training"),
+        ("model.norm.kind", "rmsnrm", "model.norm: no kind 'rmsnrm'; did you mean 'rmsnorm'?"),
+        ("model.norm", 5, "model.norm: a mapping with a 'kind' is needed here, not 5"),
+        ("model.norm", {}, None),
+        ("data.path", 5, "data.path: input should be a valid string, not 5"),
+        ("data.path", [], "data.path: it must not be empty, not []"),
+        ("model.pattern", 5, "model.pattern: a list is needed, not 5"),
+        ("model", 5, "model: a mapping is needed, not 5"),
+        ("training.seed", 2**32, "training.seed: input should be less than 4294967296, not 4294967296"),
+    ],
+)
+def test_a_mistake_is_named_with_its_path_and_mend(key, value, message):
+    if message is None:
+        assert load_recipe("demo", {key: value}) == load_recipe("demo")
+        return
+    with pytest.raises(RequestError) as error:
+        load_recipe("demo", {key: value})
+    assert str(error.value) == message
+
+
+def test_three_mistakes_are_told_and_the_rest_counted():
+    keys = {f"model.wrong{i}": i for i in range(5)}
+    with pytest.raises(RequestError, match=r"\(and 2 more\)$") as error:
+        load_recipe("demo", keys)
+    assert len(str(error.value).splitlines()) == 3
+
+
+def test_a_missing_key_is_named():
+    with pytest.raises(RequestError, match=r"^inner\.size: this key is required$"):
+        validate(Outer, {"inner": {}})
+
+
+class Inner(Config):
+    size: Annotated[int, Field(gt=0)]
+
+
+class Outer(Config):
+    inner: Inner
+    either: Inner | None = None
+    entries: Annotated[tuple[Inner, ...], Field(strict=False)] = ()
+
+
+@pytest.mark.parametrize(
+    ("data", "path"),
+    [
+        ({"inner": {"size": 1}, "either": {"sise": 1}}, "either.sise"),
+        ({"inner": {"size": 1}, "entries": [{"size": 1}, {"size": 1, "sise": 1}]}, "entries.1.sise"),
+    ],
+)
+def test_the_nearest_key_is_found_within_options_and_lists(data, path):
+    with pytest.raises(RequestError, match=f"{path}: no such key; did you mean 'size'") as error:
+        validate(Outer, data)
+    assert "|" not in str(error.value)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**80, 1.0])
+def test_a_seed_is_one_that_jax_tells_apart(seed):
+    with pytest.raises(RequestError, match=r"training\.seed"):
+        load_recipe("demo", {"training.seed": seed})
+
+
+# --- A user's own parts -------------------------------------------------------------------------------------
+
+
+def test_a_part_of_the_users_own_is_found_beside_them_and_comes_back_from_yaml(my_parts):
+    config = small(feedforward={"kind": f"{my_parts}:Wide", "factor": 3})
+    assert (type(config.feedforward).__name__, config.feedforward.factor) == ("Wide", 3)
+    assert validate(ModelConfig, parse_yaml(to_yaml(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        ("{0}:Wyde", {}, r"feedforward: module '{0}' has no 'Wyde'; did you mean 'Wide'\?"),
+        ("{0}:NoPart", {}, r"feedforward: '{0}:NoPart' must be a class that derives from .*FeedForwardConfig"),
+        ("{0}_no:Wide", {}, r"feedforward: cannot import '{0}_no' of kind '{0}_no:Wide': No module named '{0}_no'"),
+        ("{0}_broken:Wide", {}, r"cannot import '{0}_broken' .*a_package_that_is_not_there"),
+        (":Wide", {}, r"feedforward: cannot import '' of kind ':Wide'"),
+        ("json:", {}, r"feedforward: module 'json' has no ''"),
+        ("{0}:Wide", {"factro": 2}, r"feedforward\.factro: no such key; did you mean 'factor'\?"),
+        ("{0}:Wide", {"factor": 0}, r"feedforward\.factor: input should be greater than 0, not 0"),
+        ("{0}:Wide", {"factor": 9}, r"factor=9 is too much"),
+    ],
+)
+def test_a_wrong_part_of_the_users_own_is_refused(my_parts, kind, fields, message):
+    with pytest.raises(RequestError, match=message.format(my_parts)) as error:
+        small(feedforward={"kind": kind.format(my_parts), **fields})
+    assert "\n" not in str(error.value)
+
+
+def test_another_slots_part_does_not_fit(my_parts):
+    with pytest.raises(RequestError, match="must be a class that derives from .*NormConfig"):
+        small(norm={"kind": f"{my_parts}:Wide"})

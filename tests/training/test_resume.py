@@ -1,0 +1,138 @@
+"""Going on: to the same numbers, bit for bit, and only with the same run."""
+
+import json
+import signal
+
+import numpy as np
+import pytest
+
+from polygpt import checkpoint
+from polygpt.recipes import load_recipe
+from polygpt.training import Interrupted, Stepped, read_config, train
+from polygpt.training.listeners import RunFiles
+from polygpt.training.run_folder import read_lines
+
+TIMED = {"tokens_per_second", "seconds", "compile_seconds", "run"}
+
+
+def stop_after(step):
+    """A listener that interrupts the process as Ctrl-C would, once `step` is done."""
+
+    def listen(event):
+        if isinstance(event, Stepped) and event.step == step:
+            signal.raise_signal(signal.SIGINT)
+
+    return listen
+
+
+def bytes_of_arrays(run):
+    """Everything in the newest checkpoint, bit for bit."""
+    from polygpt.model import Model
+    from polygpt.training import Trainer
+
+    config = read_config(run)
+    like = Trainer(Model(config.model), config.training).abstract_state()
+    saved = checkpoint.newest(run / "checkpoints")
+    params = checkpoint.restore(saved, "params", like.params)
+    optimizer = checkpoint.restore(saved, "optimizer", (like.optimizer, like.step))
+    return [np.asarray(leaf).tobytes() for tree in (params, optimizer) for leaf in __import__("jax").tree.leaves(tree)]
+
+
+def numbers(run):
+    lines = read_lines(run / "metrics.jsonl")
+    return [{name: value for name, value in line.items() if name not in TIMED} for line in lines]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_interrupted_run_goes_on_to_the_same_numbers(workdir, optimizer):
+    changes = {"training.optimizer.kind": optimizer, "training.log_every": 1, "training.steps": 8}
+    config = load_recipe("tiny.yaml", changes)
+    assert config.model.dropout > 0
+    whole = train(config, "whole", listeners=[RunFiles()])
+    with pytest.raises(Interrupted):
+        train(config, "parts", listeners=[RunFiles(), stop_after(3)])
+    with pytest.raises(Interrupted):
+        train(None, "parts", resume=True, listeners=[RunFiles(), stop_after(5)])
+    parts = train(None, "parts", resume=True, listeners=[RunFiles()])
+    assert numbers(workdir / "parts") == numbers(workdir / "whole")
+    assert len(numbers(workdir / "whole")) == 8 + 3
+    assert bytes_of_arrays(workdir / "parts") == bytes_of_arrays(workdir / "whole")
+    assert {k: v for k, v in vars(parts).items() if k not in TIMED} == {
+        k: v for k, v in vars(whole).items() if k not in TIMED
+    }
+
+
+def test_dropout_and_batches_differ_from_step_to_step_and_seed_to_seed(workdir):
+    losses = set()
+    for seed in (0, 1):
+        train(load_recipe("tiny.yaml", {"training.seed": seed}), f"seed{seed}", listeners=[RunFiles()])
+        losses |= {line["loss"] for line in numbers(workdir / f"seed{seed}") if "loss" in line}
+    assert len(losses) == 12
+
+
+def test_a_finished_run_is_only_evaluated_again(run, program):
+    before = numbers(run), bytes_of_arrays(run)
+    done = program("train", "--resume", "--out", run, "--json")
+    assert done.code == 0, done.err
+    result = json.loads(done.out)
+    assert (result["steps"], result["val_loss"]) == (6, before[0][-1]["val_loss"])
+    assert (numbers(run), bytes_of_arrays(run)) == before
+
+
+def test_a_run_goes_on_for_more_steps_and_remembers_it(run, program):
+    done = program("train", "--resume", "training.steps=8", "--out", run, "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["steps"] == read_config(run).training.steps == 8
+    steps = [line["step"] for line in numbers(run) if "loss" in line]
+    assert steps == [*range(1, 9)]
+
+
+def test_lines_after_the_checkpoint_come_again_once(run, program):
+    with (run / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 7, "loss": 99.0}\n{"step": 8, "lo')
+    assert program("train", "--resume", "training.steps=8", "--out", run).code == 0
+    lines = numbers(run)
+    assert [line["step"] for line in lines if "loss" in line] == [*range(1, 9)]
+    assert all(line.get("loss") != 99.0 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("model.num_layers=2", "this run has model.num_layers=1, not 2"),
+        ("model.dropout=0.2", "this run has model.dropout=0.1, not 0.2"),
+        ("model.norm={kind: layernorm}", "this run has model.norm="),
+        ("tokenizer.kind=byte", "this run has tokenizer.kind=char, not byte"),
+        ("data.path=tiny.yaml", "this run has data.path="),
+        ("data.stride=1", "this run has data.stride=None, not 1"),
+        ("training.batch_size=8", "batch_size"),
+        ("training.seed=1", "seed"),
+        ("training.optimizer={kind: muon}", "optimizer"),
+    ],
+)
+def test_another_model_data_or_order_is_refused_by_name(run, workdir, program, snapshot, change, message):
+    before = snapshot(workdir)
+    done = program("train", "--resume", change, "--out", run)
+    assert (done.code, done.out) == (2, "")
+    assert message in "\n".join(done.complaint)
+    assert len(done.complaint) <= 3
+    assert snapshot(workdir) == before
+
+
+def test_a_recipe_given_again_must_be_the_runs(run, program):
+    assert program("train", "tiny.yaml", "--resume", "--out", run).code == 2  # its data.path is another spelling
+    path = read_config(run).data.path
+    assert program("train", "tiny.yaml", f"data.path={path}", "--resume", "--out", run).code == 0
+
+
+def test_a_damaged_newest_step_is_named_and_the_one_before_goes_on_to_the_same_numbers(run, program):
+    before = numbers(run), bytes_of_arrays(run)
+    damaged = next((run / "checkpoints/step_00000006/params/d").iterdir())
+    data = bytearray(damaged.read_bytes())
+    data[len(data) // 2] ^= 1
+    damaged.write_bytes(data)
+    done = program("train", "--resume", "--out", run)
+    assert done.code == 0, done.err
+    assert str(damaged) in done.err.replace("\n", "")
+    assert "going on after step 4" in done.err
+    assert (numbers(run), bytes_of_arrays(run)) == before
