@@ -248,6 +248,10 @@ def to_yaml(value: Config | Mapping[str, Any]) -> str:
 # --- Overrides ----------------------------------------------------------------------------------------------
 
 
+# In YAML `*.txt` is an alias and `@` and others are reserved, for which a command line has no use; globs it has.
+_NO_VALUE_STARTS_SO = ("*", "&", "@", "%", "`")
+
+
 def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
     """`key=value` words of a command line, the values read as YAML, as dotted keys.
 
@@ -261,7 +265,10 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
             raise RequestError(f"'{word}': settings are written key=value, such as training.steps=200")
         if key in changes:
             raise RequestError(f"{key}: given twice ({changes[key]!r} and {text!r}); keep one")
-        changes[key] = parse_yaml(text, key) if text else None
+        if text.startswith(_NO_VALUE_STARTS_SO):
+            changes[key] = text
+        else:
+            changes[key] = parse_yaml(text, key) if text else None
         if isinstance(changes[key], float) and not math.isfinite(changes[key]):
             raise RequestError(f"{key}: a finite number is needed, not {text}")
     return changes

@@ -38,6 +38,14 @@ training:
   log_every: 2
 """
 
+# `polygpt` in a process whose files can only grow so far. (Not by `preexec_fn`: JAX's threads do not survive a fork.)
+LIMITED = [
+    sys.executable,
+    "-c",
+    "import resource, sys; size = int(sys.argv[1]); resource.setrlimit(resource.RLIMIT_FSIZE, (size, size));"
+    "from polygpt.cli import main; main(sys.argv[2:])",
+]
+
 
 class Ran(NamedTuple):
     """What a program left behind."""
@@ -119,11 +127,18 @@ def program(capsys) -> Callable[..., Ran]:
 
 @pytest.fixture
 def process() -> Callable[..., Ran]:
-    """`process(*words)` runs `polygpt` with them in a process of its own; keywords are those of `subprocess.run`."""
+    """`process(*words)` runs `polygpt` with them in a process of its own.
 
-    def call(*words: object, **settings) -> Ran:
-        command = [sys.executable, "-m", "polygpt", *map(str, words)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, **settings)
+    With `largest_file`, a file that grows past as many bytes meets a full disk. Other keywords are those of
+    `subprocess.run`.
+    """
+
+    def call(*words: object, largest_file: int | None = None, **settings) -> Ran:
+        command = [sys.executable, "-m", "polygpt"] if largest_file is None else [*LIMITED, str(largest_file)]
+        if largest_file is not None:  # XLA's cache cannot be written either, which it would tell of
+            settings["env"] = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+        settings = {"capture_output": True, "encoding": "utf-8", "timeout": 120} | settings
+        done = subprocess.run([*command, *map(str, words)], **settings)
         return Ran(done.returncode, done.stdout, done.stderr)
 
     return call

@@ -1,6 +1,7 @@
 """Configuration: YAML 1.2, overrides, slots and users' own parts, and errors that name the key and the mend."""
 
 import math
+import sys
 from typing import Annotated
 
 import pytest
@@ -50,7 +51,7 @@ def my_parts(tmp_path, monkeypatch):
     (tmp_path / f"{name}.py").write_text(MY_PARTS)
     (tmp_path / f"{name}_broken.py").write_text("import a_package_that_is_not_there\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.path", ["/nowhere"] + __import__("sys").path)
+    monkeypatch.setattr("sys.path", list(sys.path))
     return name
 
 
@@ -159,6 +160,11 @@ def test_overrides_are_dotted_keys_with_yaml_values():
         "x": [1, {"y": "z"}],
         "none": None,
     }
+
+
+@pytest.mark.parametrize("text", ["*.txt", "**/*.jsonl.gz", "@home", "%x", "&y", "`z`"])
+def test_a_glob_is_text(text):
+    assert parse_overrides([f"data.path={text}"]) == {"data.path": text}
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import signal
 
+import jax
 import numpy as np
 import pytest
 
@@ -35,7 +36,7 @@ def bytes_of_arrays(run):
     saved = checkpoint.newest(run / "checkpoints")
     params = checkpoint.restore(saved, "params", like.params)
     optimizer = checkpoint.restore(saved, "optimizer", (like.optimizer, like.step))
-    return [np.asarray(leaf).tobytes() for tree in (params, optimizer) for leaf in __import__("jax").tree.leaves(tree)]
+    return [np.asarray(leaf).tobytes() for tree in (params, optimizer) for leaf in jax.tree.leaves(tree)]
 
 
 def numbers(run):

@@ -103,7 +103,7 @@ def test_a_run_whose_files_are_damaged_is_refused_by_name(run, name, damage):
         path.write_bytes(path.read_bytes()[: -path.stat().st_size // 2])
     else:
         path.unlink()
-    with pytest.raises(RequestError, match=r"run(/\S+)?: "):
+    with pytest.raises(RequestError, match=r"^run\S*( line \d+)?: "):
         open_run(run)
 
 

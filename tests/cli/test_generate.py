@@ -1,0 +1,91 @@
+"""`polygpt generate`: what reaches the terminal, a pipe, and a script."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+GREEDY = ["--temperature", "0", "--max-new-tokens", "6"]
+
+
+@pytest.fixture
+def text(run, program):
+    """What the run continues "the " with, greedily."""
+    return json.loads(program("generate", run, "--prompt", "the ", *GREEDY, "--json").out)["text"]
+
+
+def test_json_has_the_continuation_alone(run, program):
+    done = program("generate", run, "--prompt", "the ", *GREEDY, "--json")
+    assert (done.code, done.err, done.out.count("\n")) == (0, "", 1)
+    result = json.loads(done.out)
+    assert set(result) == {"text", "tokens", "finish_reason", "tokens_per_second"}
+    assert (len(result["tokens"]), len(result["text"]), result["finish_reason"]) == (6, 6, "length")
+
+
+def test_the_prompt_and_its_continuation_stream_to_standard_output(run, program, text):
+    done = program("generate", run, "--prompt", "the ", *GREEDY)
+    assert (done.code, done.out) == (0, f"the {text}\n")
+    assert done.err.startswith("6 tokens, ")
+    assert done.err.endswith("finished: length\n")
+
+
+def test_a_full_context_is_a_stated_reason(run, program):
+    done = program("generate", run, "--prompt", "the cat sat on a", "--json")
+    assert json.loads(done.out) | {"tokens_per_second": 0} == {
+        "text": "",
+        "tokens": [],
+        "finish_reason": "context_length",
+        "tokens_per_second": 0,
+    }
+    done = program("generate", run, "--prompt", "the cat sat on a")
+    assert done.out == "the cat sat on a\n"
+    assert (
+        json.loads(program("generate", run, "--prompt", "the cat", "--json").out)["finish_reason"] == "context_length"
+    )
+
+
+def test_a_stop_text_ends_it(run, program, text):
+    stop = text[2:4]
+    done = program("generate", run, "--prompt", "the ", *GREEDY, "--stop", stop, "--json")
+    result = json.loads(done.out)
+    assert (result["text"], result["finish_reason"]) == (text[: text.index(stop)], "stop")
+    done = program("generate", run, "--prompt", "the ", *GREEDY, "--stop", stop)
+    assert done.out == f"the {text[: text.index(stop)]}\n"
+
+
+def test_a_seed_repeats_and_another_differs(run, program):
+    def tokens(seed):
+        words = ["generate", run, "--prompt", "the ", "--temperature", "2", "--seed", seed, "--json"]
+        return json.loads(program(*words).out)["tokens"]
+
+    assert tokens(1) == tokens(1) != tokens(2)
+
+
+@pytest.mark.parametrize(("data", "code"), [(b"the ", 0), ("the \N{SNOWMAN}".encode(), 2), (b"the \xff", 2), (b"", 2)])
+def test_a_prompt_is_read_from_standard_input_as_utf8(run, text, process, data, code):
+    # In a locale that is not UTF-8.
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "latin-1"}
+    words = ["generate", run, "--prompt", "-", *GREEDY]
+    done = process(*words, input=data, encoding=None, env=environment)
+    assert done.code == code, done.err
+    if code:
+        assert done.out == b""
+        assert 1 <= done.err.count(b"\n") <= 2
+        assert done.err.startswith(b"polygpt: ")
+    else:
+        assert done.out == f"the {text}\n".encode()
+
+
+def test_waiting_for_a_prompt_can_be_interrupted(run):
+    command = [sys.executable, "-m", "polygpt", "generate", str(run), "--prompt", "-"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process = subprocess.Popen(command, **pipes)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(3)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, out, err) == (130, b"", b"polygpt: interrupted\n")

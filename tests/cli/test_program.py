@@ -1,0 +1,182 @@
+"""The program as a whole: help at once, exit codes, and JSON that a script can rely on."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from polygpt import cli
+from polygpt.errors import PolygptError
+
+COSTS = {"parameters", "active_parameters", "kv_cache_bytes_per_token", "flops_per_token"}
+RESULT = {
+    "run",
+    "steps",
+    "train_loss",
+    "val_loss",
+    "val_bits_per_byte",
+    "tokens_per_second",
+    "seconds",
+    "compile_seconds",
+}
+SLOW = {"jax", "flax", "numpy", "pydantic", "matplotlib", "orbax", "grain", "tokenizers", "ruamel", "rich"}
+
+LOADED = """
+import sys
+from polygpt import cli
+code = cli._run(sys.argv[1:], False)
+print(*sorted({name.partition(".")[0] for name in sys.modules}), file=sys.stderr)
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-h"], ["--version"], [], ["dmeo"], ["train", "--help"]])
+def test_what_needs_no_work_loads_nothing_slow(words):
+    done = subprocess.run([sys.executable, "-c", LOADED, *words], capture_output=True, text=True, timeout=60)
+    loaded = set(done.stderr.splitlines()[-1].split())
+    assert "polygpt" in loaded
+    assert not loaded & SLOW
+
+
+def test_help_lists_every_command(program):
+    done = program("--help")
+    assert done.code == 0
+    assert all(f"\n  {name} " in done.out for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_help_and_json(program, name):
+    done = program(name, "--help")
+    assert done.code == 0
+    assert done.out.startswith(f"Usage: polygpt {name} ")
+    subcommands = {"tokenizer": "train", "data": "prepare"}
+    if name in subcommands:
+        done = program(name, subcommands[name], "--help")
+    assert "--json" in done.out
+
+
+def test_the_module_is_the_command(process):
+    done = process("--version")
+    assert (done.code, done.out.startswith("polygpt, version "), done.err) == (0, True, "")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (PolygptError("the disk\nis full"), 1, "the disk\nis full"),
+        (MemoryError(), 1, "out of memory"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes"), 1, "out of memory: lower"),
+        (OSError(28, "No space left on device", "a/file"), 1, "a/file: No space left on device"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (ZeroDivisionError("one\ntwo"), 1, "a fault in polygpt: ZeroDivisionError: one (--debug shows where)"),
+    ],
+)
+@pytest.mark.parametrize("debug", [False, True])
+def test_what_fails_is_told_in_a_line_and_traced_only_on_demand(monkeypatch, capsys, error, code, said, debug):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(cli.polygpt, "main", fail)
+    assert cli._run(["presets"], debug) == code
+    told = capsys.readouterr().err
+    assert said in told[told.index("polygpt: ") :]
+    assert ("Traceback" in told) == debug
+
+
+def test_debug_may_stand_anywhere(process):
+    done = process("show", "gtp2", "--debug")
+    assert (done.code, "Traceback" in done.err, "did you mean 'gpt2'?" in done.err) == (2, True, True)
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    command = f"{sys.executable} -m polygpt presets | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def one_object(ran):
+    """The only line on standard output."""
+    assert ran.code == 0, ran.err
+    assert ran.out.count("\n") == 1
+    return json.loads(ran.out, parse_constant=pytest.fail)
+
+
+def test_presets_as_json_are_a_list_of_what_show_gives(program):
+    from polygpt.presets import PRESETS
+
+    rows = one_object(program("presets", "--json"))
+    assert [row["preset"] for row in rows] == list(PRESETS)
+    for row in rows:
+        assert set(row) >= {"config", *COSTS}
+    shown = one_object(program("show", "gpt2", "--json"))
+    row = next(row for row in rows if row["preset"] == "gpt2")
+    assert {name: row[name] for name in shown} == shown
+
+
+def test_presets_are_a_table_a_row_each(program):
+    from polygpt.presets import PRESETS
+
+    lines = program("presets").out.splitlines()
+    assert [line.split()[0] for line in lines[1 : len(PRESETS) + 1]] == list(PRESETS)
+    assert "124,4" in next(line for line in lines if line.startswith("gpt2 "))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "demo", "tiny.yaml", "run"])
+def test_show_knows_presets_recipes_files_and_runs(run, program, name):
+    shown = one_object(program("show", name, "model.num_layers=3", "--json"))
+    assert set(shown) == {"config", *COSTS}
+    assert shown["config"]["num_layers"] == 3
+    assert all(isinstance(shown[key], int) and shown[key] >= 0 for key in COSTS)
+
+
+def test_show_prints_a_configuration_that_can_be_used_again(workdir, program):
+    shown = program("show", "gpt2", "model.num_layers=2")
+    text, _, table = shown.out.partition("\nparameter ")
+    (workdir / "again.yaml").write_text(text)
+    again = program("show", "again.yaml")
+    assert again.out == shown.out
+    assert "blocks.0.attention.query" in table
+
+
+def test_train_gives_its_result_as_json_and_all_else_on_standard_error(workdir, process):
+    done = process("train", "tiny.yaml", "training.steps=4", "training.samples.every=4", "--out", "run", "--json")
+    result = one_object(done)
+    assert set(result) == RESULT
+    assert (result["run"], result["steps"]) == ("run", 4)
+    assert result["val_bits_per_byte"] == pytest.approx(result["val_loss"] / 0.6931, rel=1e-3)  # a character, a byte
+    assert result["tokens_per_second"] > 0
+    assert result["seconds"] > result["compile_seconds"] > 0
+    assert json.loads((workdir / "run/result.json").read_text()) == result
+    assert "step 4: validation loss" in done.err
+
+
+def test_demo_gives_its_result_beside_the_baselines(workdir, program):
+    small = ["training.steps=2", "training.samples.every=2", "model.num_layers=1", "model.embed_dim=16"]
+    small += ["model.attention={num_heads: 2, num_kv_heads: 1}", "model.feedforward.mlp_dim=16"]
+    small += ["model.context_length=16", "training.samples.max_new_tokens=4", "data.path=text.txt"]
+    small += ["data.split=fraction", "tokenizer={kind: bpe, vocab_size: 300}", "data.validation_fraction=0.1"]
+    for out in ("runs/demo", "runs/demo-2"):
+        result = one_object(program("demo", "--short", "--json", *small))
+        assert set(result) == RESULT | {
+            "bigram_bits_per_byte",
+            "gzip_bits_per_byte",
+            "xz_bits_per_byte",
+            "report",
+        }
+        assert (result["run"], result["report"]) == (out, f"{out}/report.html")
+        assert 0 < result["gzip_bits_per_byte"] < result["xz_bits_per_byte"] < 8
+        assert "gzip -9 of the held-out text" in (workdir / out / "report.html").read_text()
+
+
+def test_tokenizer_and_data_give_theirs(workdir, program):
+    words = ["tokenizer", "train", "text.txt", "--kind", "bpe", "--vocab-size", "300", "--out", "t", "--json"]
+    trained = one_object(program(*words))
+    assert (trained["kind"], trained["path"]) == ("bpe", "t/tokenizer.json")
+    assert 257 < trained["vocab_size"] <= 300
+    words = ["data", "prepare", "text.txt", "--tokenizer", "t", "--out", "d", "--split", "fraction", "--json"]
+    prepared = one_object(program(*words))
+    assert prepared["train_bytes"] + prepared["validation_bytes"] == (workdir / "text.txt").stat().st_size
+    assert (prepared["dtype"], prepared["path"]) == ("uint16", "d")
+    done = program("train", "tiny.yaml", "data.path=d", "training.steps=1", "--out", "run", "--json")
+    assert one_object(done)["steps"] == 1

@@ -1,0 +1,134 @@
+"""What listens to a run: its files, what a person sees, and the report."""
+
+import io
+import json
+import re
+
+import pytest
+from rich.console import Console
+
+from polygpt.errors import PolygptError
+from polygpt.recipes import load_recipe
+from polygpt.training import Evaluated, Finished, Note, RunResult, Sampled, Saved, Started, Stepped
+from polygpt.training.listeners import Baseline, RunFiles, progress_listener, write_report
+from polygpt.training.run_folder import read_lines
+
+RESULT = RunResult("run", 4, 1.0, 2.0, 3.0, 1234.0, 5.0, 0.5)
+
+
+def started(folder, step=0):
+    return Started(load_recipe("demo"), folder, step, 1_000, {"device": "cpu [0]"})
+
+
+def tell(listener, *events):
+    for event in events:
+        listener(event)
+
+
+# --- Files --------------------------------------------------------------------------------------------------
+
+
+def test_steps_and_evaluations_are_lines_and_samples_too(tmp_path):
+    tell(RunFiles(), started(tmp_path), Stepped(1, 5.5, 1.0, 0.1), Stepped(2, 5.0, 1.0, 0.1, 99.0))
+    tell(RunFiles(), started(tmp_path, 2), Evaluated(2, 4.0, 6.0, False), Sampled(2, "a", "b\u2028c\x00"))
+    assert read_lines(tmp_path / "metrics.jsonl") == [
+        {"step": 1, "loss": 5.5, "grad_norm": 1.0, "learning_rate": 0.1},
+        {"step": 2, "loss": 5.0, "grad_norm": 1.0, "learning_rate": 0.1, "tokens_per_second": 99.0},
+        {"step": 2, "val_loss": 4.0, "val_bits_per_byte": 6.0, "full": False},
+    ]
+    assert read_lines(tmp_path / "samples.jsonl") == [{"step": 2, "prompt": "a", "text": "b\u2028c\x00"}]
+
+
+def test_lines_after_the_step_where_a_run_goes_on_are_cut(tmp_path):
+    events = [Stepped(1, 1.0, 1.0, 0.1), Sampled(1, "a", "\x85"), Stepped(2, 1.0, 1.0, 0.1), Sampled(2, "a", "b")]
+    tell(RunFiles(), started(tmp_path), *events)
+    tell(RunFiles(), started(tmp_path, 1))
+    for name in ("metrics", "samples"):
+        assert [line["step"] for line in read_lines(tmp_path / f"{name}.jsonl")] == [1]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_the_evaluation_that_a_finished_run_has_is_not_written_twice(tmp_path):
+    last = Evaluated(2, 4.0, 6.0, True)
+    tell(RunFiles(), started(tmp_path), Stepped(2, 1.0, 1.0, 0.1), last)
+    tell(RunFiles(), started(tmp_path, 2), last)
+    assert len(read_lines(tmp_path / "metrics.jsonl")) == 2
+
+
+def test_a_file_that_cannot_be_written_fails_the_run_by_name(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(PolygptError, match="cannot be written .*checkpoints are intact"):
+        tell(RunFiles(), started(tmp_path), Stepped(1, 1.0, 1.0, 0.1))
+
+
+# --- What a person sees -------------------------------------------------------------------------------------
+
+EVENTS = [
+    Note("data: [a]"),
+    Note("odd [b]", warning=True),
+    Stepped(10, 5.25, 1.0, 0.1, 2_000.0),
+    Stepped(11, 5.0, 1.0, 0.1),
+    Evaluated(11, 4.5, 6.5, False),
+    Sampled(11, "[/red]\n", "x [bold]y"),
+    Saved(11, "run/[c]"),
+    Finished(RESULT),
+]
+
+
+def test_without_a_terminal_each_event_is_a_plain_line(tmp_path):
+    stream = io.StringIO()
+    tell(progress_listener(Console(file=stream, soft_wrap=True, width=60)), started(tmp_path), *EVENTS)
+    lines = stream.getvalue().splitlines()
+    assert "\x1b" not in stream.getvalue()
+    assert lines[0] == "training: 1,000 parameters, device cpu [0]"
+    assert lines[1:3] == ["data: [a]", "warning: odd [b]"]
+    assert re.fullmatch(r"step 10/\d+: loss 5\.2500, 2,000 tokens/s, \d+ s left", lines[3])
+    assert lines[4:] == [
+        "step 11: validation loss 4.5000, 6.5000 bits per byte (part of the held-out text)",
+        "step 11: [/red]⏎x [bold]y",
+        "step 11: saved run/[c]",
+        "done: 4 steps, 1,234 tokens/s, 5 s",
+    ]
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_on_a_terminal_a_bar_is_drawn_and_the_cursor_given_back(tmp_path, finished):
+    stream = io.StringIO()
+    bar = progress_listener(Console(file=stream, force_terminal=True, width=120))
+    tell(bar, started(tmp_path), *EVENTS[: None if finished else -1])
+    del bar
+    text = stream.getvalue()
+    assert text.rfind("\x1b[?25h") > text.rfind("\x1b[?25l") > 0
+    assert "11/" in text
+    assert "2,000 tokens/s" in text
+
+
+# --- The report ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def page(run):
+    with (run / "samples.jsonl").open("w") as stream:
+        stream.write(json.dumps({"step": 3, "prompt": "<b>", "text": "<script>alert(1)</script>"}) + "\n")
+    return write_report(run, [Baseline("gzip", 3.21, "a <note>")]).read_text()
+
+
+def test_the_report_loads_nothing(page):
+    without_names = re.sub(r'xmlns(:\w+)?="[^"]*"|<!DOCTYPE[^>]*>|"http://purl[^"]*"|"http://www\.w3[^"]*"', "", page)
+    assert not re.search(r"https?://|src=|url\((?!#)|@import|<link|<script", without_names)
+
+
+def test_the_report_escapes_what_the_model_wrote(page):
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "a &lt;note&gt;" in page
+
+
+def test_the_report_has_the_runs_figures(run, page):
+    result = json.loads((run / "result.json").read_text())
+    for figure in (f"{result['val_loss']:.4f}", f"{result['val_bits_per_byte']:.4f}", "3.2100", "rmsnorm"):
+        assert figure in page
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_same_run_gives_the_same_page(run, page):
+    assert write_report(run, [Baseline("gzip", 3.21, "a <note>")]).read_text() == page
