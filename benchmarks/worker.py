@@ -8,6 +8,7 @@ A round's line is JSON: seconds a step (median over the round's steps), and once
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 import time
@@ -20,6 +21,9 @@ from workloads import WORKLOADS, Workload
 
 def main() -> None:
     framework, name, *folder = sys.argv[1:]
+    # nanoGPT prints on standard output, which is for times alone.
+    reply = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     workload = WORKLOADS[name]
     started = time.perf_counter()
     if framework == "polygpt":
@@ -30,14 +34,14 @@ def main() -> None:
     first = time.perf_counter() - started
     for _ in range(2):
         step()
-    print(json.dumps({"ready": first}), flush=True)
+    print(json.dumps({"ready": first}), file=reply, flush=True)
     for _ in sys.stdin:
         times = []
         for _ in range(workload.steps):
             before = time.perf_counter()
             step()
             times.append(time.perf_counter() - before)
-        print(json.dumps({"seconds": statistics.median(times)}), flush=True)
+        print(json.dumps({"seconds": statistics.median(times)}), file=reply, flush=True)
 
 
 def batches(workload: Workload) -> np.ndarray:
@@ -71,7 +75,12 @@ def polygpt_step(workload: Workload) -> Callable[[], None]:
             "bias": workload.bias,
             "dropout": workload.dropout,
         },
-        "feedforward": {"kind": "mlp", "mlp_dim": 4 * workload.width, "bias": workload.bias},
+        "feedforward": {
+            "kind": "mlp",
+            "mlp_dim": 4 * workload.width,
+            "bias": workload.bias,
+            "activation": "gelu_exact",  # as nanoGPT's
+        },
         "dropout": workload.dropout,
         "embed_dropout": workload.dropout,
         "compute_dtype": workload.dtype,

@@ -89,7 +89,7 @@ def test_a_key_that_comes_twice_is_refused_with_its_line():
 
 @pytest.mark.parametrize("text", ["[1", "a: b: c", "!!python/object:os.system ls", "\x00", "&a [*b]", "\t- x: y\n z"])
 def test_what_is_not_yaml_is_refused_in_one_line(text):
-    with pytest.raises(RequestError, match="^here") as error:
+    with pytest.raises(RequestError, match=r"^here") as error:
         parse_yaml(text, "here")
     assert "\n" not in str(error.value)
 
@@ -134,6 +134,14 @@ def test_a_preset_comes_back_from_its_yaml(name):
 def test_nan_and_infinity_are_refused_everywhere(key, value):
     with pytest.raises(RequestError, match=rf"^model\.{key}|^gpt: {key}"):
         small(**{key: value})
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_infinity_is_refused_where_a_number_has_no_upper_bound(value):
+    with pytest.raises(RequestError, match=r"^gpt: position\.theta: input should be a finite number"):
+        small(position={"kind": "rope", "theta": value})
+    with pytest.raises(RequestError, match=r"^training\.clip_norm: input should be a finite number"):
+        load_recipe("demo", {"training": {"clip_norm": value}})
 
 
 @pytest.mark.parametrize("word", ["a.b=.nan", "a.b=.inf", "a.b=-.inf", "a.b=1e999"])
@@ -346,5 +354,5 @@ def test_a_wrong_part_of_the_users_own_is_refused(my_parts, kind, fields, messag
 
 
 def test_another_slots_part_does_not_fit(my_parts):
-    with pytest.raises(RequestError, match="must be a class that derives from .*NormConfig"):
+    with pytest.raises(RequestError, match=r"must be a class that derives from .*NormConfig"):
         small(norm={"kind": f"{my_parts}:Wide"})

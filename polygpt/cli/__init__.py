@@ -84,8 +84,9 @@ def _run(words: list[str], debug: bool) -> int:
         return _fail(error, str(error), error.exit_code, debug)
     except (KeyboardInterrupt, click.Abort) as error:
         return _fail(error, "interrupted", 130, debug)
-    except BrokenPipeError:
-        # The reader has gone (`| head`); Python would complain once more when it flushes at exit.
+    except (BrokenPipeError, SystemExit):
+        # The reader has gone (`| head`), for which click has an exit of its own; Python would complain once more
+        # when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except MemoryError as error:

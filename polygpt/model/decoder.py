@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from polygpt.model.block import Block
 from polygpt.model.config import ModelConfig
-from polygpt.model.head import next_token_nll, nll_of_logits, project_to_vocabulary
+from polygpt.model.head import next_token_nll, nll_of_logits, project_to_vocabulary, weighted_nll
 from polygpt.model.parts import Context, Draws, Initializer, dropout
 
 
@@ -135,6 +135,14 @@ class Decoder(nnx.Module):
         if self.config.head == "none":
             return nll_of_logits(hidden, targets)
         return next_token_nll(hidden, self.head_weight, targets)
+
+    def loss(
+        self, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"], token_weights: Float[Array, "B T"]
+    ) -> Float[Array, ""]:
+        """Σ token_weights · nll, as `nll` would give it, in the form that is fast to differentiate."""
+        if self.config.head == "none":
+            return (nll_of_logits(hidden, targets) * token_weights).sum()
+        return weighted_nll(hidden, self.head_weight, targets, token_weights)
 
 
 def _split(blocks: nnx.List) -> tuple[list[nnx.GraphDef], list[dict[str, Any]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 
@@ -26,3 +27,74 @@ def next_token_nll(
 ) -> Float[Array, "B T"]:
     """Negative log likelihood of each target in nats, float32."""
     return nll_of_logits(project_to_vocabulary(hidden, weight), targets)
+
+
+def weighted_nll(
+    hidden: Float[Array, "B T D"],
+    weight: Float[Array, "D V"],
+    targets: Int[Array, "B T"],
+    token_weights: Float[Array, "B T"],
+) -> Float[Array, ""]:
+    """Σ token_weights · nll, float32, for training: its gradient is taken while each chunk's logits are at hand.
+
+    dz = token_weights · (softmax(z) - onehot(target)), so no [B·T, V] array outlives its chunk and no logits are
+    computed twice. On two cores, at 4,096 tokens and a vocabulary of 8,192, a whole training step took 1,507 ms so,
+    and 1,621 ms with the logits kept for the gradient.
+    """
+    rows = hidden.shape[0] * hidden.shape[1]
+    chunks = _chunk_count(rows, weight.shape[1])
+
+    def cut(x: Array) -> Array:
+        return x.reshape(chunks, rows // chunks, *x.shape[2:])
+
+    @jax.custom_vjp
+    def loss(hidden: Array, weight: Array) -> Array:
+        return forward(hidden, weight)[0]
+
+    def forward(hidden: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
+        def one(sums: tuple[Array, Array], chunk: tuple) -> tuple[tuple[Array, Array], Array]:
+            value, d_hidden, d_weight = _loss_and_gradients(weight, *chunk)
+            return (sums[0] + value, sums[1] + d_weight), d_hidden
+
+        start = jnp.zeros((), jnp.float32), jnp.zeros(weight.shape, jnp.float32)
+        (total, d_weight), d_hidden = lax.scan(one, start, (cut(hidden), cut(targets), cut(token_weights)))
+        return total, (d_hidden.reshape(hidden.shape), d_weight.astype(weight.dtype))
+
+    def backward(gradients: tuple[Array, Array], d_total: Array) -> tuple[Array, ...]:
+        return tuple(gradient * d_total.astype(gradient.dtype) for gradient in gradients)
+
+    loss.defvjp(forward, backward)
+    return loss(hidden, weight)
+
+
+def _loss_and_gradients(
+    weight: Float[Array, "D V"],
+    hidden: Float[Array, "M D"],
+    targets: Int[Array, " M"],
+    token_weights: Float[Array, " M"],
+) -> tuple[Float[Array, ""], Float[Array, "M D"], Float[Array, "D V"]]:
+    """Σ token_weights · nll of one chunk, and its gradients to `hidden` and `weight`."""
+    weight = weight.astype(hidden.dtype)
+    logits = jnp.matmul(hidden, weight, preferred_element_type=jnp.float32)
+    largest = logits.max(-1, keepdims=True)
+    exps = jnp.exp(logits - largest)
+    total = exps.sum(-1, keepdims=True)
+    chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)
+    nll = (jnp.log(total) + largest - chosen)[:, 0]
+    hit = jnp.arange(logits.shape[1]) == targets[:, None]
+    d_logits = (exps * (token_weights[:, None] / total) - jnp.where(hit, token_weights[:, None], 0)).astype(
+        hidden.dtype
+    )
+    d_weight = jnp.matmul(hidden.T, d_logits, preferred_element_type=jnp.float32)
+    return (nll * token_weights).sum(), d_logits @ weight.T, d_weight
+
+
+def _chunk_count(rows: int, vocab: int) -> int:
+    """Into how many equal chunks `rows` are cut so that one chunk's logits stay small.
+
+    On a CPU 16 MB, which the last cache holds (tried at 134 MB in all: 1, 4, 8 and 16 chunks took 1,632, 1,572, 1,507
+    and 1,533 ms); elsewhere 1 GB, since small products would leave the device idle.
+    """
+    limit = 2**22 if jax.default_backend() == "cpu" else 2**28
+    wanted = -(-rows * vocab // limit)
+    return next(count for count in range(max(wanted, 1), rows + 1) if rows % count == 0)

@@ -94,17 +94,23 @@ class Model:
         decoder = self.module(params)
         return decoder.logits(decoder(tokens).hidden)
 
-    def nll(
+    def nll(self, params: Params, tokens: Int[Array, "B T"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
+        """Negative log likelihood of each target in nats, float32; nothing is dropped."""
+        decoder = self.module(params)
+        return decoder.nll(decoder(tokens).hidden, targets)
+
+    def loss(
         self,
         params: Params,
         tokens: Int[Array, "B T"],
         targets: Int[Array, "B T"],
+        token_weights: Float[Array, "B T"],
         key: PRNGKeyArray | None = None,
-    ) -> tuple[Float[Array, "B T"], dict[str, Float[Array, ""]]]:
-        """Negative log likelihood of each target in nats (float32), and the auxiliary losses of the parts."""
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        """Σ token_weights · nll for training (`key` is for dropout), and the auxiliary losses of the parts."""
         decoder = self.module(params)
         output = decoder(tokens, key=key)
-        return decoder.nll(output.hidden, targets), output.losses
+        return decoder.loss(output.hidden, targets, token_weights), output.losses
 
     def init_state(self, batch: int, length: int) -> PyTree:
         """An empty decoding state for `batch` sequences of at most `length` tokens."""

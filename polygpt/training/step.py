@@ -38,11 +38,6 @@ class Metrics(NamedTuple):
     learning_rate: Float[Array, ""]
 
 
-def masked_mean(values: Float[Array, "B T"], mask: Float[Array, "B T"]) -> Float[Array, ""]:
-    """Σ values·mask / Σ mask; 0 where nothing counts."""
-    return (values * mask).sum() / jnp.maximum(mask.sum(), 1)
-
-
 class Trainer:
     """The pure functions of training one model under one configuration."""
 
@@ -63,13 +58,13 @@ class Trainer:
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """One update on one batch. Dropout's key is a function of (seed, step) alone, so a resumed run repeats it."""
         key = jax.random.fold_in(jax.random.key(self.config.seed), state.step)
+        weights = batch.mask / jnp.maximum(batch.mask.sum(), 1)  # the mean over what counts
 
         def objective(params: Params) -> Float[Array, ""]:
-            nll, _ = self.model.nll(params, batch.input, batch.target, key)
-            return masked_mean(nll, batch.mask)
+            return self.model.loss(params, batch.input, batch.target, weights, key)[0]
 
         loss, gradients = jax.value_and_grad(objective)(state.params)
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         if self.config.clip_norm is not None:
             scale = jnp.minimum(1.0, self.config.clip_norm / jnp.maximum(norm, 1e-12))
             gradients = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients)
@@ -84,5 +79,5 @@ class Trainer:
 
 def nll_sums(model: Model, params: Params, batch: Batch) -> Float[Array, "2"]:
     """(Σ nats, Σ tokens) of a batch, without dropout."""
-    nll, _ = model.nll(params, batch.input, batch.target)
+    nll = model.nll(params, batch.input, batch.target)
     return jnp.stack([(nll * batch.mask).sum(), batch.mask.sum()])

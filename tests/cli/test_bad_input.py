@@ -70,7 +70,7 @@ REQUESTS = {
     "a setting that is not shown": (["show", "gpt2", "num_layers=4"], "write model.KEY=VALUE"),
     # Data.
     "data that is missing": ([*TRAIN, "data.path=missing.txt"], "missing.txt: no such file"),
-    "a glob of nothing": ([*TRAIN, "data.path=*.jsonl"], "*.jsonl: no file matches"),
+    "a glob of nothing": ([*TRAIN, "data.path=*.zst"], "*.zst: no file matches"),
     "a folder of nothing": ([*TRAIN, "data.path=nothing"], "nothing: no file in it ends in"),
     "data that is empty": ([*TRAIN, "data.path=empty.txt"], "empty.txt: no text in it"),
     "data shorter than a window": ([*TRAIN, "data.path=short.txt"], "one window needs 17"),

@@ -2,9 +2,6 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
 
 import pytest
 
@@ -42,9 +39,8 @@ def test_a_full_context_is_a_stated_reason(run, program):
     }
     done = program("generate", run, "--prompt", "the cat sat on a")
     assert done.out == "the cat sat on a\n"
-    assert (
-        json.loads(program("generate", run, "--prompt", "the cat", "--json").out)["finish_reason"] == "context_length"
-    )
+    done = program("generate", run, "--prompt", "the cat", "--json")
+    assert json.loads(done.out)["finish_reason"] == "context_length"
 
 
 def test_a_stop_text_ends_it(run, program, text):
@@ -64,7 +60,7 @@ def test_a_seed_repeats_and_another_differs(run, program):
     assert tokens(1) == tokens(1) != tokens(2)
 
 
-@pytest.mark.parametrize(("data", "code"), [(b"the ", 0), ("the \N{SNOWMAN}".encode(), 2), (b"the \xff", 2), (b"", 2)])
+@pytest.mark.parametrize(("data", "code"), [(b"the ", 0), (b"the \xff", 2)])
 def test_a_prompt_is_read_from_standard_input_as_utf8(run, text, process, data, code):
     # In a locale that is not UTF-8.
     environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "latin-1"}
@@ -77,15 +73,3 @@ def test_a_prompt_is_read_from_standard_input_as_utf8(run, text, process, data, 
         assert done.err.startswith(b"polygpt: ")
     else:
         assert done.out == f"the {text}\n".encode()
-
-
-def test_waiting_for_a_prompt_can_be_interrupted(run):
-    command = [sys.executable, "-m", "polygpt", "generate", str(run), "--prompt", "-"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        process = subprocess.Popen(command, **pipes)
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(3)
-        process.send_signal(number)
-        out, err = process.communicate(timeout=60)
-        assert (process.returncode, out, err) == (130, b"", b"polygpt: interrupted\n")

@@ -31,7 +31,10 @@ sys.exit(code)
 """
 
 
-@pytest.mark.parametrize("words", [["--help"], ["-h"], ["--version"], [], ["dmeo"], ["train", "--help"]])
+COMMANDS_HELP = [[name, "--help"] for name in cli.COMMANDS]
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], [], ["dmeo"], *COMMANDS_HELP], ids=" ".join)
 def test_what_needs_no_work_loads_nothing_slow(words):
     done = subprocess.run([sys.executable, "-c", LOADED, *words], capture_output=True, text=True, timeout=60)
     loaded = set(done.stderr.splitlines()[-1].split())
@@ -139,8 +142,8 @@ def test_show_prints_a_configuration_that_can_be_used_again(workdir, program):
     assert "blocks.0.attention.query" in table
 
 
-def test_train_gives_its_result_as_json_and_all_else_on_standard_error(workdir, process):
-    done = process("train", "tiny.yaml", "training.steps=4", "training.samples.every=4", "--out", "run", "--json")
+def test_train_gives_its_result_as_json_and_all_else_on_standard_error(workdir, program):
+    done = program("train", "tiny.yaml", "training.steps=4", "training.samples.every=4", "--out", "run", "--json")
     result = one_object(done)
     assert set(result) == RESULT
     assert (result["run"], result["steps"]) == ("run", 4)

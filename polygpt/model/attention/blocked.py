@@ -101,14 +101,20 @@ def _backward_part(
     q, k, v = _by_head(q * scale, heads), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     out, d_out = _by_head(out, heads), _by_head(d_out, heads)
     through = (d_out.astype(jnp.float32) * out).sum(-1)  # Σ_s p·dp, without the scores
-    d_q, d_k, d_v = [], jnp.zeros_like(k), jnp.zeros_like(v)
-    for start, stop in _blocks(q.shape[3]):
+    d_q, d_k, d_v = [], k[:, :, :0], v[:, :, :0]
+    for start, stop in reversed(_blocks(q.shape[3])):  # the last block alone reaches every key
         block = partial(_rows, start=start, stop=stop)
         keys, values = k[:, :, :stop], v[:, :, :stop]
         weights = jnp.exp(_scores(block(q), keys, start, stop) - block(sums)[..., None])
         d_weights = jnp.einsum("bkth,bksh->bkts", block(d_out), values, preferred_element_type=jnp.float32)
         d_scores = (weights * (d_weights - block(through)[..., None])).astype(k.dtype)
         d_q.append(jnp.einsum("bkts,bksh->bkth", d_scores, keys).reshape(*q.shape[:3], stop - start, -1))
-        d_k = d_k.at[:, :, :stop].add(jnp.einsum("bkts,bkth->bksh", d_scores, block(q)))
-        d_v = d_v.at[:, :, :stop].add(jnp.einsum("bkts,bkth->bksh", weights.astype(v.dtype), block(d_out)))
-    return _by_token(jnp.concatenate(d_q, 3)) * scale, d_k.transpose(0, 2, 1, 3), d_v.transpose(0, 2, 1, 3)
+        d_k = _add_to_first(d_k, jnp.einsum("bkts,bkth->bksh", d_scores, block(q)))
+        d_v = _add_to_first(d_v, jnp.einsum("bkts,bkth->bksh", weights.astype(v.dtype), block(d_out)))
+    return _by_token(jnp.concatenate(d_q[::-1], 3)) * scale, d_k.transpose(0, 2, 1, 3), d_v.transpose(0, 2, 1, 3)
+
+
+def _add_to_first(total: Float[Array, "B K S H"], part: Float[Array, "B K P H"]) -> Float[Array, "B K S H"]:
+    """`part` added to the first P keys of `total`; an update in place would copy all of it each time."""
+    count = part.shape[2]
+    return jnp.concatenate([total[:, :, :count] + part, total[:, :, count:]], 2) if total.shape[2] else part

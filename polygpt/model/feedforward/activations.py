@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 Activation = Literal["gelu", "gelu_exact", "relu", "relu2", "silu", "sigmoid", "tanh"]
@@ -22,8 +23,11 @@ def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def gelu_exact(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """x·Φ(x), Φ the normal distribution function."""
-    return jax.nn.gelu(x, approximate=False)
+    """x·Φ(x) = 0.5·x·(1 + erf(x/√2)), Φ the normal distribution function.
+
+    By erf: `jax.nn.gelu` takes erfc, whose two branches are both computed.
+    """
+    return 0.5 * x * (1 + lax.erf(x * 0.7071067811865476))
 
 
 def relu2(x: Float[Array, "..."]) -> Float[Array, "..."]:

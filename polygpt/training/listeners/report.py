@@ -137,8 +137,11 @@ def _smooth(values: Sequence[float], horizon: float = 20.0) -> list[float]:
 
 
 def _svg(figure: Figure) -> str:
+    from matplotlib import rc_context
+
     stream = io.StringIO()
     # Without a date and with fixed ids, the same run gives the same page.
-    figure.savefig(stream, format="svg", metadata={"Date": None})
+    with rc_context({"svg.hashsalt": "polygpt"}):
+        figure.savefig(stream, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = stream.getvalue()
     return text[text.index("<svg") :]

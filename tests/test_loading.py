@@ -1,0 +1,83 @@
+"""From a name to a model: runs, presets, and what is neither."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import polygpt
+from polygpt.errors import RequestError
+from polygpt.recipes import load_recipe
+from polygpt.tokenizers import TokenizerConfig, train_tokenizer
+from polygpt.training import open_run
+
+
+def test_a_run_is_loaded_whole(tiny_run):
+    lm = polygpt.load(tiny_run)
+    assert lm.config == polygpt.load(str(tiny_run)).config
+    assert lm.config.vocab_size == lm.tokenizer.vocab_size
+    assert lm.num_parameters == sum(leaf.size for leaf in jax.tree.leaves(lm.params))
+
+
+def test_a_loaded_run_has_the_loss_that_training_stated(tiny_run):
+    lm, run = polygpt.load(tiny_run), open_run(tiny_run)
+    split, context = run.shards.validation, lm.config.context_length
+    nats = []
+    for start in range(0, split.tokens - 1, context):
+        ids = split.read(start, min(start + context + 1, split.tokens))
+        logits = np.asarray(lm.logits(ids[None, :-1])[0], np.float64)
+        shifted = logits - logits.max(-1, keepdims=True)
+        nats += list(np.log(np.exp(shifted).sum(-1)) - shifted[np.arange(len(ids) - 1), ids[1:]])
+    stated = json.loads((tiny_run / "result.json").read_text())["val_loss"]
+    assert np.mean(nats) == pytest.approx(stated, rel=1e-5)
+
+
+def test_a_preset_has_random_weights_and_no_tokenizer():
+    lm = polygpt.build(polygpt.preset("bigram", vocab_size=40), seed=3)
+    same, other = (polygpt.build(lm.config, seed=seed) for seed in (3, 4))
+    tokens = [[1, 2, 3]]
+    assert np.array_equal(lm.logits(tokens), same.logits(tokens))
+    assert not np.array_equal(lm.logits(tokens), other.logits(tokens))
+    with pytest.raises(RequestError, match="this model has no tokenizer"):
+        lm.generate("a")
+
+
+def test_a_tokenizer_fills_an_open_vocabulary():
+    tokenizer = train_tokenizer(TokenizerConfig(kind="char"), ["abc"])
+    lm = polygpt.build(polygpt.preset("bigram"), tokenizer=tokenizer)
+    assert (lm.config.vocab_size, lm.tokenizer) == (3, tokenizer)
+    assert lm.nll("cab").shape == (2,)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("gpt2", r"a ModelConfig is needed \(such as polygpt\.preset\('gpt2'\)\), not 'gpt2'"),
+        (load_recipe("demo"), r"a ModelConfig is needed .*, not RunConfig"),
+        (polygpt.preset("bigram"), r"model\.vocab_size is open"),
+    ],
+    ids=["name", "run", "open"],
+)
+def test_what_cannot_be_built_is_refused(config, message):
+    with pytest.raises(RequestError, match=message):
+        polygpt.build(config)
+
+
+@pytest.mark.parametrize("name", ["gtp2", "runs/none"])
+def test_what_is_neither_run_nor_preset_is_refused(name):
+    with pytest.raises(RequestError, match=f"no run or preset '{name}'; did you mean|choose from"):
+        polygpt.load(name)
+
+
+def test_a_damaged_step_is_warned_of(run):
+    (run / "checkpoints/step_00000006/info.json").write_text("{}")
+    with pytest.warns(UserWarning, match=r"step_00000006/info\.json: does not match its SHA-256"):
+        assert polygpt.load(run).num_parameters > 0
+
+
+def test_a_step_of_another_shape_is_refused_by_name(run):
+    path = run / "config.yaml"
+    path.write_text(path.read_text().replace("mlp_dim: 32", "mlp_dim: 48"))
+    with pytest.raises(RequestError, match=r"feedforward.* is float32\[.*32.*\] here, float32\[.*48.*\] in the model"):
+        polygpt.load(run)

@@ -1,0 +1,57 @@
+"""What a model is and costs, without allocating it."""
+
+import pytest
+
+from polygpt.errors import RequestError
+from polygpt.presets import PRESETS, preset
+from polygpt.summary import PRESET_VOCAB, parameter_table, preset_summaries, resolve_model, summary
+
+
+def test_presets_recipes_files_and_runs_are_found(tiny_run, tiny_files):
+    assert resolve_model("gpt2") == (preset("gpt2"), False)
+    assert resolve_model("tiny_large") == (preset("tiny_large", vocab_size=PRESET_VOCAB), True)
+    assert resolve_model("demo")[1]
+    run, file = resolve_model(str(tiny_run)), resolve_model(str(tiny_files / "tiny.yaml"))
+    assert (run[1], file[1]) == (False, True)
+    assert run[0] == file[0].replace(vocab_size=run[0].vocab_size)
+
+
+@pytest.mark.parametrize("text", ["model: {preset: gpt, num_layers: 2}", "{preset: gpt, num_layers: 2}"])
+def test_a_file_is_of_a_run_or_of_a_model_alone(tmp_path, text):
+    path = tmp_path / "file.yml"
+    path.write_text(text)
+    assert resolve_model(str(path))[0] == preset("gpt", num_layers=2)
+
+
+def test_overrides_are_written_as_in_a_run():
+    assert resolve_model("gpt2", {"model.attention.num_heads": 6})[0] == preset("gpt2", attention={"num_heads": 6})
+    with pytest.raises(RequestError, match=r"training: only the model is shown; write model\.KEY=VALUE"):
+        resolve_model("gpt2", {"training.steps": 3})
+    with pytest.raises(RequestError, match=r"gpt2: num_layer: no such key"):
+        resolve_model("gpt2", {"model.num_layer": 3})
+
+
+def test_the_table_counts_every_parameter():
+    config = preset("gpt2")
+    rows = parameter_table(config)
+    assert sum(count for *_, count in rows) == summary(config)["parameters"] == 124_439_808
+    assert len({name for name, *_ in rows}) == len(rows)
+    for _, shape, axes, _ in rows:
+        assert shape == "scalar" or len(shape.split(" × ")) == len(axes.split(", "))
+
+
+def test_every_preset_is_summed_up_without_allocating_it():
+    rows = preset_summaries()
+    assert [row["preset"] for row in rows] == list(PRESETS)
+    for row in rows:
+        assert row["open_vocabulary"] == (PRESETS[row["preset"]]().get("vocab_size") is None)
+        assert row["config"]["vocab_size"] == preset(row["preset"]).with_vocab(PRESET_VOCAB).vocab_size
+        assert row["active_parameters"] <= row["parameters"]
+
+
+def test_costs_are_those_of_arithmetic():
+    facts = summary(preset("gpt2"))
+    assert facts["kv_cache_bytes_per_token"] == 12 * 2 * 768 * 2  # layers, keys and values, width, bfloat16
+    vectors = 1024 * 768 + 12 * (4 * 768 + 3 * 768 + 768 + 3072 + 768) + 2 * 768
+    matrices = facts["parameters"] - vectors
+    assert facts["flops_per_token"] == 3 * (2 * matrices + 12 * 4 * 768 * 1024)
