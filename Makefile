@@ -35,7 +35,7 @@ format: dev ## put the code in the house style
 	$(BIN)/ruff format .
 
 build: dev ## the wheel, in dist/
-	$(BIN)/python -m build --wheel --outdir dist
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m build --wheel --outdir dist
 
 lab: dev ## Jupyter on notebooks/
 	$(PIP) install --quiet --constraint constraints.txt --editable ".[lab]"

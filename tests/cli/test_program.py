@@ -158,7 +158,12 @@ def test_demo_gives_its_result_beside_the_baselines(workdir, program):
     small = ["training.steps=2", "training.samples.every=2", "model.num_layers=1", "model.embed_dim=16"]
     small += ["model.attention={num_heads: 2, num_kv_heads: 1}", "model.feedforward.mlp_dim=16"]
     small += ["model.context_length=16", "training.samples.max_new_tokens=4", "data.path=text.txt"]
-    small += ["data.split=fraction", "tokenizer={kind: bpe, vocab_size: 300}", "data.validation_fraction=0.1"]
+    small += [
+        "training.samples.prompts=[the]",
+        "data.split=fraction",
+        "tokenizer={kind: bpe, vocab_size: 300}",
+        "data.validation_fraction=0.1",
+    ]
     for out in ("runs/demo", "runs/demo-2"):
         result = one_object(program("demo", "--short", "--json", *small))
         assert set(result) == RESULT | {

@@ -1,5 +1,7 @@
 """Presets have the published shapes, to the parameter."""
 
+from pathlib import Path
+
 import pytest
 
 from polygpt.errors import RequestError
@@ -78,3 +80,11 @@ def test_overrides_reach_nested_fields_and_keep_the_rest():
 def test_a_misspelled_preset_names_the_nearest():
     with pytest.raises(RequestError, match="gpt2"):
         preset("gtp2")
+
+
+def test_the_readmes_table_has_every_preset_and_its_count():
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    rows = {line.split("`")[1]: line for line in readme.splitlines() if line.startswith("| `")}
+    assert set(rows) == set(PRESETS)
+    for name, count in COUNTS.items():
+        assert rows[name].endswith(f"| {count:,} |"), name
