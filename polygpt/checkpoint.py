@@ -28,6 +28,7 @@ from jax.sharding import SingleDeviceSharding
 from jaxtyping import PyTree
 
 from polygpt.errors import PolygptError, RequestError
+from polygpt.files import remove_folder
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -71,7 +72,7 @@ def save(root: Path, step: int, items: Mapping[str, PyTree], info: Mapping[str, 
     except (OSError, ValueError) as error:  # tensorstore reports a full disk as ValueError
         raise PolygptError(f"{final}: cannot be saved ({_reason(error)}); earlier checkpoints are intact") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove_folder(partial)
     return Checkpoint(final, step, dict(info))
 
 

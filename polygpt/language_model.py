@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,11 +28,13 @@ class Generation:
         tokens: their ids.
         finish_reason: `length` (max_new_tokens reached), `stop` (end of text or a stop string), or
             `context_length` (the sequence fills the model's context).
+        tokens_per_second: of decoding, the chunks left out in which programs are compiled, if there are others.
     """
 
     text: str
     tokens: list[int]
     finish_reason: FinishReason
+    tokens_per_second: float
 
 
 class LanguageModel:
@@ -105,6 +108,10 @@ class LanguageModel:
         Raises:
             RequestError: the prompt is longer than the context, or a number is out of its range.
         """
+        if not 0 <= seed < 2**32:
+            raise RequestError(f"seed must lie in 0..{2**32 - 1}, not {seed}")
+        if "" in stop:
+            raise RequestError("a stop string is empty; leave it out")
         settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
         sampler = validate(Sampler, settings)
         ids = self.tokenizer.encode(prompt)
@@ -125,10 +132,12 @@ def _collect(
 ) -> Generation:
     """Joins a row's chunks, handing on text as soon as it can no longer change."""
     tokens: list[int] = []
+    times = [(0, time.perf_counter())]  # tokens and clock after each chunk
     shown = ""
     held = max((len(word) for word in stop), default=1) - 1  # a stop string may be cut by the end of a chunk
     for new, reason in chunks:
         tokens += new
+        times.append((len(tokens), time.perf_counter()))
         text = tokenizer.decode(tokens)
         cut = min((at for word in stop if (at := text.find(word)) >= 0), default=None)
         if cut is not None:
@@ -139,5 +148,11 @@ def _collect(
             on_text(safe[len(shown) :])
             shown = safe
         if reason:
-            return Generation(text, tokens, reason)
+            return Generation(text, tokens, reason, _speed(times))
     raise AssertionError("generation ended without a reason")
+
+
+def _speed(times: list[tuple[int, float]]) -> float:
+    """Tokens a second from the third chunk on: the first two (prefill, the first decoding) may have been compiled."""
+    (before, start), (after, end) = times[2] if len(times) > 3 else times[0], times[-1]
+    return (after - before) / (end - start)

@@ -10,11 +10,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from hypothesis import settings
 
 # What XLA compiled once is read from here, by this process and by those it starts: set before JAX is imported.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+# The same examples every time, and no deadline: the first call of a compiled function takes what it takes.
+settings.register_profile("polygpt", derandomize=True, deadline=None)
+settings.load_profile("polygpt")
 
 TINY = """\
 model:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
-import time
 
 import click
 
@@ -41,21 +41,13 @@ def generate(model: str, prompt: str, as_json: bool, **settings) -> None:
         sys.stdout.flush()
         unseen.clear()
 
-    started = time.perf_counter()
     result = lm.generate(text, on_text=None if as_json else stream, **settings)
-    speed = len(result.tokens) / (time.perf_counter() - started)
     if as_json:
-        print_json(
-            {
-                "text": result.text,
-                "tokens": result.tokens,
-                "finish_reason": result.finish_reason,
-                "tokens_per_second": speed,
-            }
-        )
+        print_json(dataclasses.asdict(result))
         return
     stream("\n")
-    click.echo(f"{len(result.tokens)} tokens, {speed:,.1f} tokens/s, finished: {result.finish_reason}", err=True)
+    speed = f"{result.tokens_per_second:,.0f} tokens/s"
+    click.echo(f"{len(result.tokens)} tokens, {speed}, finished: {result.finish_reason}", err=True)
 
 
 def _standard_input() -> str:

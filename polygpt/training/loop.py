@@ -37,7 +37,7 @@ from polygpt.training.events import (
 )
 from polygpt.training.interrupt import Interrupted, InterruptFlag
 from polygpt.training.listeners import standard_listeners
-from polygpt.training.run_folder import CHECKPOINTS, Run, create_run, open_run, write_config
+from polygpt.training.run_folder import CHECKPOINTS, Run, check_prompts, create_run, open_run, write_config
 from polygpt.training.step import Batch, Metrics, Trainer, TrainState, nll_sums
 
 
@@ -47,8 +47,9 @@ def train(
     """Trains as `config` says into the folder `out`, or goes on with the run that is there.
 
     Args:
-        config: the run's configuration; with `resume` it may be None, and must otherwise equal the run's own but
-            for `training.steps` and what does not change the numbers.
+        config: the run's configuration; with `resume` it may be None for the run's own. Otherwise it must be the same
+            model on the same data in the same batches and with the same kind of optimizer; the number of steps, the
+            learning rate, its schedule and clipping may change.
         out: the run's folder.
         resume: go on from the newest verified checkpoint.
         listeners: called with each event (see `events.py`); by default those that write the run's metrics, samples
@@ -62,6 +63,8 @@ def train(
     started = time.perf_counter()
     out = Path(out).expanduser()
     emit = _emitter(standard_listeners() if listeners is None else listeners)
+    if config is None and not resume:
+        raise RequestError("a configuration is needed (such as polygpt.load_recipe('demo')), or resume=True")
     if resume:
         run = open_run(out)
         if config is not None:
@@ -94,7 +97,9 @@ def _with_changes(run: Run, config: RunConfig) -> Run:
                 f"{run.folder}: this run has {name}.{key}={getattr(mine, key)}, not {getattr(theirs, key)}; "
                 "resume without changing it, or start a new run with another --out"
             )
-    return dataclasses.replace(run, config=own.replace(training=config.training.to_dict()))
+    changed = dataclasses.replace(run, config=own.replace(training=config.training.to_dict()))
+    check_prompts(changed)
+    return changed
 
 
 def _check(run: Run) -> None:
@@ -137,11 +142,13 @@ class _Loop:
             state = self._restore() if resume else self.trainer.init()
             write_config(self.folder, self.config)  # a resumed run may go on for more steps
             self.emit(Started(self.config, self.folder, int(state.step), self.model.num_parameters, self._facts()))
-            before = time.perf_counter()
-            step_function = self.trainer.compile_step(state, self._batch(self.train_loader, 0))
-            compile_seconds = time.perf_counter() - before
-            self.emit(Note(f"compiled in {compile_seconds:.1f} s"))
-            state = self._steps(state, step_function, interrupt)
+            compile_seconds = 0.0
+            if int(state.step) < self.training.steps:
+                before = time.perf_counter()
+                step_function = self.trainer.compile_step(state, self._batch(self.train_loader, 0))
+                compile_seconds = time.perf_counter() - before
+                self.emit(Note(f"compiled in {compile_seconds:.1f} s"))
+                state = self._steps(state, step_function, interrupt)
             evaluated = self._evaluate(state, full=True)
         result = RunResult(
             run=str(self.folder),
@@ -212,6 +219,7 @@ class _Loop:
         self.meter.flush()  # raises where the state is not worth saving
         items = {"params": state.params, "optimizer": (state.optimizer, state.step)}
         info = {"step": step, "data": self.train_loader.fingerprint, "recent_losses": list(self.meter.recent)}
+        info["tokens_per_second"] = self.meter.tokens_per_second
         saved = checkpoint.save(self.folder / CHECKPOINTS, step, items, info, self.training.keep)
         self.emit(Saved(step, saved.folder))
         self.meter.restart()
@@ -226,10 +234,16 @@ class _Loop:
                 f"{self.folder}: the checkpoint was trained on other batches (data, batch_size, context_length, "
                 "stride or seed differ); resume with the run's own settings"
             )
+        if saved.step > self.training.steps:
+            raise RequestError(
+                f"{self.folder}: the run is past training.steps={self.training.steps} (step {saved.step} is saved); "
+                "give more steps, or start a new run with another --out"
+            )
         like = self.trainer.abstract_state()
         params = checkpoint.restore(saved, "params", like.params)
         optimizer, step = checkpoint.restore(saved, "optimizer", (like.optimizer, like.step))
         self.meter.recent.extend(saved.info["recent_losses"])
+        self.meter.speeds.append(saved.info["tokens_per_second"])
         return TrainState(params, optimizer, step)
 
     def _facts(self) -> dict[str, Any]:
@@ -277,7 +291,7 @@ class _Meter:
             if not all(map(math.isfinite, values.values())):
                 raise PolygptError(
                     f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}: training diverged; "
-                    "lower training.optimizer.learning_rate. The checkpoint before it is intact"
+                    "lower training.optimizer.learning_rate. Checkpoints saved before it are intact"
                 )
             self.recent.append(values["loss"])
             self.emit(Stepped(step, **values, tokens_per_second=speed if step == fetched[-1][0] else None))

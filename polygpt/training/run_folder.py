@@ -53,7 +53,7 @@ def create_run(config: RunConfig, folder: Path, tell: Callable[[str], None], che
         tokenizer, shards = _prepare(config, partial, tell)
         model = resolve_vocabulary(config.model, tokenizer)
         run = Run(partial, config.replace(model=model.to_dict()), tokenizer, shards)
-        _check_prompts(run)
+        check_prompts(run)
         check(run)
         tokenizer.save(partial / TOKENIZER)
         write_config(partial, run.config)
@@ -121,7 +121,7 @@ def resolve_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
     return model
 
 
-def _check_prompts(run: Run) -> None:
+def check_prompts(run: Run) -> None:
     """Refuses prompts that the samples along the way could not start from, before hours have gone into training."""
     samples, context = run.config.training.samples, run.config.model.context_length
     for index, prompt in enumerate(samples.prompts if samples.every else ()):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from polygpt import checkpoint
+from polygpt.errors import RequestError
 from polygpt.recipes import load_recipe
 from polygpt.training import Interrupted, Stepped, read_config, train
 from polygpt.training.listeners import RunFiles
@@ -137,3 +138,16 @@ def test_a_damaged_newest_step_is_named_and_the_one_before_goes_on_to_the_same_n
     assert str(damaged) in done.err.replace("\n", "")
     assert "going on after step 4" in done.err
     assert (numbers(run), bytes_of_arrays(run)) == before
+
+
+def test_fewer_steps_than_are_done_are_refused(run, program, snapshot):
+    before = snapshot(run)
+    done = program("train", "--resume", "training.steps=3", "--out", run)
+    assert done.code == 2
+    assert "training.steps=3" in done.complaint[0]
+    assert snapshot(run) == before
+
+
+def test_a_new_run_needs_a_configuration(tmp_path):
+    with pytest.raises(RequestError, match="load_recipe"):
+        train(None, tmp_path / "run")
