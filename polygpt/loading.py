@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from polygpt.errors import RequestError, suggest
 from polygpt.language_model import LanguageModel
 from polygpt.model import Model, ModelConfig
 from polygpt.presets import PRESETS, preset
+from polygpt.process import command_line
 from polygpt.summary import PRESET_VOCAB
 from polygpt.tokenizers import Tokenizer, load_tokenizer
 from polygpt.training import CHECKPOINTS, TOKENIZER, read_config
@@ -51,7 +51,7 @@ def load(name: str | Path, *, warn: Callable[[str], None] = warnings.warn) -> La
         raise RequestError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}")
     saved = checkpoint.newest(folder / CHECKPOINTS, warn)
     if saved is None:
-        command = f"polygpt train --resume --out {shlex.quote(str(folder))}"
+        command = command_line("train", "--resume", "--out", folder)
         raise RequestError(f"{folder}: no usable checkpoint; train it with: {command}")
     shapes = jax.eval_shape(lambda: Model(config).init(0))
     return LanguageModel(config, checkpoint.restore(saved, "params", shapes), tokenizer)

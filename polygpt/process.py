@@ -1,10 +1,14 @@
-"""Settings of the process that a program sets for itself before it computes; a library user may leave them out."""
+"""The process: how it was called, and settings that a program makes for itself before it computes."""
 
 from __future__ import annotations
 
 import ctypes
+import os
+import shlex
+import shutil
 import sys
 from functools import cache
+from pathlib import Path
 
 # glibc's mallopt parameters (malloc.h).
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
@@ -25,3 +29,11 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):  # not glibc
         return False
     return all([mallopt(_MMAP_MAX, 0), mallopt(_TRIM_THRESHOLD, 2**31 - 1), mallopt(_TOP_PAD, 2**26)])
+
+
+def command_line(*words: str | os.PathLike) -> str:
+    """A command of polygpt as the user can type it here: by name where that is on the PATH, else by where it lies."""
+    called = Path(sys.argv[0])
+    by_path = called.name == "polygpt" and shutil.which("polygpt") is None
+    program = os.path.relpath(called) if by_path else "polygpt"
+    return shlex.join([program, *map(str, words)])

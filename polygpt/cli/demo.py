@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 from pathlib import Path
 
 import click
 
 from polygpt.cli.output import json_option, overrides_argument, print_json, print_result
+from polygpt.process import command_line
 
 
 @click.command()
@@ -38,6 +38,6 @@ def demo(overrides: tuple[str, ...], out: Path | None, short: bool, as_json: boo
             ("xz -9", f"{result.xz_bits_per_byte:.4f}"),
             ("speed", f"{result.tokens_per_second:,.0f} tokens/s, {result.seconds:.0f} s in all"),
             ("report", result.report),
-            ("next", f'polygpt generate {shlex.quote(result.run)} --prompt "def main("'),
+            ("next", command_line("generate", result.run, "--prompt", "def main(")),
         ]
     )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 from pathlib import Path
 
 import click
 
 from polygpt.cli.output import json_option, overrides_argument, print_json, print_result
+from polygpt.process import command_line
 
 
 @click.command()
@@ -47,6 +47,6 @@ def train(recipe: str | None, overrides: tuple[str, ...], out: Path, resume: boo
             ("training loss", f"{result.train_loss:.4f}"),
             ("speed", f"{result.tokens_per_second:,.0f} tokens/s"),
             ("report", str(out / "report.html")),
-            ("next", f'polygpt generate {shlex.quote(result.run)} --prompt "…"'),
+            ("next", command_line("generate", result.run, "--prompt", "…")),
         ]
     )

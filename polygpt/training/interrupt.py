@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 import signal
 import threading
 from pathlib import Path
 from types import FrameType
 
 from polygpt.errors import PolygptError
+from polygpt.process import command_line
 
 
 class Interrupted(PolygptError):
@@ -17,7 +17,7 @@ class Interrupted(PolygptError):
     exit_code = 130
 
     def __init__(self, step: int, folder: Path):
-        command = f"polygpt train --resume --out {shlex.quote(str(folder))}"
+        command = command_line("train", "--resume", "--out", folder)
         super().__init__(f"interrupted after step {step}, which is saved; go on with: {command}")
 
 

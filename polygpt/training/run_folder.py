@@ -12,7 +12,6 @@ result.json      what the run came to; with loss.png and report.html, written at
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from polygpt.data import Shards, is_prepared, open_shards, open_source, prepare,
 from polygpt.errors import RequestError
 from polygpt.files import new_folder, write_text
 from polygpt.model import ModelConfig
+from polygpt.process import command_line
 from polygpt.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
 from polygpt.training.config import RunConfig
 
@@ -86,7 +86,7 @@ def read_config(folder: Path) -> RunConfig:
     """
     path = folder / CONFIG
     if not path.is_file():
-        start = f"polygpt train RECIPE --out {shlex.quote(str(folder))}"
+        start = command_line("train", "RECIPE", "--out", folder)
         raise RequestError(f"{folder}: no run here (it has no {CONFIG}); start one with: {start}")
     return validate(RunConfig, read_yaml(path), str(path))
 
