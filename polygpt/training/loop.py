@@ -244,7 +244,7 @@ class _Loop:
         optimizer, step = checkpoint.restore(saved, "optimizer", (like.optimizer, like.step))
         self.meter.recent.extend(saved.info["recent_losses"])
         self.meter.speeds.append(saved.info["tokens_per_second"])
-        return TrainState(params, optimizer, step)
+        return TrainState(self.trainer.place(params), optimizer, step)
 
     def _facts(self) -> dict[str, Any]:
         device = jax.local_devices()[0]

@@ -11,6 +11,7 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from polygpt.model import Model, Params
+from polygpt.sharding import make_mesh, sharding_of
 from polygpt.training.config import TrainingConfig
 
 
@@ -43,13 +44,19 @@ class Trainer:
 
     def __init__(self, model: Model, config: TrainingConfig):
         self.model, self.config = model, config
+        self.mesh = make_mesh()
         self.learning_rate = config.schedule.build(config.optimizer.learning_rate, config.steps)
         self.optimizer = config.optimizer.build(model, self.learning_rate)
 
     def init(self) -> TrainState:
         """The state before the first step."""
-        params = self.model.init(self.config.seed)
+        params = self.place(self.model.init(self.config.seed))
         return TrainState(params, jax.jit(self.optimizer.init)(params), jnp.zeros((), jnp.int32))
+
+    def place(self, params: Params) -> Params:
+        """`params` where their logical axes belong on the mesh."""
+        shardings = jax.tree.map(lambda info: sharding_of(info.axes, self.mesh), self.model.parameters)
+        return jax.device_put(params, shardings)
 
     def abstract_state(self) -> TrainState:
         """Shapes and dtypes of the state, nothing allocated."""
