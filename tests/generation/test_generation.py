@@ -34,7 +34,10 @@ def model():
 @pytest.fixture(scope="module")
 def params(model):
     random = np.random.default_rng(0)
-    draw = lambda info: jnp.asarray((info.inputs is None) + 0.5 * random.standard_normal(info.shape), jnp.float32)  # noqa: E731
+
+    def draw(info):
+        return jnp.asarray((info.inputs is None) + 0.5 * random.standard_normal(info.shape), jnp.float32)
+
     return jax.tree.map(draw, model.parameters)
 
 

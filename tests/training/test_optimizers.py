@@ -48,7 +48,10 @@ def test_adamw_is_its_equation_and_decays_matrices_only(model):
     found = list(updates(config.build(model, lambda step: 0.1 / (1 + step)), params, gradients))[-1]
     decayed = {}
     for path, p in jax.tree_util.tree_leaves_with_path(params):
-        at = lambda tree, path=path: np.asarray(dict(jax.tree_util.tree_leaves_with_path(tree))[path], np.float64)  # noqa: E731
+
+        def at(tree, path=path):
+            return np.asarray(dict(jax.tree_util.tree_leaves_with_path(tree))[path], np.float64)
+
         value, m, v = np.asarray(p, np.float64), 0, 0
         decay = at(jax.tree.map(lambda info: float(info.inputs is not None), model.parameters))
         for t, gradient in enumerate(gradients, 1):
