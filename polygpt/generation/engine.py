@@ -111,9 +111,8 @@ def _programs(config: ModelConfig, sampler: Sampler, stop_token: int | None) -> 
     @jax.jit
     def prefill(params: Params, tokens: Array, lengths: Array, state: PyTree, key: PRNGKeyArray) -> Progress:
         decoder = model.module(params)
-        # Padding after a short prompt writes to slots at and after its length: they are overwritten before they
-        # are ever seen, since position p sees slots up to p only.
-        output = decoder(tokens, state=state)
+        real = jnp.arange(tokens.shape[1]) < lengths[:, None]
+        output = decoder(tokens, state=state, valid=real, fresh=True)
         last = jnp.take_along_axis(output.hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
         token, done = choose(last, decoder, jnp.int32(0), key, jnp.zeros(tokens.shape[0], bool))
         return Progress(token, lengths, output.state, done, jnp.int32(1))

@@ -5,12 +5,15 @@ The legend of axis letters, for every einsum and every shape in the project:
     H head size, F feed-forward hidden, E experts, C expert slots, V vocabulary.
 """
 
+from polygpt.model.block import BlockConfig
 from polygpt.model.config import LayerConfig, ModelConfig
 from polygpt.model.decoder import Decoder, Output
 from polygpt.model.model import Model, ParameterInfo, Params
 from polygpt.model.parts import (
+    NO_EFFECTS,
     AttentionConfig,
     Context,
+    Effects,
     FeedForwardConfig,
     Initializer,
     NormConfig,
@@ -20,9 +23,12 @@ from polygpt.model.parts import (
 )
 
 __all__ = [
+    "NO_EFFECTS",
     "AttentionConfig",
+    "BlockConfig",
     "Context",
     "Decoder",
+    "Effects",
     "FeedForwardConfig",
     "Initializer",
     "LayerConfig",

@@ -8,16 +8,19 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from polygpt.config import Config, Tuple, merge, slot
-from polygpt.model import attention, feedforward, norms, positions
+from polygpt.model import attention, block, feedforward, norms, positions
+from polygpt.model.block import BlockConfig
 from polygpt.model.parts import AttentionConfig, FeedForwardConfig, InitScheme, NormConfig, PositionConfig
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Rate = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
 
 AttentionSlot = slot(AttentionConfig, attention.MENU)
 FeedForwardSlot = slot(FeedForwardConfig, feedforward.MENU)
 NormSlot = slot(NormConfig, norms.MENU)
 PositionSlot = slot(PositionConfig, positions.MENU)
+BlockSlot = slot(BlockConfig, block.MENU)
 
 
 class LayerConfig(Config):
@@ -26,6 +29,7 @@ class LayerConfig(Config):
     attention: AttentionSlot | None = None
     feedforward: FeedForwardSlot | None = None
     norm: NormSlot | None = None
+    block: BlockSlot | None = None
 
 
 class ModelConfig(Config):
@@ -38,9 +42,13 @@ class ModelConfig(Config):
         num_layers: L.
         pattern: layers cycle through these entries: layer i takes entry i mod len. An entry's part that names
             its kind replaces the model's part; without a kind it changes fields of it.
+        block: how attention, feed-forward and norms are arranged in a layer.
+        final_norm: a norm before the head, of the model's own kind.
         head: `tied` to the embedding, `untied`, or `none` (the last hidden states are the logits).
         dropout: on the output of every attention and feed-forward.
         embed_dropout: on the embedding.
+        embed_scale: what token embeddings are multiplied by; `sqrt` is sqrt(D) (Vaswani et al. 2017, 3.4; Gemma).
+        logit_softcap: logits become cap · tanh(logits / cap) (Gemma Team 2024, section 2).
         init: `normal` (GPT-2's) or `fan_in` (truncated, variance 1/fan-in).
         init_std: standard deviation of `normal`.
         compute_dtype: of activations; norms' statistics, softmax, RoPE angles, logits and loss stay float32.
@@ -57,10 +65,14 @@ class ModelConfig(Config):
     norm: NormSlot
     attention: AttentionSlot | None = None
     feedforward: FeedForwardSlot | None = None
+    block: BlockSlot = block.PreNormConfig()
     pattern: Tuple[LayerConfig] = (LayerConfig(),)
+    final_norm: bool = True
     head: Literal["tied", "untied", "none"] = "tied"
     dropout: Rate = 0.0
     embed_dropout: Rate = 0.0
+    embed_scale: Positive | Literal["sqrt"] = 1.0
+    logit_softcap: Positive | None = None
     init: InitScheme = "normal"
     init_std: Annotated[float, Field(gt=0, le=1)] = 0.02
     compute_dtype: Dtype = "float32"
@@ -113,7 +125,7 @@ class ModelConfig(Config):
     @property
     def layers(self) -> tuple[LayerConfig, ...]:
         """What fills each layer, the pattern resolved."""
-        own = {"attention": self.attention, "feedforward": self.feedforward, "norm": self.norm}
+        own = {"attention": self.attention, "feedforward": self.feedforward, "norm": self.norm, "block": self.block}
         entries = [
             LayerConfig.model_construct(**{name: getattr(entry, name) or part for name, part in own.items()})
             for entry in self.pattern

@@ -12,26 +12,27 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from polygpt.model.block import Block
+from polygpt.model.block import LayerState
 from polygpt.model.config import ModelConfig
-from polygpt.model.head import next_token_nll, nll_of_logits, project_to_vocabulary, weighted_nll
-from polygpt.model.parts import Context, Draws, Initializer, dropout
+from polygpt.model.head import nll_of_logits, project_to_vocabulary, soft_cap, weighted_nll
+from polygpt.model.parts import Context, Draws, Effects, Initializer, dropout
 
 
 class Output(NamedTuple):
     """What one call gives.
 
     Attributes:
-        hidden: [B, T, D] after the final norm.
+        hidden: [B, T, D], ready for the head.
         state: the decoding state after these tokens; None where none was given.
-        losses: the auxiliary losses that parts declare, summed over layers, float32 scalars by name.
+        effects: what the layers say in training: losses summed and metrics averaged over layers; `updates` has an entry
+            for each of the pattern, shaped like the parameters of its feed-forward that they are to be added to.
     """
 
     hidden: Float[Array, "B T D"]
     state: PyTree | None
-    losses: dict[str, Float[Array, ""]]
+    effects: Effects
 
 
 class Decoder(nnx.Module):
@@ -52,10 +53,10 @@ class Decoder(nnx.Module):
         # Entry e of the pattern serves layers e, e + P, e + 2P, ...
         period = len(config.pattern)
         self.blocks = nnx.List(
-            Block(layer, config, init.stacked(len(config.layers[entry::period])))
+            layer.block.build(layer, config, init.stacked(len(config.layers[entry::period])))
             for entry, layer in enumerate(config.layers[:period])
         )
-        self.final_norm = config.norm.build(config, init)
+        self.final_norm = config.norm.build(config, init) if config.final_norm else None
         self.head = init.weight((width, vocab), ("embed", "vocab")) if config.head == "untied" else None
 
     def __call__(
@@ -64,66 +65,86 @@ class Decoder(nnx.Module):
         *,
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
+        valid: Bool[Array, "B T"] | None = None,
         state: PyTree | None = None,
+        fresh: bool = False,
+        training: bool = False,
         key: PRNGKeyArray | None = None,
     ) -> Output:
         """Hidden states of `tokens`.
 
         Args:
             tokens: int32 [B, T].
-            positions: int32 [B, T]; 0, 1, 2, ... by default.
-            segment_ids: int32 [B, T]; tokens of different segments do not see each other.
-            state: a decoding state (`init_state`): tokens then see what came before them, too.
-            key: for dropout; None (evaluation, generation) drops nothing.
+            positions: int32 [B, T], consecutive in each row; 0, 1, 2, ... by default.
+            segment_ids: int32 [B, T]; each document is a run of equal ids, and sees itself alone.
+            valid: bool [B, T]; False for padding at the end of a row, which enters no decoding state.
+            state: a decoding state (`Model.init_state`): tokens then see what came before them, too.
+            fresh: the state is empty still, so that these tokens may be computed as a sequence of their own.
+            training: take the training form of parts that have one (capacity, noise, auxiliary losses).
+            key: for dropout and noise; None draws nothing.
+
+        Raises:
+            ValueError: `segment_ids` and `state` are both given: a decoding state holds one document.
         """
+        if segment_ids is not None and state is not None:
+            raise ValueError("segment_ids do not go with a decoding state, which holds one document")
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         sizes = {layer.attention.rotation_size(self.config) for layer in self.config.layers} - {None}
-        rotations = self.position.rotations(positions, sizes)
-        context = Context(positions, segment_ids, rotations, key)
+        context = Context(
+            positions=positions,
+            segment_ids=segment_ids,
+            valid=valid,
+            rotations=self.position.rotations(positions, sizes),
+            slopes=self.position.slopes,
+            training=training,
+            key=key,
+            fresh=fresh,
+        )
         x = self.embedding[...][tokens].astype(self.config.compute_dtype)
+        scale = self.config.width**0.5 if self.config.embed_scale == "sqrt" else self.config.embed_scale
+        x = x if scale == 1 else x * jnp.asarray(scale, x.dtype)
         x = dropout(
             self.position.embed(x, positions), self.config.embed_dropout, context.fold(self.config.num_layers).key
         )
-        x, state, losses = self._layers(x, context, state)
-        return Output(self.final_norm(x), state, losses)
+        x, state, effects = self._layers(x, context, state)
+        return Output(x if self.final_norm is None else self.final_norm(x), state, effects)
 
     def _layers(
         self, x: Float[Array, "B T D"], context: Context, state: PyTree | None
-    ) -> tuple[Float[Array, "B T D"], PyTree | None, dict[str, Float[Array, ""]]]:
+    ) -> tuple[Float[Array, "B T D"], PyTree | None, Effects]:
         """All layers: a scan over whole repetitions of the pattern, then the rest of one."""
         graphs, params = _split(self.blocks)
         whole, rest = divmod(self.config.num_layers, max(len(graphs), 1))
 
-        def repetition(x: Array, inputs: tuple[Array | int, list, list]) -> tuple[Array, tuple[list, dict]]:
+        def repetition(x: Array, inputs: tuple[Array | int, list, list]) -> tuple[Array, list]:
             index, weights, states = inputs
-            after, totals = [], {}
+            results = []
             for entry, (leaves, before) in enumerate(zip(weights, states, strict=True)):
-                layer = index * len(graphs) + entry
-                x, new, losses = nnx.merge(graphs[entry], leaves)(x, context.fold(layer), before)
-                after.append(new)
-                totals = {name: totals.get(name, 0.0) + loss for name, loss in losses.items()}
-            return x, (after, totals)
+                layer = nnx.merge(graphs[entry], leaves)
+                x, after, effects = layer(x, context.fold(index * len(graphs) + entry), before)
+                results.append((after, effects))
+            return x, results
 
-        states = [None] * len(graphs) if state is None else state
+        states = [LayerState(None, None)] * len(graphs) if state is None else state
         head = jax.tree.map(lambda leaf: leaf[:whole], (params, states))
         # Fully unrolled where that is faster to run; the gradient of the stack stays one concatenation.
-        x, (after, totals) = lax.scan(
+        x, results = lax.scan(
             repetition, x, (jnp.arange(whole), *head), unroll=1 if self.config.scans else max(whole, 1)
         )
-        losses = {name: values.sum() for name, values in totals.items()}
         if rest:
             tail = jax.tree.map(lambda leaf: leaf[whole], (params[:rest], states[:rest]))
-            x, (last, totals) = repetition(x, (whole, *tail))
-            after[:rest] = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), after[:rest], last)
-            losses = {name: losses.get(name, 0.0) + value for name, value in totals.items()}
-        return x, None if state is None else after, losses
+            x, last = repetition(x, (whole, *tail))
+            results[:rest] = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), results[:rest], last)
+        after = None if state is None else [entry for entry, _ in results]
+        return x, after, _over_layers([effects for _, effects in results])
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """float32 logits of hidden states."""
         if self.config.head == "none":
-            return hidden.astype(jnp.float32)
-        return project_to_vocabulary(hidden, self.head_weight)
+            return soft_cap(hidden.astype(jnp.float32), self.config.logit_softcap)
+        logits = project_to_vocabulary(hidden, self.head_weight)
+        return soft_cap(logits, self.config.logit_softcap)
 
     @property
     def head_weight(self) -> Float[Array, "D V"]:
@@ -132,17 +153,15 @@ class Decoder(nnx.Module):
 
     def nll(self, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
         """Negative log likelihood of each target in nats, float32."""
-        if self.config.head == "none":
-            return nll_of_logits(hidden, targets)
-        return next_token_nll(hidden, self.head_weight, targets)
+        return nll_of_logits(self.logits(hidden), targets)
 
     def loss(
         self, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"], token_weights: Float[Array, "B T"]
     ) -> Float[Array, ""]:
         """Σ token_weights · nll, as `nll` would give it, in the form that is fast to differentiate."""
         if self.config.head == "none":
-            return (nll_of_logits(hidden, targets) * token_weights).sum()
-        return weighted_nll(hidden, self.head_weight, targets, token_weights)
+            return (self.nll(hidden, targets) * token_weights).sum()
+        return weighted_nll(hidden, self.head_weight, targets, token_weights, self.config.logit_softcap)
 
 
 def _split(blocks: nnx.List) -> tuple[list[nnx.GraphDef], list[dict[str, Any]]]:
@@ -153,3 +172,16 @@ def _split(blocks: nnx.List) -> tuple[list[nnx.GraphDef], list[dict[str, Any]]]:
         graphs.append(graph)
         params.append(nnx.to_pure_dict(leaves))
     return graphs, params
+
+
+def _over_layers(effects: list[Effects]) -> Effects:
+    """The effects of all layers, given for each entry of the pattern with the layers it serves stacked."""
+    losses: dict[str, Array] = {}
+    metrics: dict[str, list[Array]] = {}
+    for entry in effects:
+        for name, values in entry.losses.items():
+            losses[name] = losses.get(name, 0.0) + values.sum()
+        for name, values in entry.metrics.items():
+            metrics.setdefault(name, []).append(values)
+    means = {name: jnp.concatenate(values).mean() for name, values in metrics.items()}
+    return Effects(losses, means, {i: entry.updates for i, entry in enumerate(effects) if entry.updates})

@@ -22,11 +22,9 @@ def nll_of_logits(logits: Float[Array, "... V"], targets: Int[Array, "..."]) -> 
     return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 
-def next_token_nll(
-    hidden: Float[Array, "B T D"], weight: Float[Array, "D V"], targets: Int[Array, "B T"]
-) -> Float[Array, "B T"]:
-    """Negative log likelihood of each target in nats, float32."""
-    return nll_of_logits(project_to_vocabulary(hidden, weight), targets)
+def soft_cap(logits: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:
+    """cap · tanh(logits / cap); the logits themselves without a cap (Gemma Team 2024, section 2)."""
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 def weighted_nll(
@@ -34,6 +32,7 @@ def weighted_nll(
     weight: Float[Array, "D V"],
     targets: Int[Array, "B T"],
     token_weights: Float[Array, "B T"],
+    cap: float | None = None,
 ) -> Float[Array, ""]:
     """Σ token_weights · nll, float32, for training: its gradient is taken while each chunk's logits are at hand.
 
@@ -53,7 +52,7 @@ def weighted_nll(
 
     def forward(hidden: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
         def one(sums: tuple[Array, Array], chunk: tuple) -> tuple[tuple[Array, Array], Array]:
-            value, d_hidden, d_weight = _loss_and_gradients(weight, *chunk)
+            value, d_hidden, d_weight = _loss_and_gradients(weight, *chunk, cap)
             return (sums[0] + value, sums[1] + d_weight), d_hidden
 
         start = jnp.zeros((), jnp.float32), jnp.zeros(weight.shape, jnp.float32)
@@ -72,19 +71,21 @@ def _loss_and_gradients(
     hidden: Float[Array, "M D"],
     targets: Int[Array, " M"],
     token_weights: Float[Array, " M"],
+    cap: float | None,
 ) -> tuple[Float[Array, ""], Float[Array, "M D"], Float[Array, "D V"]]:
     """Σ token_weights · nll of one chunk, and its gradients to `hidden` and `weight`."""
     weight = weight.astype(hidden.dtype)
-    logits = jnp.matmul(hidden, weight, preferred_element_type=jnp.float32)
+    logits = soft_cap(jnp.matmul(hidden, weight, preferred_element_type=jnp.float32), cap)
     largest = logits.max(-1, keepdims=True)
     exps = jnp.exp(logits - largest)
     total = exps.sum(-1, keepdims=True)
     chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)
     nll = (jnp.log(total) + largest - chosen)[:, 0]
     hit = jnp.arange(logits.shape[1]) == targets[:, None]
-    d_logits = (exps * (token_weights[:, None] / total) - jnp.where(hit, token_weights[:, None], 0)).astype(
-        hidden.dtype
-    )
+    d_logits = exps * (token_weights[:, None] / total) - jnp.where(hit, token_weights[:, None], 0)
+    if cap is not None:
+        d_logits = d_logits * (1 - jnp.square(logits / cap))
+    d_logits = d_logits.astype(hidden.dtype)
     d_weight = jnp.matmul(hidden.T, d_logits, preferred_element_type=jnp.float32)
     return (nll * token_weights).sum(), d_logits @ weight.T, d_weight
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
@@ -18,9 +19,10 @@ from flax.traverse_util import unflatten_dict
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from polygpt.errors import RequestError
+from polygpt.model.block import LayerState
 from polygpt.model.config import ModelConfig
 from polygpt.model.decoder import Decoder, Output
-from polygpt.model.parts import Draws
+from polygpt.model.parts import Draws, Effects
 
 Params = dict[str, Any]
 
@@ -33,14 +35,18 @@ class ParameterInfo:
         shape: with a leading `layers` axis for parameters of blocks.
         dtype: as stored.
         axes: the logical name of each axis.
-        inputs: how many axes after `layers` are contracted; 0 for a table that is looked up, None for a vector
+        inputs: how many axes after the stacked ones are contracted; 0 for a table that is looked up, None for a vector
             (a bias or gain), which weight decay leaves alone.
+        stack: how many leading axes count matrices: layers, experts.
+        active: the share of it that one token uses.
     """
 
     shape: tuple[int, ...]
     dtype: jnp.dtype
     axes: tuple[str, ...]
     inputs: int | None = None
+    stack: int = 0
+    active: Fraction = Fraction(1)
 
     @property
     def size(self) -> int:
@@ -49,7 +55,7 @@ class ParameterInfo:
 
 def _declared(variable: nnx.Variable) -> dict[str, Any]:
     metadata = variable.get_metadata()
-    return {name: metadata[name] for name in ("axes", "inputs") if name in metadata}
+    return {name: metadata[name] for name in ("axes", "inputs", "stack", "active") if name in metadata}
 
 
 class Model:
@@ -95,7 +101,7 @@ class Model:
         return decoder.logits(decoder(tokens).hidden)
 
     def nll(self, params: Params, tokens: Int[Array, "B T"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
-        """Negative log likelihood of each target in nats, float32; nothing is dropped."""
+        """Negative log likelihood of each target in nats, float32; nothing is dropped and every part is causal."""
         decoder = self.module(params)
         return decoder.nll(decoder(tokens).hidden, targets)
 
@@ -106,20 +112,30 @@ class Model:
         targets: Int[Array, "B T"],
         token_weights: Float[Array, "B T"],
         key: PRNGKeyArray | None = None,
-    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-        """Σ token_weights · nll for training (`key` is for dropout), and the auxiliary losses of the parts."""
+    ) -> tuple[Float[Array, ""], Effects]:
+        """Σ token_weights · nll in training form (`key` is for dropout and noise), and what the parts say beside it."""
         decoder = self.module(params)
-        output = decoder(tokens, key=key)
-        return decoder.loss(output.hidden, targets, token_weights), output.losses
+        output = decoder(tokens, training=True, key=key)
+        return decoder.loss(output.hidden, targets, token_weights), output.effects
+
+    def with_updates(self, params: Params, updates: dict[int, dict[str, Array]]) -> Params:
+        """`params` after the updates that feed-forwards ask for (`Effects.updates`)."""
+        blocks = dict(params["blocks"])
+        for entry, changes in updates.items():
+            own = blocks[entry]["feedforward"]
+            moved = {name: own[name] + change.astype(own[name].dtype) for name, change in changes.items()}
+            blocks[entry] = {**blocks[entry], "feedforward": {**own, **moved}}
+        return {**params, "blocks": blocks}
 
     def init_state(self, batch: int, length: int) -> PyTree:
         """An empty decoding state for `batch` sequences of at most `length` tokens."""
         period = len(self.config.pattern)
         states = []
         for entry, layer in enumerate(self.config.layers[:period]):
-            state = layer.attention.init_state(self.config, batch, length)
+            parts = (layer.attention, layer.feedforward)
+            state = LayerState(*(part.init_state(self.config, batch, length) for part in parts))
             count = len(self.config.layers[entry::period])
-            states.append(jax.tree.map(lambda leaf, n=count: jnp.zeros((n, *leaf.shape), leaf.dtype), state))
+            states.append(jax.tree.map(lambda leaf, n=count: jnp.broadcast_to(leaf, (n, *leaf.shape)), state))
         return states
 
     def attention_implementation(self) -> str:
@@ -146,22 +162,40 @@ class Model:
     @cached_property
     def num_active_parameters(self) -> int:
         """Parameters that take part in computing one token."""
-        return self.num_parameters
+        return sum(int(info.size * info.active) for info in jax.tree.leaves(self.parameters))
+
+    def state_bytes(self, length: int) -> int:
+        """Bytes of the decoding state of one sequence of `length` tokens, over all layers."""
+        shapes = jax.eval_shape(lambda: self.init_state(1, length))
+        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
     @cached_property
     def state_bytes_per_token(self) -> int:
-        """Bytes of decoding state (KV cache) that each further token adds, over all layers."""
-        return sum(layer.attention.state_bytes_per_token(self.config) for layer in self.config.layers)
+        """Bytes of decoding state (KV cache) that a further token adds at full context; 0 where the state is fixed."""
+        context = self.config.context_length
+        return self.state_bytes(context) - self.state_bytes(context - 1) if context > 1 else self.state_bytes(1)
+
+    @cached_property
+    def training_caveat(self) -> str | None:
+        """What is to be known of the training loss where a part's training form is not causal; None where all are."""
+        parts = {(name, getattr(layer, name)) for layer in self.config.layers for name in ("attention", "feedforward")}
+        late = sorted({f"{name} {part.kind}" for name, part in parts if not part.causal_in_training(self.config)})
+        if not late:
+            return None
+        return (
+            f"in training, {' and '.join(late)} lets a token's output depend on later tokens, so the training loss is "
+            "not that of a language model; evaluation and generation are causal"
+        )
 
     @cached_property
     def flops_per_token(self) -> int:
         """FLOPs of training on one token at full context: three times the forward pass's products.
 
-        2 FLOPs a weight that multiplies, the head's included when tied, plus what attention adds (Chowdhery et
+        2 FLOPs an active weight that multiplies, the head's included when tied, plus what parts add (Chowdhery et
         al. 2022, appendix B). Looked-up tables, norms and activations are not counted.
         """
-        weights = sum(info.size for info in jax.tree.leaves(self.parameters) if info.inputs)
+        weights = sum(int(info.size * info.active) for info in jax.tree.leaves(self.parameters) if info.inputs)
         if self.config.head == "tied":
             weights += self.config.vocab_size * self.config.width
-        mixing = sum(layer.attention.flops_per_token(self.config) for layer in self.config.layers)
-        return 3 * (2 * weights + mixing)
+        parts = [part for layer in self.config.layers for part in (layer.attention, layer.feedforward)]
+        return 3 * (2 * weights + sum(part.flops_per_token(self.config) for part in parts))

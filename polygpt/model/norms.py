@@ -58,9 +58,14 @@ class RMSNorm(nnx.Module):
         self.gain = init.constant(1.0, (width,), ("embed",))
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        x32 = x.astype(jnp.float32)
-        scale = lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + self.eps)
-        return (x32 * scale * self.gain[...].astype(jnp.float32)).astype(x.dtype)
+        return rms_normalize(x, self.gain[...], self.eps)
+
+
+def rms_normalize(x: Float[Array, "*B D"], gain: Float[Array, " D"], eps: float) -> Float[Array, "*B D"]:
+    """x / sqrt(mean(x²) + eps) · gain over the last axis, in float32."""
+    x32 = x.astype(jnp.float32)
+    scale = lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + eps)
+    return (x32 * scale * gain.astype(jnp.float32)).astype(x.dtype)
 
 
 class ScaleNormConfig(NormConfig):

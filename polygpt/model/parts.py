@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from polygpt.config import PartConfig
 
@@ -65,24 +66,37 @@ class Initializer:
         return dataclasses.replace(self, layers=layers)
 
     def weight(
-        self, shape: tuple[int, ...], axes: tuple[str, ...], inputs: int = 1, residual: bool = False
+        self,
+        shape: tuple[int, ...],
+        axes: tuple[str, ...],
+        inputs: int = 1,
+        *,
+        residual: bool = False,
+        experts: bool = False,
+        active: Fraction = Fraction(1),
     ) -> nnx.Param:
         """A matrix whose first `inputs` axes are contracted (0: a table that is looked up).
 
-        Matrices are what weight decay applies to. `residual`: it writes to the residual stream.
+        Matrices are what weight decay applies to. `residual`: it writes to the residual stream. `experts`: the first
+        axis counts matrices, one an expert, and `inputs` begins after it. `active`: the share that one token uses.
         """
-        fan_in = math.prod(shape[:inputs]) if inputs else shape[-1]
+        own = shape[1:] if experts else shape
+        fan_in = math.prod(own[:inputs]) if inputs else own[-1]
         full, axes = self._stack(shape, axes)
         # Truncating at ±2 shrinks the deviation to 0.8796; dividing restores it (as in Lecun's scheme).
         scale = self.std if self.scheme == "normal" else 1 / (math.sqrt(fan_in) * 0.87962566103423978)
         if residual:
             scale *= self.residual_scale
-        return nnx.Param((scale * self.draws.take(full)).astype(self.dtype), axes=axes, inputs=inputs)
+        values = (scale * self.draws.take(full)).astype(self.dtype)
+        stack = (self.layers is not None) + experts
+        return nnx.Param(values, axes=axes, inputs=inputs, stack=stack, active=active)
 
-    def constant(self, value: float, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
+    def constant(
+        self, value: float, shape: tuple[int, ...], axes: tuple[str, ...], active: Fraction = Fraction(1)
+    ) -> nnx.Param:
         """A vector of equal values: a bias or a gain. Not decayed."""
         full, axes = self._stack(shape, axes)
-        return nnx.Param(jnp.full(full, value, self.dtype), axes=axes)
+        return nnx.Param(jnp.full(full, value, self.dtype), axes=axes, active=active)
 
     def _stack(self, shape: tuple[int, ...], axes: tuple[str, ...]) -> tuple[tuple[int, ...], tuple[str, ...]]:
         if self.layers is None:
@@ -96,21 +110,47 @@ class Context:
 
     Attributes:
         positions: int32 [B, T], the index of each token in its sequence.
-        segment_ids: int32 [B, T] or None; tokens of different segments do not see each other.
+        segment_ids: int32 [B, T] or None; each document of a packed sequence is a run of equal ids, and tokens of
+            different runs do not see each other.
+        valid: bool [B, T] or None (all): False for padding after a prompt, which must not enter a decoding state.
         rotations: for each head size, the RoPE table of `positions` (see `positions.py`); empty without RoPE.
-        key: for dropout; None in evaluation and generation, where nothing is dropped.
+        slopes: for a number of heads, the penalty of distance that ALiBi subtracts from scores, float32 [N], or None.
+        training: parts whose training form differs (capacity, noise, auxiliary losses) use it.
+        key: for dropout; None drops nothing.
+        fresh: the decoding state given is empty, so these tokens see each other alone.
     """
 
     positions: Int[Array, "B T"]
     segment_ids: Int[Array, "B T"] | None = None
+    valid: Bool[Array, "B T"] | None = None
     rotations: Mapping[int, Any] = dataclasses.field(default_factory=dict)
+    slopes: Callable[[int], Float[Array, " N"] | None] = lambda num_heads: None
+    training: bool = False
     key: PRNGKeyArray | None = None
+    fresh: bool = False
 
     def fold(self, number: int | Int[Array, ""]) -> Context:
         """The same context with an independent dropout key."""
         if self.key is None:
             return self
         return dataclasses.replace(self, key=jax.random.fold_in(self.key, number))
+
+
+class Effects(NamedTuple):
+    """What a layer says in training beside its output; empty in evaluation.
+
+    Attributes:
+        losses: float32 scalars by name, weighted, to be added to the objective (summed over layers).
+        metrics: float32 scalars by name, worth a line in the log (averaged over layers).
+        updates: for parameters of the part that no gradient reaches: what to add to them after the step, by name.
+    """
+
+    losses: dict[str, Float[Array, ""]]
+    metrics: dict[str, Float[Array, ""]]
+    updates: dict[str, Array]
+
+
+NO_EFFECTS = Effects({}, {}, {})
 
 
 def dropout(x: Float[Array, "..."], rate: float, key: PRNGKeyArray | None) -> Float[Array, "..."]:
@@ -144,26 +184,49 @@ class AttentionModule(Protocol):
 
 
 class FeedForwardModule(Protocol):
-    """Transforms tokens: x [B, T, D] -> [B, T, D], and the auxiliary losses it declares (scalars by name)."""
+    """Transforms tokens: x [B, T, D] -> [B, T, D]; also the next decoding state, and what it says in training."""
 
     def __call__(
-        self, x: Float[Array, "B T D"], context: Context
-    ) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, ""]]]: ...
+        self, x: Float[Array, "B T D"], context: Context, state: PyTree | None
+    ) -> tuple[Float[Array, "B T D"], PyTree | None, Effects]: ...
 
 
-class AttentionConfig(PartConfig):
-    """The slot `attention`."""
+class ModelPart(PartConfig):
+    """What fills a slot of the model.
 
-    def build(self, model: ModelConfig, init: Initializer) -> AttentionModule:
-        """The module, with its parameters drawn from `init`."""
-        raise NotImplementedError
+    A subclass defines `build`; `needed` lists what else a part of its slot must define.
+    """
 
-    def init_state(self, model: ModelConfig, batch: int, length: int) -> PyTree:
-        """An empty decoding state for `batch` sequences of at most `length` tokens."""
+    needed: ClassVar[tuple[str, ...]] = ("build",)
+
+    def build(self, model: ModelConfig, init: Initializer) -> Any:
+        """The NNX module, with its parameters drawn from `init`."""
         raise NotImplementedError
 
     def check(self, model: ModelConfig) -> None:
         """Raises ValueError where the part does not fit the model's shape, naming the two fields."""
+
+
+class MixingPart(ModelPart):
+    """A part that may mix tokens, and then keeps a state while decoding."""
+
+    def init_state(self, model: ModelConfig, batch: int, length: int) -> PyTree:
+        """An empty decoding state for `batch` sequences of at most `length` tokens; None where none is needed."""
+        return None
+
+    def causal_in_training(self, model: ModelConfig) -> bool:
+        """Whether in training, too, no token's output depends on later tokens. In evaluation none ever does."""
+        return True
+
+    def flops_per_token(self, model: ModelConfig) -> int:
+        """Forward FLOPs a token beyond those of its weights (2 for each that is active), at full context length."""
+        return 0
+
+
+class AttentionConfig(MixingPart):
+    """The slot `attention`: builds an `AttentionModule`."""
+
+    needed = ("build", "init_state")
 
     def rotation_size(self, model: ModelConfig) -> int | None:
         """The head size for which RoPE tables are wanted; None if the part does not rotate."""
@@ -173,40 +236,17 @@ class AttentionConfig(PartConfig):
         """What computes it in training on this machine, for the log."""
         return self.kind
 
-    def state_bytes_per_token(self, model: ModelConfig) -> int:
-        """Bytes of decoding state that each further token adds."""
-        raise NotImplementedError
 
-    def flops_per_token(self, model: ModelConfig) -> int:
-        """Forward FLOPs a token beyond those of its weights (2 a weight), at the full context length."""
-        raise NotImplementedError
+class FeedForwardConfig(MixingPart):
+    """The slot `feedforward`: builds a `FeedForwardModule`."""
 
 
-class FeedForwardConfig(PartConfig):
-    """The slot `feedforward`."""
-
-    def build(self, model: ModelConfig, init: Initializer) -> FeedForwardModule:
-        """The module, with its parameters drawn from `init`."""
-        raise NotImplementedError
-
-    def check(self, model: ModelConfig) -> None:
-        """Raises ValueError where the part does not fit the model's shape, naming the two fields."""
+class NormConfig(ModelPart):
+    """The slot `norm`: builds a module that maps x [B, T, D] to [B, T, D]."""
 
 
-class NormConfig(PartConfig):
-    """The slot `norm`: the module maps x [B, T, D] to [B, T, D]."""
+class PositionConfig(ModelPart):
+    """The slot `position`: adds to the embedding, rotates queries and keys, biases scores, or does nothing.
 
-    def build(self, model: ModelConfig, init: Initializer) -> nnx.Module:
-        """The module, with its parameters drawn from `init`."""
-        raise NotImplementedError
-
-
-class PositionConfig(PartConfig):
-    """The slot `position`: adds to the embedding, or rotates queries and keys, or does neither."""
-
-    def build(self, model: ModelConfig, init: Initializer) -> nnx.Module:
-        """The module: `embed(x, positions) -> x` and `rotations(positions, head sizes) -> tables`."""
-        raise NotImplementedError
-
-    def check(self, model: ModelConfig) -> None:
-        """Raises ValueError where the part does not fit the model's shape, naming the two fields."""
+    Builds a module like `positions.NoPosition`.
+    """

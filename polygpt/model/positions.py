@@ -1,26 +1,20 @@
-"""How the decoder knows the order of tokens. Angles are float32 always: in bfloat16 they collapse past 256."""
+"""How the decoder knows the order of tokens; this is the menu. Rotary position has a file of its own, `rope.py`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from polygpt.model.parts import Initializer, PositionConfig
+from polygpt.model.rope import RopeConfig, Rotation, plain_frequencies
 
 Positions = Int[Array, "B T"]
 Hidden = Float[Array, "B T D"]
-
-
-class Rotation(NamedTuple):
-    """cos and sin of the RoPE angles, float32 [B, T, H/2]."""
-
-    cos: Float[Array, "B T H/2"]
-    sin: Float[Array, "B T H/2"]
 
 
 class NoPosition(nnx.Module):
@@ -31,6 +25,9 @@ class NoPosition(nnx.Module):
 
     def rotations(self, positions: Positions, head_sizes: Iterable[int]) -> dict[int, Rotation]:
         return {}
+
+    def slopes(self, num_heads: int) -> Float[Array, " N"] | None:
+        return None
 
 
 class NoPositionConfig(PositionConfig):
@@ -78,63 +75,42 @@ class SinusoidalPosition(NoPosition):
         self.theta = config.theta
 
     def embed(self, x: Hidden, positions: Positions) -> Hidden:
-        angles = _angles(positions, x.shape[-1], self.theta)
+        frequencies = plain_frequencies(self.theta, x.shape[-1])
+        angles = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
         table = jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1).reshape(x.shape)
         return x + table.astype(x.dtype)
 
 
-class RopeConfig(PositionConfig):
-    """Rotates each pair (i, i + H/2) of a query or key by p·theta^(-2i/H) (Su et al. 2021, eq. 15).
+class AlibiConfig(PositionConfig):
+    """Subtracts slope_n · (t - s) from head n's score of query t and key s (Press et al. 2022).
 
-    `theta` is the base, usually 10000. Its inverse, under which some texts quote it (1e-4), is accepted and
-    stored as the base.
+    slope_n = 2^(-8(n+1)/N) for N a power of two. Otherwise the slopes of the power of two below N come first, then
+    every other one of those of twice that power, as the paper's code has it.
     """
 
-    kind: Literal["rope"] = "rope"
-    theta: Annotated[float, Field(gt=0)] = 10000.0
+    kind: Literal["alibi"] = "alibi"
 
-    @field_validator("theta", mode="after")
-    @classmethod
-    def _as_base(cls, theta: float) -> float:
-        return round(1 / theta, 6) if theta < 1 else theta
-
-    def build(self, model, init: Initializer) -> Rope:
-        return Rope(self)
-
-    def check(self, model) -> None:
-        for layer in model.layers:
-            size = layer.attention.rotation_size(model)
-            if size is not None and size % 2:
-                raise ValueError(f"head_dim={size} is odd: 'rope' rotates pairs of dimensions; make it even")
+    def build(self, model, init: Initializer) -> Alibi:
+        return Alibi()
 
 
-class Rope(NoPosition):
-    def __init__(self, config: RopeConfig):
-        self.theta = config.theta
-
-    def rotations(self, positions: Positions, head_sizes: Iterable[int]) -> dict[int, Rotation]:
-        angles = {size: _angles(positions, size, self.theta) for size in head_sizes}
-        return {size: Rotation(jnp.cos(a), jnp.sin(a)) for size, a in angles.items()}
+class Alibi(NoPosition):
+    def slopes(self, num_heads: int) -> Float[Array, " N"]:
+        return jnp.asarray(_alibi_slopes(num_heads), jnp.float32)
 
 
-def _angles(positions: Positions, size: int, theta: float) -> Float[Array, "B T size/2"]:
-    frequencies = theta ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
-    return positions[..., None].astype(jnp.float32) * frequencies
-
-
-def rotate(x: Float[Array, "B T N H"], rotation: Rotation | None) -> Float[Array, "B T N H"]:
-    """`x` rotated by the angles of its positions, rotate-half pairing; `x` itself without a rotation."""
-    if rotation is None:
-        return x
-    cos, sin = rotation.cos[:, :, None, :], rotation.sin[:, :, None, :]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+def _alibi_slopes(num_heads: int) -> list[float]:
+    power = 2 ** (num_heads.bit_length() - 1)
+    slopes = [2.0 ** (-8 * (n + 1) / power) for n in range(power)]
+    if power < num_heads:
+        slopes += [2.0 ** (-8 * (n + 1) / (2 * power)) for n in range(0, 2 * (num_heads - power), 2)]
+    return slopes
 
 
 MENU: dict[str, type[PositionConfig]] = {
     "learned": LearnedPositionConfig,
     "sinusoidal": SinusoidalPositionConfig,
     "rope": RopeConfig,
+    "alibi": AlibiConfig,
     "none": NoPositionConfig,
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,17 @@ class Started:
 
 @dataclass(frozen=True)
 class Stepped:
-    """Metrics of one finished step; `tokens_per_second` is of the last group of steps, compilation excluded."""
+    """Metrics of one finished step; `tokens_per_second` is of the last group of steps, compilation excluded.
+
+    `extra` has the auxiliary losses (weighted, not part of `loss`) and metrics of the model's parts, by name.
+    """
 
     step: int
     loss: float
     grad_norm: float
     learning_rate: float
     tokens_per_second: float | None = None
+    extra: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -248,6 +248,8 @@ class _Loop:
 
     def _facts(self) -> dict[str, Any]:
         device = jax.local_devices()[0]
+        if self.model.training_caveat:
+            self.emit(Note(self.model.training_caveat, warning=True))
         return {
             "device": f"{device.platform} ({device.device_kind})",
             "attention": self.model.attention_implementation(),
@@ -287,14 +289,16 @@ class _Meter:
         self.speeds.append(speed)
         self.pending = []
         for step, metrics in fetched:
-            values = {name: float(value) for name, value in metrics._asdict().items()}
+            values = {name: float(value) for name, value in metrics._asdict().items() if name != "extra"}
             if not all(map(math.isfinite, values.values())):
                 raise PolygptError(
                     f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}: training diverged; "
                     "lower training.optimizer.learning_rate. Checkpoints saved before it are intact"
                 )
             self.recent.append(values["loss"])
-            self.emit(Stepped(step, **values, tokens_per_second=speed if step == fetched[-1][0] else None))
+            extra = {name: float(value) for name, value in metrics.extra.items()}
+            timed = speed if step == fetched[-1][0] else None
+            self.emit(Stepped(step, **values, tokens_per_second=timed, extra=extra))
         self.restart()
 
     @property

@@ -139,7 +139,7 @@ def _muon_axes(info: ParameterInfo) -> optax.contrib.MuonDimensionNumbers | None
     """Which axes of a block's matrix are contracted and which are its outputs; None leaves it to AdamW."""
     if not info.inputs or info.axes[0] != "layers":
         return None
-    last_input = 1 + info.inputs
+    last_input = info.stack + info.inputs
     return optax.contrib.MuonDimensionNumbers(
-        reduction_axis=tuple(range(1, last_input)), output_axis=tuple(range(last_input, len(info.shape)))
+        reduction_axis=tuple(range(info.stack, last_input)), output_axis=tuple(range(last_input, len(info.shape)))
     )

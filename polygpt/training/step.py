@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
-from polygpt.model import Model, Params
+from polygpt.model import Effects, Model, Params
 from polygpt.sharding import make_mesh, sharding_of
 from polygpt.training.config import TrainingConfig
 
@@ -32,11 +32,19 @@ class TrainState(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """Of one step: mean nats a token, the gradient's global norm before clipping, and the learning rate."""
+    """Of one step.
+
+    Attributes:
+        loss: mean nats a token, without auxiliary losses.
+        grad_norm: the gradient's global norm before clipping.
+        learning_rate: of the optimizer.
+        extra: what parts add to the objective (weighted) or want logged, by name.
+    """
 
     loss: Float[Array, ""]
     grad_norm: Float[Array, ""]
     learning_rate: Float[Array, ""]
+    extra: dict[str, Float[Array, ""]]
 
 
 class Trainer:
@@ -67,17 +75,20 @@ class Trainer:
         key = jax.random.fold_in(jax.random.key(self.config.seed), state.step)
         weights = batch.mask / jnp.maximum(batch.mask.sum(), 1)  # the mean over what counts
 
-        def objective(params: Params) -> Float[Array, ""]:
-            return self.model.loss(params, batch.input, batch.target, weights, key)[0]
+        def objective(params: Params) -> tuple[Float[Array, ""], tuple[Float[Array, ""], Effects]]:
+            loss, effects = self.model.loss(params, batch.input, batch.target, weights, key)
+            return sum(effects.losses.values(), loss), (loss, effects)
 
-        loss, gradients = jax.value_and_grad(objective)(state.params)
+        (_, (loss, effects)), gradients = jax.value_and_grad(objective, has_aux=True)(state.params)
         norm = optax.tree.norm(gradients)
         if self.config.clip_norm is not None:
             scale = jnp.minimum(1.0, self.config.clip_norm / jnp.maximum(norm, 1e-12))
             gradients = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients)
         updates, optimizer = self.optimizer.update(gradients, state.optimizer, state.params)
-        metrics = Metrics(loss, norm, jnp.asarray(self.learning_rate(state.step), jnp.float32))
-        return TrainState(optax.apply_updates(state.params, updates), optimizer, state.step + 1), metrics
+        params = self.model.with_updates(optax.apply_updates(state.params, updates), effects.updates)
+        rate = jnp.asarray(self.learning_rate(state.step), jnp.float32)
+        metrics = Metrics(loss, norm, rate, {**effects.losses, **effects.metrics})
+        return TrainState(params, optimizer, state.step + 1), metrics
 
     def compile_step(self, state: TrainState, batch: Batch) -> Callable[[TrainState, Batch], tuple]:
         """`step` compiled for these shapes, the old state's memory given to the new one."""

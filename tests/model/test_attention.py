@@ -1,4 +1,4 @@
-"""The fast forms of attention against the plain one."""
+"""The fast forms of attention against the equation, and who is chosen where."""
 
 import jax
 import jax.numpy as jnp
@@ -6,83 +6,166 @@ import numpy as np
 import pytest
 
 from polygpt.errors import RequestError
-from polygpt.model.attention.blocked import BLOCK, attend_blocked
-from polygpt.model.attention.core import attend, attend_plain, choose
+from polygpt.model.attention.blocked import BLOCK, MAX_BLOCKS, attend_blocked
+from polygpt.model.attention.core import attend, attend_positions, choose
+from polygpt.model.attention.pallas import attend_pallas
+from polygpt.model.attention.scores import ScoreInputs, ScoreRule
+
+SINKS, SLOPES = jnp.asarray([0.1, 0.5, -1.0, 2.0]), jnp.asarray([0.4, 0.1, 0.03, 0.2])
 
 
-def _draw(b, t, n, k, h, dtype=jnp.float32):
+def draw(b, t, n, k, h, dtype=jnp.float32):
     shapes = [(b, t, n, h), (b, t, k, h), (b, t, k, h), (b, t, n, h)]
     random = np.random.default_rng(t + n)
     return [jnp.asarray(random.standard_normal(shape), dtype) for shape in shapes]
 
 
+def documents(b, t):
+    return jnp.asarray(np.sort(np.random.default_rng(t).integers(0, 4, (b, t)), 1), jnp.int32)
+
+
+def by_equation(q, k, v, rule, inputs):
+    positions = jnp.arange(q.shape[1])[None]
+    return attend_positions(q, k, v, rule, inputs, positions, positions)
+
+
+def assert_same(function, q, k, v, weights, rule, inputs, tolerance=2e-5):
+    """Values and the gradients of queries, keys, values and sinks."""
+
+    def value_and_gradients(form):
+        def objective(q, k, v, sinks):
+            return (form(q, k, v, rule, inputs._replace(sinks=sinks)) * weights).sum()
+
+        return jax.jit(jax.value_and_grad(objective, argnums=(0, 1, 2, 3)))(q, k, v, inputs.sinks)
+
+    found, expected = value_and_gradients(function), value_and_gradients(by_equation)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert np.abs(a - b).max() <= tolerance * np.abs(b).max() + 1e-5
+
+
 @pytest.mark.parametrize(
-    ("b", "t", "n", "k", "h"),
+    ("shape", "rule", "extra"),
     [
-        (2, BLOCK, 2, 2, 8),
-        (3, BLOCK + 1, 4, 2, 6),
-        (1, 2 * BLOCK, 3, 1, 4),
-        (4, 3 * BLOCK - 5, 4, 4, 16),
-        (2, 3, 2, 1, 4),
+        ((2, BLOCK, 2, 2, 8), {}, ()),
+        ((3, BLOCK + 1, 4, 2, 6), {}, ()),
+        ((1, 2 * BLOCK, 3, 1, 4), {}, ()),
+        ((4, 3 * BLOCK - 5, 4, 4, 16), {"softcap": 2.0}, ("sinks", "slopes", "documents")),
+        ((2, 3, 2, 1, 4), {}, ()),
+        ((1, BLOCK * MAX_BLOCKS + 100, 2, 1, 4), {}, ()),
+        ((2, 3 * BLOCK + 7, 4, 2, 8), {"window": 10}, ("sinks", "documents")),
+        ((1, 3 * BLOCK + 7, 4, 2, 8), {"window": BLOCK + 6, "softcap": 1.5}, ("slopes", "sinks")),
+        ((1, 5 * BLOCK, 4, 1, 8), {"window": 3 * BLOCK}, ()),
+        ((2, 20, 4, 4, 8), {"window": 3}, ("slopes",)),
+        ((3, 70, 4, 2, 8), {"window": 2}, ("documents",)),
     ],
 )
-def test_blocks_equal_the_equation_in_value_and_gradient(b, t, n, k, h):
-    q, key, v, weights = _draw(b, t, n, k, h)
-    mask = jnp.tril(jnp.ones((t, t), bool))[None]
+def test_blocks_equal_the_equation_in_value_and_gradient(shape, rule, extra):
+    b, t, n, _, h = shape
+    inputs = ScoreInputs(
+        sinks=SINKS[:n] if "sinks" in extra else None,
+        slopes=SLOPES[:n] if "slopes" in extra else None,
+        segment_ids=documents(b, t) if "documents" in extra else None,
+    )
+    assert_same(attend_blocked, *draw(*shape), ScoreRule(h**-0.5, **rule), inputs)
 
-    def value_and_gradients(function):
-        return jax.jit(jax.value_and_grad(lambda q, k, v: (function(q, k, v) * weights).sum(), argnums=(0, 1, 2)))(
-            q, key, v
-        )
 
-    found = jax.tree.leaves(value_and_gradients(attend_blocked))
-    expected = jax.tree.leaves(value_and_gradients(lambda q, k, v: attend_plain(q, k, v, mask)))
-    for a, b in zip(found, expected, strict=True):
-        assert np.abs(a - b).max() <= 2e-5 * np.abs(b).max() + 1e-5
+@pytest.mark.parametrize(
+    ("rule", "extra"), [({}, ()), ({"window": 40}, ("documents",)), ({"softcap": 2.0, "window": 130}, ("sinks",))]
+)
+def test_the_pallas_kernel_interpreted_equals_the_equation(rule, extra):
+    q, k, v, weights = draw(1, 200, 4, 2, 32)
+    inputs = ScoreInputs(
+        sinks=SINKS if "sinks" in extra else None, segment_ids=documents(1, 200) if "documents" in extra else None
+    )
+
+    def kernel(q, k, v, rule, inputs):
+        return attend_pallas(q, k, v, rule, inputs, interpret=True)
+
+    assert_same(kernel, q, k, v, weights, ScoreRule(32**-0.5, **rule), inputs, tolerance=1e-4)
 
 
 def test_blocks_hold_large_scores():
-    q, k, v, _ = _draw(1, 2 * BLOCK, 1, 1, 4)
-    out = attend_blocked(100 * q, 100 * k, v)
+    q, k, v, _ = draw(1, 2 * BLOCK, 1, 1, 4)
+    rule = ScoreRule(0.5)
+    out = attend_blocked(100 * q, 100 * k, v, rule, ScoreInputs())
     assert np.isfinite(out).all()
-    np.testing.assert_allclose(out, attend(100 * q, 100 * k, v, implementation="xla"), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(out, by_equation(100 * q, 100 * k, v, rule, ScoreInputs()), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_blocks_take_memory_by_length_not_by_its_square(window):
+    def temporary(t):
+        q, k, v, weights = (jax.ShapeDtypeStruct((1, t, 2, 8), jnp.float32) for _ in range(4))
+        rule = ScoreRule(0.3, window)
+
+        def objective(q, k, v, weights):
+            return (attend_blocked(q, k, v, rule, ScoreInputs()) * weights).sum()
+
+        gradient = jax.jit(jax.grad(objective, argnums=(0, 1, 2)))
+        return gradient.lower(q, k, v, weights).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(4 * 2048) < 4.2 * temporary(2048)
 
 
 def test_segments_see_only_themselves():
-    q, k, v, _ = _draw(1, 12, 2, 2, 4)
-    segments = jnp.asarray([[0] * 5 + [1] * 7])
-    out = attend(q, k, v, segment_ids=segments)
-    np.testing.assert_allclose(out[:, 5:], attend(q[:, 5:], k[:, 5:], v[:, 5:]), rtol=1e-5, atol=1e-6)
+    q, k, v, _ = draw(1, 12, 2, 2, 4)
+    rule = ScoreRule(0.5)
+    out = attend(q, k, v, rule, ScoreInputs(segment_ids=jnp.asarray([[0] * 5 + [1] * 7])))
+    np.testing.assert_allclose(
+        out[:, 5:], attend(q[:, 5:], k[:, 5:], v[:, 5:], rule, ScoreInputs()), rtol=1e-5, atol=1e-6
+    )
 
 
-def test_dropped_probabilities_are_a_share_of_all():
-    q, k, _, _ = _draw(1, 64, 1, 1, 4)
-    ones = jnp.ones((1, 64, 1, 4))
-    out = attend(q, k, ones, dropout_rate=0.5, key=jax.random.key(0))
+@pytest.mark.parametrize(("length", "window"), [(BLOCK, None), (3 * BLOCK, None), (3 * BLOCK, 60)])
+def test_dropped_probabilities_are_a_share_of_all(length, window):
+    q, k, _, _ = draw(2, length, 1, 1, 4)
+    ones = jnp.ones((2, length, 1, 4))
+    rule, inputs = ScoreRule(0.1, window, dropout=0.5), ScoreInputs(key=jax.random.key(0))
+    out = attend(q, k, ones, rule, inputs)
     assert float(out.std()) > 0.01  # without dropout a mean of ones is 1
     assert float(out.mean()) == pytest.approx(1, abs=0.1)
+    assert not np.allclose(out[0], out[1]), "rows of the batch drop alike"
+    again, other = (attend(q, k, ones, rule, ScoreInputs(key=jax.random.key(seed))) for seed in (0, 1))
+    np.testing.assert_array_equal(out, again)
+    assert not np.allclose(out, other)
 
 
-@pytest.mark.skipif(jax.default_backend() == "gpu", reason="a GPU is here")
-def test_cudnn_by_name_is_refused_where_it_cannot_run():
-    with pytest.raises(RequestError, match="GPU"):
-        choose("cudnn", jnp.bfloat16, 128)
+def test_the_gradient_drops_what_the_forward_pass_dropped():
+    q, k, v, weights = draw(2, 3 * BLOCK, 2, 1, 4)
+    rule, inputs = ScoreRule(0.5, window=50, dropout=0.3), ScoreInputs(key=jax.random.key(3))
+
+    def objective(v):
+        return (attend_blocked(q, k, v, rule, inputs) * weights).sum()
+
+    # The output is linear in the values, so the gradient is exact along any direction.
+    slope = (jax.grad(objective)(v) * v).sum()
+    assert float(slope) == pytest.approx(float(objective(v)), rel=1e-4)
+    along_q = jax.grad(lambda q: (attend_blocked(q, k, v, rule, inputs) * weights).sum())(q)
+    step = 1e-2 * q / jnp.linalg.norm(q)
+    moved = [(attend_blocked(q + sign * step, k, v, rule, inputs) * weights).sum() for sign in (1, -1)]
+    assert float((along_q * step).sum()) == pytest.approx(float(moved[0] - moved[1]) / 2, rel=0.02)
 
 
-def test_auto_takes_blocks_for_long_sequences_on_a_cpu():
-    if jax.default_backend() == "cpu":
-        assert choose("auto", jnp.float32, BLOCK + 1) == "blocked"
-        assert choose("auto", jnp.float32, BLOCK + 1, simple=False) == "xla"
-    assert choose("xla", jnp.float32, BLOCK + 1) == "xla"
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="says what a CPU does")
+def test_who_computes_attention_on_a_cpu():
+    assert choose("auto", jnp.float32, BLOCK) == "xla"
+    assert choose("auto", jnp.float32, BLOCK + 1) == "xla, in blocks"
+    assert choose("xla", jnp.float32, 8, ["window"]) == "xla, in blocks"
+    for name, machine in (("cudnn", "GPU"), ("pallas", "TPU")):
+        with pytest.raises(RequestError, match=f"implementation={name} needs .*{machine}"):
+            choose(name, jnp.bfloat16, 128)
 
 
 @pytest.mark.gpu
 def test_cudnn_is_causal_fused_and_close_to_the_equation():
-    q, k, v, weights = _draw(2, 256, 4, 2, 64, jnp.bfloat16)
-    fused = jax.jit(lambda q, k, v: attend(q, k, v, implementation="cudnn"))
+    q, k, v, weights = draw(2, 256, 4, 2, 64, jnp.bfloat16)
+    rule, inputs = ScoreRule(0.125), ScoreInputs()
+    fused = jax.jit(lambda q, k, v: attend(q, k, v, rule, inputs, implementation="cudnn"))
     assert "cudnn" in fused.lower(q, k, v).compile().as_text().lower()
     np.testing.assert_allclose(
-        fused(q, k, v).astype(jnp.float32), attend(q, k, v, implementation="xla").astype(jnp.float32), atol=0.03
+        fused(q, k, v).astype(jnp.float32),
+        attend(q, k, v, rule, inputs, implementation="xla").astype(jnp.float32),
+        atol=0.03,
     )
     later = jax.grad(lambda k: (fused(q, k, v)[:, :100].astype(jnp.float32) * weights[:, :100]).sum())(k)
     assert (later[:, 100:] == 0).all()

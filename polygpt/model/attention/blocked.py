@@ -1,10 +1,11 @@
-"""Causal attention for a CPU: blocks of queries that skip future keys, with their own gradient.
+"""Causal attention in blocks of queries that meet only keys they may see, with its own gradient.
 
 XLA's CPU backend runs a batched product on one core, and plain attention computes and masks every future score. Here
-the batch is cut into one part a core, which run side by side, and each block of queries meets only the keys up to its
-end. The gradient computes the probabilities again from the saved log-sum-exp (Dao et al. 2022, algorithm 4), so that
-memory grows with T·H, not T². Forward and gradient of one layer (B 16, T 256, N 4, H 64, two cores): plain 58 ms,
-this 31 ms; keeping the probabilities 30 ms; scores laid out transposed 61 ms; blocks of 128 queries 34 ms.
+the work is cut into one part a core, which run side by side, and each block of queries meets only the keys of its
+reach: up to its end, or within the window. The gradient computes the probabilities again from the saved log-sum-exp
+(Dao et al. 2022, algorithm 4), so that memory grows with T·H, not T². Forward and gradient of one layer (B 16, T 256,
+N 4, H 64, two cores): plain 58 ms, this 31 ms; keeping the probabilities 30 ms; scores laid out transposed 61 ms;
+blocks of 128 queries 34 ms.
 """
 
 from __future__ import annotations
@@ -12,109 +13,359 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from polygpt.model.attention.scores import ScoreInputs, ScoreRule, visible
 
 # Queries a block. A sequence no longer than this is not worth cutting.
 BLOCK = 64
+# Spans a sequence without a window is cut into at most: each is compiled by itself, since their keys differ in number.
+# A span of more than one block is a loop over blocks, which meet a few keys in vain: an eighth more at 16 spans.
+MAX_BLOCKS = 16
+# Blocks with a window are as long as the window, up to so many times BLOCK.
+MAX_WINDOW_BLOCKS = 4
 # Beyond this many, parts no longer help and each is compiled.
 MAX_PARTS = 8
 
 Queries = Float[Array, "B T N H"]
 Keys = Float[Array, "B T K H"]
+Rows = Float[Array, "B K G T H"]  # queries by key head and the group that it serves
+Columns = Float[Array, "B K S H"]
 
 
-@jax.custom_vjp
-def attend_blocked(q: Queries, k: Keys, v: Keys) -> Queries:
-    """softmax(q·kᵀ/sqrt(H))·v, each query seeing keys up to its own position."""
-    return _forward(q, k, v)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def attend_blocked(q: Queries, k: Keys, v: Keys, rule: ScoreRule, inputs: ScoreInputs = ScoreInputs()) -> Queries:  # noqa: B008
+    """softmax(scores)·v, each query seeing keys up to its own position, as `rule` and `inputs` say."""
+    return _forward(q, k, v, rule, inputs)[0]
 
 
-def _forward(q: Queries, k: Keys, v: Keys) -> tuple[Queries, tuple]:
-    out, sums = _in_parts(_forward_part, q, k, v)
-    return out, (q, k, v, out, sums)
+def _forward(q: Queries, k: Keys, v: Keys, rule: ScoreRule, inputs: ScoreInputs) -> tuple[Queries, tuple]:
+    out, sums = _in_parts(partial(_forward_part, rule), inputs, q, k, v)
+    return out, (q, k, v, inputs, out, sums)
 
 
-def _backward(saved: tuple, d_out: Queries) -> tuple[Queries, Keys, Keys]:
-    return _in_parts(_backward_part, *saved, d_out)
+def _backward(rule: ScoreRule, saved: tuple, d_out: Queries) -> tuple[Queries, Keys, Keys, ScoreInputs]:
+    q, k, v, inputs, out, sums = saved
+    through = (d_out.astype(jnp.float32) * out).sum(-1)  # Σ_s p·dp of each row, without the scores
+    d_q, d_k, d_v = _in_parts(partial(_backward_part, rule), inputs, q, k, v, sums, through, d_out)
+    d_sinks = None if inputs.sinks is None else -(jnp.exp(inputs.sinks - sums) * through).sum((0, 1))
+    d_slopes = None if inputs.slopes is None else jnp.zeros_like(inputs.slopes)  # ALiBi's are not learned
+    return d_q, d_k, d_v, ScoreInputs(sinks=d_sinks, slopes=d_slopes)
 
 
 attend_blocked.defvjp(_forward, _backward)
 
 
-def _in_parts(function: Callable[..., tuple], *arrays: Array) -> tuple[Array, ...]:
-    """`function` on equal parts of the batch, results joined; XLA runs independent parts on different cores."""
-    batch = arrays[0].shape[0]
-    parts = max(n for n in range(1, min(os.cpu_count() or 1, MAX_PARTS, batch) + 1) if batch % n == 0)
-    pieces = zip(*(jnp.split(array, parts) for array in arrays), strict=True)
-    return tuple(jnp.concatenate(results) for results in zip(*(function(*p) for p in pieces), strict=True))
+def _in_parts(function: Callable[..., tuple], inputs: ScoreInputs, *arrays: Array) -> tuple[Array, ...]:
+    """`function` on equal parts of the batch, or else of the heads, joined; XLA runs them on different cores."""
+    cores = min(os.cpu_count() or 1, MAX_PARTS) if jax.default_backend() == "cpu" else 1
+    batch, heads = arrays[1].shape[0], arrays[1].shape[2]
+    axis, size = (0, batch) if batch % min(cores, batch) == 0 and batch > 1 else (2, heads)
+    parts = max(n for n in range(1, min(cores, size) + 1) if size % n == 0)
+    pieces = zip(*(jnp.split(array, parts, axis) for array in arrays), strict=True)
+    results = [function(_part(inputs, axis, i, parts), *piece) for i, piece in enumerate(pieces)]
+    return tuple(jnp.concatenate(result, axis) for result in zip(*results, strict=True))
 
 
-def _blocks(length: int) -> list[tuple[int, int]]:
-    return [(start, min(start + BLOCK, length)) for start in range(0, length, BLOCK)]
+def _part(inputs: ScoreInputs, axis: int, index: int, parts: int) -> ScoreInputs:
+    """What part `index` needs of the inputs: its rows of the batch (axis 0), or its heads (axis 2)."""
+
+    def cut(array: Array | None, where: int) -> Array | None:
+        return array if array is None or axis != where else jnp.split(array, parts)[index]
+
+    return ScoreInputs(
+        sinks=cut(inputs.sinks, 2),
+        slopes=cut(inputs.slopes, 2),
+        segment_ids=cut(inputs.segment_ids, 0),
+        key=None if inputs.key is None else jax.random.fold_in(inputs.key, index),
+    )
 
 
-def _by_head(x: Float[Array, "B T N H"], kv_heads: int) -> Float[Array, "B K G T H"]:
-    b, t, n, h = x.shape
-    return x.reshape(b, t, kv_heads, n // kv_heads, h).transpose(0, 2, 3, 1, 4)
+def _by_head(x: Float[Array, "B T N *H"], kv_heads: int) -> Float[Array, "B K G T *H"]:
+    grouped = x.reshape(*x.shape[:2], kv_heads, -1, *x.shape[3:])
+    return jnp.moveaxis(grouped, 1, 3)
 
 
-def _by_token(x: Float[Array, "B K G T H"]) -> Float[Array, "B T N H"]:
-    b, k, g, t, h = x.shape
-    return x.transpose(0, 3, 1, 2, 4).reshape(b, t, k * g, h)
+def _by_token(x: Float[Array, "B K G T *H"]) -> Float[Array, "B T N *H"]:
+    moved = jnp.moveaxis(x, 3, 1)
+    return moved.reshape(*moved.shape[:2], -1, *moved.shape[4:])
 
 
-def _rows(x: Float[Array, "B K G T *"], start: int, stop: int) -> Float[Array, "B K GT *"]:
-    """Queries `start` to `stop` of every query head of a key head, one below the other."""
-    block = x[:, :, :, start:stop]
-    return block.reshape(*x.shape[:2], -1, *x.shape[4:])
+class _Block(NamedTuple):
+    """Where a block lies: the positions of its queries and of the keys within their reach (negative: none)."""
+
+    queries: Int[Array, " T"]
+    keys: Int[Array, " S"]
+    query_segments: Int[Array, "B T"] | None
+    key_segments: Int[Array, "B S"] | None
+    key: PRNGKeyArray | None
 
 
-def _scores(q: Array, k: Array, start: int, stop: int) -> Float[Array, "B K GT S"]:
-    """float32 scores of queries `start` to `stop` against keys up to `stop`, the future at -inf."""
-    scores = jnp.einsum("bkth,bksh->bkts", q, k, preferred_element_type=jnp.float32)
-    seen = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None, :]
-    return jnp.where(jnp.tile(seen, (q.shape[2] // (stop - start), 1)), scores, -jnp.inf)
+# --- One block ----------------------------------------------------------------------------------------------
 
 
-def _forward_part(q: Queries, k: Keys, v: Keys) -> tuple[Queries, Float[Array, "B K G T"]]:
-    heads, scale = k.shape[2], q.shape[3] ** -0.5
-    q, k, v = _by_head(q * scale, heads), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    outs, sums = [], []
-    for start, stop in _blocks(q.shape[3]):
-        scores = _scores(_rows(q, start, stop), k[:, :, :stop], start, stop)
-        largest = scores.max(-1, keepdims=True)
-        weights = jnp.exp(scores - largest)
-        total = weights.sum(-1, keepdims=True)
-        out = jnp.einsum("bkts,bksh->bkth", weights.astype(v.dtype), v[:, :, :stop]) / total.astype(v.dtype)
-        outs.append(out.reshape(*q.shape[:3], stop - start, -1))
-        sums.append((largest + jnp.log(total)).reshape(*q.shape[:3], stop - start))
-    return _by_token(jnp.concatenate(outs, 3)), jnp.concatenate(sums, 3)
+def _scores(
+    q: Rows, k: Columns, rule: ScoreRule, slopes: Float[Array, "K G"] | None, block: _Block
+) -> tuple[Float[Array, "B K G T S"], Float[Array, "B K G T S"] | None]:
+    """float32 scores with what is not seen at -inf; and the slope of the soft cap at each, where there is one.
+
+    `q` is scaled already.
+    """
+    b, heads, g, t, h = q.shape
+    raw = jnp.einsum("bkth,bksh->bkts", q.reshape(b, heads, g * t, h), k, preferred_element_type=jnp.float32)
+    scores = rule.cap(raw).reshape(b, heads, g, t, -1)
+    slope = None if rule.softcap is None else 1 - jnp.square(scores / rule.softcap)
+    if slopes is not None:
+        distance = block.queries[:, None] - block.keys[None, :]
+        scores = scores - slopes[None, :, :, None, None] * distance
+    seen: Bool[Array, "#B T S"] = visible(block.queries, block.keys, rule.window)[None]
+    if block.query_segments is not None:
+        seen = seen & (block.query_segments[:, :, None] == block.key_segments[:, None, :])
+    return jnp.where(seen[:, None, None], scores, -jnp.inf), slope
+
+
+def _kept(shape: tuple[int, ...], rule: ScoreRule, key: PRNGKeyArray | None) -> Array | None:
+    """The factor that dropout puts on each probability; None where nothing is dropped."""
+    if key is None or rule.dropout == 0:
+        return None
+    return jax.random.bernoulli(key, 1 - rule.dropout, shape) / (1 - rule.dropout)
+
+
+def _block_forward(
+    q: Rows, k: Columns, v: Columns, rule: ScoreRule, heads: ScoreInputs, block: _Block
+) -> tuple[Rows, Float[Array, "B K G T"]]:
+    """The outputs of a block's queries and the logarithm of each softmax's denominator."""
+    scores, _ = _scores(q, k, rule, heads.slopes, block)
+    largest = scores.max(-1, keepdims=True)
+    if heads.sinks is not None:
+        sink = heads.sinks[None, :, :, None, None]
+        largest = jnp.maximum(largest, sink)
+    weights = jnp.exp(scores - largest)
+    total = weights.sum(-1, keepdims=True)
+    if heads.sinks is not None:
+        total = total + jnp.exp(sink - largest)
+    kept = _kept(weights.shape, rule, block.key)
+    weights = weights if kept is None else weights * kept
+    b, kv, g, t, _ = q.shape
+    rows = weights.astype(v.dtype).reshape(b, kv, g * t, -1)
+    out = jnp.einsum("bkts,bksh->bkth", rows, v).reshape(q.shape) / total.astype(v.dtype)
+    return out, (largest + jnp.log(total))[..., 0]
+
+
+def _block_backward(
+    saved: tuple[Rows, Float[Array, "B K G T"], Float[Array, "B K G T"], Rows],
+    k: Columns,
+    v: Columns,
+    rule: ScoreRule,
+    heads: ScoreInputs,
+    block: _Block,
+) -> tuple[Rows, Columns, Columns]:
+    """Gradients of a block's scaled queries, and what it adds to those of its keys and values."""
+    q, sums, through, d_out = saved
+    b, kv, g, t, _ = q.shape
+
+    def rows(x: Array) -> Array:
+        return x.reshape(b, kv, g * t, -1)
+
+    scores, slope = _scores(q, k, rule, heads.slopes, block)
+    weights = jnp.exp(scores - sums[..., None])
+    d_weights = jnp.einsum("bkth,bksh->bkts", rows(d_out), v, preferred_element_type=jnp.float32)
+    d_weights = d_weights.reshape(weights.shape)
+    kept = _kept(weights.shape, rule, block.key)
+    given = weights if kept is None else weights * kept
+    d_scores = given * d_weights - weights * through[..., None]
+    d_scores = rows(d_scores if slope is None else d_scores * slope).astype(k.dtype)
+    d_q = jnp.einsum("bkts,bksh->bkth", d_scores, k).reshape(q.shape)
+    d_k = jnp.einsum("bkts,bkth->bksh", d_scores, rows(q))
+    d_v = jnp.einsum("bkts,bkth->bksh", rows(given).astype(v.dtype), rows(d_out))
+    return d_q, d_k, d_v
+
+
+# --- All blocks of one part ---------------------------------------------------------------------------------
+
+
+def _grouped(inputs: ScoreInputs, kv_heads: int) -> ScoreInputs:
+    """Sinks and slopes as [K, G]."""
+    by_group = (None if x is None else x.reshape(kv_heads, -1) for x in (inputs.sinks, inputs.slopes))
+    return ScoreInputs(*by_group, inputs.segment_ids, inputs.key)
+
+
+def _forward_part(
+    rule: ScoreRule, inputs: ScoreInputs, q: Queries, k: Keys, v: Keys
+) -> tuple[Queries, Float[Array, "B T N"]]:
+    heads = _grouped(inputs, k.shape[2])
+    plan = _windowed if rule.window is not None and rule.window < q.shape[1] else _growing
+    q = _by_head(q * jnp.asarray(rule.scale, q.dtype), k.shape[2])
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    out, sums = plan(
+        lambda block, rows, keys, values: _block_forward(*rows, keys, values, rule, heads, block),
+        rule,
+        heads,
+        (q,),
+        k,
+        v,
+    )
+    return _by_token(out), _by_token(sums)
 
 
 def _backward_part(
-    q: Queries, k: Keys, v: Keys, out: Queries, sums: Float[Array, "B K G T"], d_out: Queries
+    rule: ScoreRule,
+    inputs: ScoreInputs,
+    q: Queries,
+    k: Keys,
+    v: Keys,
+    sums: Float[Array, "B T N"],
+    through: Float[Array, "B T N"],
+    d_out: Queries,
 ) -> tuple[Queries, Keys, Keys]:
-    heads, scale = k.shape[2], q.shape[3] ** -0.5
-    q, k, v = _by_head(q * scale, heads), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    out, d_out = _by_head(out, heads), _by_head(d_out, heads)
-    through = (d_out.astype(jnp.float32) * out).sum(-1)  # Σ_s p·dp, without the scores
+    kv_heads, scale = k.shape[2], jnp.asarray(rule.scale, q.dtype)
+    heads = _grouped(inputs, kv_heads)
+    rows = tuple(_by_head(x, kv_heads) for x in (q * scale, sums, through, d_out))
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    plan = _windowed_gradient if rule.window is not None and rule.window < q.shape[1] else _growing_gradient
+    d_q, d_k, d_v = plan(
+        lambda block, rows, keys, values: _block_backward(rows, keys, values, rule, heads, block),
+        rule,
+        heads,
+        rows,
+        k,
+        v,
+    )
+    return _by_token(d_q) * scale, d_k.transpose(0, 2, 1, 3), d_v.transpose(0, 2, 1, 3)
+
+
+Run = Callable[..., tuple]
+
+
+def _span(inputs: ScoreInputs, start: int | Int[Array, ""], queries: int, stop: int, keys: int) -> _Block:
+    """The block of `queries` queries from `start` on with the last `keys` keys up to `stop`."""
+    segments = None, None
+    if inputs.segment_ids is not None:
+        cuts = ((start, queries), (stop - keys, keys))
+        segments = tuple(lax.dynamic_slice_in_dim(inputs.segment_ids, first, count, 1) for first, count in cuts)
+    key = None if inputs.key is None else jax.random.fold_in(inputs.key, start)
+    return _Block(start + jnp.arange(queries), stop - keys + jnp.arange(keys), *segments, key)
+
+
+def _spans(length: int) -> list[tuple[int, int]]:
+    """Cuts of a sequence at multiples of BLOCK, at most MAX_BLOCKS and a rest."""
+    whole = length - length % BLOCK
+    size = -(-whole // (BLOCK * MAX_BLOCKS)) * BLOCK
+    spans = [(start, min(start + size, whole)) for start in range(0, whole, size)] if whole else []
+    return [*spans, (whole, length)] if whole < length else spans
+
+
+def _growing(run: Run, rule: ScoreRule, inputs: ScoreInputs, rows: tuple, k: Columns, v: Columns) -> tuple:
+    """Spans that see all keys up to their end: each more than the one before."""
+    results = []
+    for start, stop in _spans(k.shape[2]):
+
+        def one(_: None, first: Int[Array, ""], start: int = start, stop: int = stop) -> tuple[None, tuple]:
+            block = _span(inputs, first, min(BLOCK, stop - start), stop, stop)
+            return None, run(block, _cut(rows, first, block.queries.size), k[:, :, :stop], v[:, :, :stop])
+
+        _, blocks = lax.scan(one, None, jnp.arange(start, stop, BLOCK), unroll=stop - start <= BLOCK)
+        results.append(tuple(_joined(x, stop - start) for x in blocks))
+    return tuple(jnp.concatenate(result, 3) for result in zip(*results, strict=True))
+
+
+def _growing_gradient(run: Run, rule: ScoreRule, inputs: ScoreInputs, rows: tuple, k: Columns, v: Columns) -> tuple:
     d_q, d_k, d_v = [], k[:, :, :0], v[:, :, :0]
-    for start, stop in reversed(_blocks(q.shape[3])):  # the last block alone reaches every key
-        block = partial(_rows, start=start, stop=stop)
-        keys, values = k[:, :, :stop], v[:, :, :stop]
-        weights = jnp.exp(_scores(block(q), keys, start, stop) - block(sums)[..., None])
-        d_weights = jnp.einsum("bkth,bksh->bkts", block(d_out), values, preferred_element_type=jnp.float32)
-        d_scores = (weights * (d_weights - block(through)[..., None])).astype(k.dtype)
-        d_q.append(jnp.einsum("bkts,bksh->bkth", d_scores, keys).reshape(*q.shape[:3], stop - start, -1))
-        d_k = _add_to_first(d_k, jnp.einsum("bkts,bkth->bksh", d_scores, block(q)))
-        d_v = _add_to_first(d_v, jnp.einsum("bkts,bkth->bksh", weights.astype(v.dtype), block(d_out)))
-    return _by_token(jnp.concatenate(d_q[::-1], 3)) * scale, d_k.transpose(0, 2, 1, 3), d_v.transpose(0, 2, 1, 3)
+    for start, stop in reversed(_spans(k.shape[2])):  # the last span alone reaches every key
+
+        def one(
+            totals: tuple, first: Int[Array, ""], start: int = start, stop: int = stop
+        ) -> tuple[tuple[Columns, Columns], Rows]:
+            block = _span(inputs, first, min(BLOCK, stop - start), stop, stop)
+            block_q, *parts = run(block, _cut(rows, first, block.queries.size), k[:, :, :stop], v[:, :, :stop])
+            return tuple(total + part for total, part in zip(totals, parts, strict=True)), block_q
+
+        empty = jnp.zeros_like(k[:, :, :stop]), jnp.zeros_like(v[:, :, :stop])
+        (span_k, span_v), blocks = lax.scan(one, empty, jnp.arange(start, stop, BLOCK), unroll=stop - start <= BLOCK)
+        d_q.append(_joined(blocks, stop - start))
+        d_k, d_v = _add_to_first(d_k, span_k), _add_to_first(d_v, span_v)
+    return jnp.concatenate(d_q[::-1], 3), d_k, d_v
 
 
-def _add_to_first(total: Float[Array, "B K S H"], part: Float[Array, "B K P H"]) -> Float[Array, "B K S H"]:
+def _cut(rows: tuple, start: Int[Array, ""], count: int) -> tuple:
+    return tuple(lax.dynamic_slice_in_dim(x, start, count, 3) for x in rows)
+
+
+def _add_to_first(total: Columns, part: Float[Array, "B K P H"]) -> Columns:
     """`part` added to the first P keys of `total`; an update in place would copy all of it each time."""
     count = part.shape[2]
     return jnp.concatenate([total[:, :, :count] + part, total[:, :, count:]], 2) if total.shape[2] else part
+
+
+class _Windows(NamedTuple):
+    """A sequence padded so that every block has the same number of queries and keys, for one compiled loop."""
+
+    size: int
+    count: int
+    reach: int  # keys before a block that its first query sees
+    inputs: ScoreInputs
+    rows: tuple
+    k: Columns
+    v: Columns
+
+    @classmethod
+    def of(cls, rule: ScoreRule, inputs: ScoreInputs, rows: tuple, k: Columns, v: Columns) -> _Windows:
+        length, reach = k.shape[2], rule.window - 1
+        size = min(max(-(-rule.window // BLOCK), 1), MAX_WINDOW_BLOCKS) * BLOCK
+        count = -(-length // size)
+        after = count * size - length
+
+        def pad(x: Array, axis: int, before: int, value: int = 0) -> Array:
+            widths = [(before, after) if i == axis else (0, 0) for i in range(x.ndim)]
+            return jnp.pad(x, widths, constant_values=value)
+
+        if inputs.segment_ids is not None:
+            inputs = inputs._replace(segment_ids=pad(inputs.segment_ids, 1, reach, -1))
+        rows = tuple(pad(x, 3, 0) for x in rows)
+        return cls(size, count, reach, inputs, rows, pad(k, 2, reach), pad(v, 2, reach))
+
+    def block(self, index: Int[Array, ""]) -> tuple[_Block, tuple, Columns, Columns]:
+        """Block `index`: where it lies, its rows, and the keys and values of its reach."""
+        start, keys = index * self.size, self.size + self.reach
+        # In the padded arrays of keys and segments, positions are `reach` further on.
+        block = _span(self.inputs, start + self.reach, self.size, start + keys, keys)
+        block = block._replace(queries=block.queries - self.reach, keys=block.keys - self.reach)
+        rows = tuple(lax.dynamic_slice_in_dim(x, start, self.size, 3) for x in self.rows)
+        k, v = (lax.dynamic_slice_in_dim(x, start, keys, 2) for x in (self.k, self.v))
+        return block, rows, k, v
+
+
+def _windowed(run: Run, rule: ScoreRule, inputs: ScoreInputs, rows: tuple, k: Columns, v: Columns) -> tuple:
+    """Blocks that see a window: all alike, in one loop."""
+    windows = _Windows.of(rule, inputs, rows, k, v)
+    _, results = lax.scan(lambda _, i: (None, run(*windows.block(i))), None, jnp.arange(windows.count))
+    return tuple(_joined(x, k.shape[2]) for x in results)
+
+
+def _windowed_gradient(run: Run, rule: ScoreRule, inputs: ScoreInputs, rows: tuple, k: Columns, v: Columns) -> tuple:
+    windows = _Windows.of(rule, inputs, rows, k, v)
+
+    def one(totals: tuple[Columns, Columns], index: Int[Array, ""]) -> tuple[tuple[Columns, Columns], Rows]:
+        d_q, *parts = run(*windows.block(index))
+        start, keys = index * windows.size, windows.size + windows.reach
+        added = (
+            lax.dynamic_update_slice_in_dim(total, lax.dynamic_slice_in_dim(total, start, keys, 2) + part, start, 2)
+            for total, part in zip(totals, parts, strict=True)
+        )
+        return tuple(added), d_q
+
+    empty = jnp.zeros_like(windows.k), jnp.zeros_like(windows.v)
+    totals, d_q = lax.scan(one, empty, jnp.arange(windows.count))
+    own = slice(windows.reach, windows.reach + k.shape[2])
+    return _joined(d_q, k.shape[2]), totals[0][:, :, own], totals[1][:, :, own]
+
+
+def _joined(blocks: Float[Array, "count B K G T *H"], length: int) -> Float[Array, "B K G T *H"]:
+    """Stacked blocks as one sequence of `length`."""
+    moved = jnp.moveaxis(blocks, 0, 3)
+    return moved.reshape(*moved.shape[:3], -1, *moved.shape[5:])[:, :, :, :length]

@@ -1,34 +1,38 @@
-"""softmax(q·kᵀ/sqrt(H))·v: the plain form, which is the reference, and the choice of a faster one.
+"""Causal attention: the equation, which is the reference, and the choice of a faster way to the same numbers.
 
-Knows shapes and masks, nothing of projections, positions or caches.
+Knows shapes, masks and score rules, nothing of projections, rotations or caches.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int
 
 from polygpt.errors import RequestError
 from polygpt.model.attention.blocked import BLOCK, attend_blocked
+from polygpt.model.attention.pallas import attend_pallas
+from polygpt.model.attention.scores import ScoreInputs, ScoreRule, visible
 from polygpt.model.parts import dropout
 
-Implementation = Literal["auto", "xla", "cudnn"]
+Implementation = Literal["auto", "xla", "cudnn", "pallas"]
 Queries = Float[Array, "B T N H"]
 Keys = Float[Array, "B S K H"]
 
+# What beside plain causal attention the fused kernels do not compute, or (cuDNN's window, jax pull request 39576) have
+# been seen to compute wrongly.
+_FUSED_LACKS = {
+    "cudnn": ("window", "softcap", "sinks", "alibi", "dropout", "segment ids"),
+    "pallas": ("alibi", "dropout"),
+}
+_HOME = {"cudnn": ("gpu", "an NVIDIA GPU"), "pallas": ("tpu", "a TPU")}
+
 
 def attend(
-    q: Queries,
-    k: Keys,
-    v: Keys,
-    *,
-    segment_ids: Int[Array, "B T"] | None = None,
-    dropout_rate: float = 0.0,
-    key: PRNGKeyArray | None = None,
-    implementation: Implementation = "auto",
+    q: Queries, k: Keys, v: Keys, rule: ScoreRule, inputs: ScoreInputs, implementation: Implementation = "auto"
 ) -> Queries:
     """Causal attention of T queries over the same T positions.
 
@@ -36,69 +40,94 @@ def attend(
         q: queries [B, T, N, H].
         k: keys [B, T, K, H], K dividing N.
         v: values, like the keys.
-        segment_ids: tokens of different segments do not see each other.
-        dropout_rate: share of probabilities dropped where `key` is given.
-        key: for dropout; None drops nothing.
-        implementation: `xla`, `cudnn` (NVIDIA, 16-bit), or `auto`, the fastest that can run.
+        rule: scale, window, soft cap, dropout.
+        inputs: sinks, slopes, segment ids, the key of dropout.
+        implementation: see `choose`.
     """
-    simple = segment_ids is None and not (dropout_rate > 0 and key is not None)
-    match choose(implementation, q.dtype, q.shape[1], simple):
+    present = {
+        "window": rule.window is not None and rule.window < q.shape[1],
+        "softcap": rule.softcap is not None,
+        "sinks": inputs.sinks is not None,
+        "alibi": inputs.slopes is not None,
+        "dropout": rule.dropout > 0 and inputs.key is not None,
+        "segment ids": inputs.segment_ids is not None,
+    }
+    asked = [name for name, wanted in present.items() if wanted]
+    match choose(implementation, q.dtype, q.shape[1], asked):
         case "cudnn":
-            return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
-        case "blocked":
-            return attend_blocked(q, k, v)
-    t = q.shape[1]
-    mask = jnp.tril(jnp.ones((t, t), bool))[None]
-    if segment_ids is not None:
-        mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
-    return attend_plain(q, k, v, mask, dropout_rate, key)
+            return jax.nn.dot_product_attention(q, k, v, scale=rule.scale, is_causal=True, implementation="cudnn")
+        case "pallas":
+            return attend_pallas(q, k, v, rule, inputs)
+        case "xla, in blocks":
+            return attend_blocked(q, k, v, rule, inputs)
+    positions = jnp.arange(q.shape[1])[None]
+    return attend_positions(q, k, v, rule, inputs, positions, positions)
 
 
-def choose(
-    implementation: Implementation, dtype: jnp.dtype, length: int, simple: bool = True
-) -> Literal["cudnn", "blocked", "xla"]:
-    """What computes causal attention over `length` tokens; `simple` means no dropout and no segment ids.
+def choose(implementation: Implementation, dtype: jnp.dtype, length: int, asked: Iterable[str] = ()) -> str:
+    """What computes causal attention over `length` tokens here: `cudnn`, `pallas`, `xla` or `xla, in blocks`.
 
-    `auto` takes cuDNN's fused kernel where it can run, this project's blocks on a CPU, and otherwise `xla`, the
-    equation as it stands.
+    `asked` names what is wanted beside causality (`window`, `softcap`, `sinks`, `alibi`, `dropout`, `segment ids`).
+    `auto` takes the fused kernel of the machine at hand where it computes all of that. `xla` is the equation as it
+    stands, or, wherever there is a window, and on a CPU for any long sequence, the same in blocks.
 
     Raises:
-        RequestError: cuDNN was asked for by name and cannot run here.
+        RequestError: a kernel was asked for by name and cannot run here.
     """
-    backend = jax.default_backend()
-    needs = {
-        f"a GPU (this is a {backend})": backend == "gpu",
-        "compute_dtype bfloat16 or float16": jnp.dtype(dtype).itemsize == 2,
-        "no attention dropout and no segment ids": simple,
-    }
-    missing = [need for need, met in needs.items() if not met]
-    if implementation == "cudnn" and missing:
-        raise RequestError(f"attention.implementation=cudnn needs {' and '.join(missing)}; use auto or xla")
-    if implementation == "xla":
-        return "xla"
-    if not missing:
-        return "cudnn"
-    return "blocked" if backend == "cpu" and simple and length > BLOCK else "xla"
+    backend, asked = jax.default_backend(), tuple(asked)
+    for name, (home, machine) in _HOME.items():
+        missing = refusals(name, dtype, dict.fromkeys(asked, True))
+        if implementation == name:
+            if backend != home:
+                missing.insert(0, f"{machine} (this is a {backend})")
+            if missing:
+                raise RequestError(
+                    f"attention.implementation={name} needs {' and '.join(missing)}; use implementation=auto"
+                )
+            return name
+        if implementation == "auto" and backend == home and not missing:
+            return name
+    blocks = "window" in asked or (backend == "cpu" and length > BLOCK)
+    return "xla, in blocks" if blocks else "xla"
 
 
-def attend_plain(
+def refusals(implementation: Implementation, dtype: jnp.dtype, asked: Mapping[str, bool]) -> list[str]:
+    """What an implementation would need changed to compute this, on whatever machine; empty if nothing."""
+    found = []
+    if implementation == "cudnn" and jnp.dtype(dtype).itemsize != 2:
+        found.append(f"compute_dtype bfloat16 or float16, not {jnp.dtype(dtype).name}")
+    lacks = [name for name in _FUSED_LACKS.get(implementation, ()) if asked.get(name)]
+    return found + [f"no {name}" for name in lacks]
+
+
+def attend_positions(
     q: Queries,
     k: Keys,
     v: Keys,
-    mask: Bool[Array, "#B T S"],
-    dropout_rate: float = 0.0,
-    key: PRNGKeyArray | None = None,
+    rule: ScoreRule,
+    inputs: ScoreInputs,
+    query_positions: Int[Array, "#B T"],
+    key_positions: Int[Array, "#B S"],
 ) -> Queries:
-    """Attention by its equation: every score is materialised. Scores and softmax are float32."""
+    """Attention by its equation, every score materialised, over keys at any positions (negative: no key is there).
+
+    Scores and softmax are float32. Segment ids are of queries and keys alike, so they need T = S.
+    """
     b, t, n, h = q.shape
-    grouped = q.reshape(b, t, k.shape[2], n // k.shape[2], h)
-    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32) * h**-0.5
-    scores = jnp.where(mask[:, None, None], scores, -jnp.inf)
-    probabilities = dropout(jax.nn.softmax(scores, axis=-1).astype(v.dtype), dropout_rate, key)
-    return jnp.einsum("bkgts,bskh->btkgh", probabilities, v).reshape(b, t, n, h)
-
-
-def attend_cache(q: Queries, k: Keys, v: Keys, positions: Int[Array, "B T"]) -> Queries:
-    """Attention of new queries at `positions` over a cache whose slot s holds position s."""
-    mask = jnp.arange(k.shape[1])[None, None, :] <= positions[:, :, None]
-    return attend_plain(q, k.astype(q.dtype), v.astype(q.dtype), mask)
+    groups = (k.shape[2], n // k.shape[2])
+    grouped = q.reshape(b, t, *groups, h)
+    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k.astype(q.dtype), preferred_element_type=jnp.float32)
+    scores = rule.cap(scores * rule.scale)
+    if inputs.slopes is not None:
+        distance = query_positions[:, :, None] - key_positions[:, None, :]
+        scores = scores - inputs.slopes.reshape(groups)[None, :, :, None, None] * distance[:, None, None]
+    seen = visible(query_positions, key_positions, rule.window)
+    if inputs.segment_ids is not None:
+        seen = seen & (inputs.segment_ids[:, :, None] == inputs.segment_ids[:, None, :])
+    scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
+    if inputs.sinks is not None:
+        sink = jnp.broadcast_to(inputs.sinks.reshape(groups)[None, :, :, None, None], (*scores.shape[:-1], 1))
+        scores = jnp.concatenate([scores, sink], -1)
+    probabilities = jax.nn.softmax(scores, axis=-1)[..., : k.shape[1]].astype(q.dtype)
+    probabilities = dropout(probabilities, rule.dropout, inputs.key)
+    return jnp.einsum("bkgts,bskh->btkgh", probabilities, v.astype(q.dtype)).reshape(b, t, n, h)

@@ -5,120 +5,148 @@ from __future__ import annotations
 from typing import Annotated, Literal, NamedTuple
 
 import jax.numpy as jnp
-from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 from pydantic import Field, PositiveInt
 
-from polygpt.model.attention.core import Implementation, attend, attend_cache, choose
-from polygpt.model.parts import AttentionConfig, Context, Initializer, dense
-from polygpt.model.positions import rotate
+from polygpt.model.attention.core import Implementation, attend, attend_positions, choose, refusals
+from polygpt.model.attention.projections import HeadsConfig, Projections
+from polygpt.model.attention.scores import ScoreInputs, ScoreRule
+from polygpt.model.norms import rms_normalize
+from polygpt.model.parts import Context, Initializer
+from polygpt.model.rope import rotate
+
+Positive = Annotated[float, Field(gt=0)]
 
 
 class KVCache(NamedTuple):
-    """Keys (already rotated) and values; slot s holds position s."""
+    """Keys (already rotated) and values of the last S positions; slot s holds a position that is s modulo S."""
 
     k: Float[Array, "B S K H"]
     v: Float[Array, "B S K H"]
 
 
-class SoftmaxAttentionConfig(AttentionConfig):
-    """softmax(q·kᵀ/sqrt(H))·v over earlier positions; `num_kv_heads` keys and values serve `num_heads` queries.
+class SoftmaxAttentionConfig(HeadsConfig):
+    """softmax(scale · q·kᵀ)·v over earlier positions; `num_kv_heads` keys and values serve `num_heads` queries.
 
-    `num_kv_heads` None means `num_heads` (multi-head), 1 is multi-query. `head_dim` None means D/N. `dropout`
-    drops attention probabilities in training.
+    Attributes:
+        dropout: share of attention probabilities dropped in training.
+        window: a query sees this many positions, its own included; None sees all. Time and memory then grow with
+            T·window and the cache is a ring (Beltagy et al. 2020; Jiang et al. 2023).
+        qk_norm: queries and keys are RMS-normalised over H, with a gain [H] each, before they are rotated
+            (Dehghani et al. 2023; Qwen3).
+        qk_norm_eps: epsilon of those norms.
+        softcap: scores become softcap · tanh(scores / softcap), after scaling and before the ALiBi penalty
+            (Gemma Team 2024).
+        sinks: a learned logit a head, at first 0, joins the softmax and carries no value (gpt-oss; Xiao et al. 2023).
+        scale: of the scores; None means 1/sqrt(H).
+        implementation: `xla`; `cudnn` (NVIDIA, 16-bit); `pallas` (TPU); `auto`, the fastest that can run.
     """
 
     kind: Literal["softmax"] = "softmax"
-    num_heads: PositiveInt
-    num_kv_heads: PositiveInt | None = None
-    head_dim: PositiveInt | None = None
-    bias: bool = False
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    window: PositiveInt | None = None
+    qk_norm: bool = False
+    qk_norm_eps: Annotated[float, Field(gt=0, le=1e-1)] = 1e-6
+    softcap: Positive | None = None
+    sinks: bool = False
+    scale: Positive | None = None
     implementation: Implementation = "auto"
 
-    @property
-    def kv_heads(self) -> int:
-        return self.num_kv_heads or self.num_heads
-
-    def size(self, model) -> int:
-        """The head size H."""
-        return self.head_dim or model.width // self.num_heads
-
-    def rotation_size(self, model) -> int:
-        return self.size(model)
+    def rule(self, model) -> ScoreRule:
+        """How scores become probabilities. A window that spans the context is none."""
+        window = self.window if self.window is not None and self.window < model.context_length else None
+        return ScoreRule(self.scale or self.size(model) ** -0.5, window, self.softcap, self.dropout)
 
     def check(self, model) -> None:
-        if self.head_dim is None and model.width % self.num_heads:
-            raise ValueError(
-                f"embed_dim={model.width} is not divisible by num_heads={self.num_heads}; "
-                "change one of them or set attention.head_dim"
-            )
-        if self.num_heads % self.kv_heads:
-            raise ValueError(
-                f"num_heads={self.num_heads} is not divisible by num_kv_heads={self.kv_heads}: "
-                "every key head serves the same number of query heads"
-            )
-        if self.implementation == "cudnn" and model.compute_dtype == "float32":
-            raise ValueError("implementation=cudnn needs compute_dtype bfloat16 or float16, not float32")
+        super().check(model)
+        reasons = refusals(self.implementation, jnp.dtype(model.compute_dtype), self._extras(model))
+        if reasons:
+            raise ValueError(f"attention.implementation={self.implementation} needs {' and '.join(reasons)}")
+
+    def _extras(self, model) -> dict[str, bool]:
+        """What a fused kernel may not know of, by the name of its setting, and whether it is asked for."""
+        rule = self.rule(model)
+        return {
+            "window": rule.window is not None,
+            "softcap": self.softcap is not None,
+            "sinks": self.sinks,
+            "dropout": self.dropout > 0,
+            "alibi": model.position.kind == "alibi",
+        }
 
     def implementation_name(self, model) -> str:
         dtype = jnp.dtype(model.compute_dtype)
-        return choose(self.implementation, dtype, model.context_length, simple=self.dropout == 0)
-
-    def state_bytes_per_token(self, model) -> int:
-        return 2 * self.kv_heads * self.size(model) * jnp.dtype(model.compute_dtype).itemsize
+        asked = tuple(name for name, wanted in self._extras(model).items() if wanted)
+        return choose(self.implementation, dtype, model.context_length, asked)
 
     def flops_per_token(self, model) -> int:
         # q·kᵀ and p·v, 2 FLOPs a product, over the whole context as is the custom (PaLM, appendix B).
-        return 4 * self.num_heads * self.size(model) * model.context_length
+        return 4 * self.num_heads * self.size(model) * (self.rule(model).window or model.context_length)
 
     def build(self, model, init: Initializer) -> SoftmaxAttention:
         return SoftmaxAttention(self, model, init)
 
     def init_state(self, model, batch: int, length: int) -> KVCache:
-        empty = jnp.zeros((batch, length, self.kv_heads, self.size(model)), model.compute_dtype)
+        slots = min(length, self.rule(model).window or length)
+        empty = jnp.zeros((batch, slots, self.kv_heads, self.size(model)), model.compute_dtype)
         return KVCache(empty, empty)
 
 
-class SoftmaxAttention(nnx.Module):
+class SoftmaxAttention(Projections):
     def __init__(self, config: SoftmaxAttentionConfig, model, init: Initializer):
-        width, size = model.width, config.size(model)
-        heads, kv_heads = config.num_heads, config.kv_heads
-        self.config = config
-        self.query = init.weight((width, heads, size), ("embed", "heads", "head_dim"))
-        self.key = init.weight((width, kv_heads, size), ("embed", "kv_heads", "head_dim"))
-        self.value = init.weight((width, kv_heads, size), ("embed", "kv_heads", "head_dim"))
-        self.out = init.weight((heads, size, width), ("heads", "head_dim", "embed"), inputs=2, residual=True)
-        bias = config.bias
-        self.query_bias = init.constant(0.0, (heads, size), ("heads", "head_dim")) if bias else None
-        self.key_bias = init.constant(0.0, (kv_heads, size), ("kv_heads", "head_dim")) if bias else None
-        self.value_bias = init.constant(0.0, (kv_heads, size), ("kv_heads", "head_dim")) if bias else None
-        self.out_bias = init.constant(0.0, (width,), ("embed",)) if bias else None
+        self.config, self.rule = config, config.rule(model)
+        super().__init__(config, model, init)
+        size = (config.size(model),)
+        self.query_norm = init.constant(1.0, size, ("head_dim",)) if config.qk_norm else None
+        self.key_norm = init.constant(1.0, size, ("head_dim",)) if config.qk_norm else None
+        self.sinks = init.constant(0.0, (config.num_heads,), ("heads",)) if config.sinks else None
 
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, state: KVCache | None = None
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
-        q = dense(x, self.query, self.query_bias)  # [B, T, N, H]
-        k = dense(x, self.key, self.key_bias)  # [B, T, K, H]
-        v = dense(x, self.value, self.value_bias)  # [B, T, K, H]
+        q, k, v = self.project(x)
+        if self.query_norm is not None:
+            q = rms_normalize(q, self.query_norm[...], self.config.qk_norm_eps)
+            k = rms_normalize(k, self.key_norm[...], self.config.qk_norm_eps)
         rotation = context.rotations.get(q.shape[-1])
         q, k = rotate(q, rotation), rotate(k, rotation)
+        inputs = ScoreInputs(
+            sinks=None if self.sinks is None else self.sinks[...].astype(jnp.float32),
+            slopes=context.slopes(self.config.num_heads),
+            segment_ids=context.segment_ids,
+            key=context.key,
+        )
         if state is None:
-            mixed = attend(
-                q,
-                k,
-                v,
-                segment_ids=context.segment_ids,
-                dropout_rate=self.config.dropout,
-                key=context.key,
-                implementation=self.config.implementation,
-            )
+            return self.merge(attend(q, k, v, self.rule, inputs, self.config.implementation)), None
+        after = _write(state, k, v, context)
+        if context.fresh:
+            mixed = attend(q, k, v, self.rule, inputs, self.config.implementation)
+        elif q.shape[1] == 1 or self.rule.window is None:  # nothing that these queries see was overwritten
+            held = _held_positions(context.positions[:, -1:], after)
+            mixed = attend_positions(q, after.k, after.v, self.rule, inputs, context.positions, held)
         else:
-            rows = jnp.arange(x.shape[0])[:, None]
-            # A position past the cache (padding of a short prompt) is dropped, not clamped onto the last slot.
-            state = KVCache(
-                state.k.at[rows, context.positions].set(k.astype(state.k.dtype), mode="drop"),
-                state.v.at[rows, context.positions].set(v.astype(state.v.dtype), mode="drop"),
-            )
-            mixed = attend_cache(q, state.k, state.v, context.positions)
-        return dense(mixed, self.out, self.out_bias), state
+            held = _held_positions(context.positions[:, :1] - 1, state)
+            keys, values = (jnp.concatenate(pair, 1) for pair in ((state.k, k), (state.v, v)))
+            held = jnp.concatenate([held, context.positions], 1)
+            mixed = attend_positions(q, keys, values, self.rule, inputs, context.positions, held)
+        return self.merge(mixed), after
+
+
+def _write(state: KVCache, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], context: Context) -> KVCache:
+    """The cache with these keys and values, position p in slot p modulo S; padding is left out."""
+    slots, positions = state.k.shape[1], context.positions
+    valid = jnp.ones_like(positions, bool) if context.valid is None else context.valid
+    last = jnp.where(valid, positions, -1).max(1, keepdims=True)
+    # Of tokens that share a slot only the last may write: the order of equal indices is not defined.
+    index = jnp.where(valid & (positions > last - slots), positions % slots, slots)
+    rows = jnp.arange(k.shape[0])[:, None]
+    return KVCache(
+        state.k.at[rows, index].set(k.astype(state.k.dtype), mode="drop"),
+        state.v.at[rows, index].set(v.astype(state.v.dtype), mode="drop"),
+    )
+
+
+def _held_positions(last: Int[Array, "B 1"], cache: KVCache) -> Int[Array, "B S"]:
+    """The position that each slot holds once `last` is written; negative where none was."""
+    slots = cache.k.shape[1]
+    return last - (last - jnp.arange(slots)) % slots

@@ -3,8 +3,25 @@
 from polygpt.model.feedforward.activations import ACTIVATIONS, Activation
 from polygpt.model.feedforward.glu import GLUConfig
 from polygpt.model.feedforward.mlp import MLPConfig
+from polygpt.model.feedforward.moe import MoEConfig
+from polygpt.model.feedforward.soft_moe import CausalSoftMoEConfig, SoftMoEConfig
 from polygpt.model.parts import FeedForwardConfig
 
-MENU: dict[str, type[FeedForwardConfig]] = {"mlp": MLPConfig, "glu": GLUConfig}
+MENU: dict[str, type[FeedForwardConfig]] = {
+    "mlp": MLPConfig,
+    "glu": GLUConfig,
+    "moe": MoEConfig,
+    "soft_moe": SoftMoEConfig,
+    "causal_soft_moe": CausalSoftMoEConfig,
+}
 
-__all__ = ["ACTIVATIONS", "MENU", "Activation", "GLUConfig", "MLPConfig"]
+__all__ = [
+    "ACTIVATIONS",
+    "MENU",
+    "Activation",
+    "CausalSoftMoEConfig",
+    "GLUConfig",
+    "MLPConfig",
+    "MoEConfig",
+    "SoftMoEConfig",
+]

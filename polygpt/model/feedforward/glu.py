@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from pydantic import PositiveInt
 
 from polygpt.model.feedforward.activations import ACTIVATIONS, Activation
-from polygpt.model.parts import Context, FeedForwardConfig, Initializer, dense
+from polygpt.model.parts import NO_EFFECTS, Context, Effects, FeedForwardConfig, Initializer, dense
 
 
 class GLUConfig(FeedForwardConfig):
@@ -35,6 +35,8 @@ class GLU(nnx.Module):
         self.up_bias = init.constant(0.0, (hidden,), ("mlp",)) if config.bias else None
         self.down_bias = init.constant(0.0, (width,), ("embed",)) if config.bias else None
 
-    def __call__(self, x: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], dict]:
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Context, state: None = None
+    ) -> tuple[Float[Array, "B T D"], None, Effects]:
         gate = ACTIVATIONS[self.activation](dense(x, self.gate, self.gate_bias))
-        return dense(gate * dense(x, self.up, self.up_bias), self.down, self.down_bias), {}
+        return dense(gate * dense(x, self.up, self.up_bias), self.down, self.down_bias), None, NO_EFFECTS

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from pydantic import PositiveInt
 
 from polygpt.model.feedforward.activations import ACTIVATIONS, Activation
-from polygpt.model.parts import Context, FeedForwardConfig, Initializer, dense
+from polygpt.model.parts import NO_EFFECTS, Context, Effects, FeedForwardConfig, Initializer, dense
 
 
 class MLPConfig(FeedForwardConfig):
@@ -33,6 +33,8 @@ class MLP(nnx.Module):
         self.down = init.weight((hidden, width), ("mlp", "embed"), residual=True)
         self.down_bias = init.constant(0.0, (width,), ("embed",)) if config.bias else None
 
-    def __call__(self, x: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], dict]:
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Context, state: None = None
+    ) -> tuple[Float[Array, "B T D"], None, Effects]:
         hidden = ACTIVATIONS[self.activation](dense(x, self.up, self.up_bias))
-        return dense(hidden, self.down, self.down_bias), {}
+        return dense(hidden, self.down, self.down_bias), None, NO_EFFECTS

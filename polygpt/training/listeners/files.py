@@ -32,7 +32,8 @@ class RunFiles:
                 kept = [_cut_after(folder / name, step) for name in (METRICS, SAMPLES)]
                 self.evaluated = next((line for line in reversed(kept[0]) if "val_loss" in line), None)
             case Stepped():
-                self._write(METRICS, {k: v for k, v in dataclasses.asdict(event).items() if v is not None})
+                line = {k: v for k, v in dataclasses.asdict(event).items() if v is not None and k != "extra"}
+                self._write(METRICS, line | event.extra)
             case Evaluated():
                 # A finished run that is resumed ends with the evaluation that it already has.
                 if (line := dataclasses.asdict(event)) != self.evaluated:

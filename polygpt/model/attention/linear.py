@@ -1,0 +1,176 @@
+"""`linear`: attention whose kernel factorises, so that it is a recurrence with a state of fixed size.
+
+(Katharopoulos et al. 2020.)
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+from pydantic import Field, PositiveInt, model_validator
+
+from polygpt.model.attention.projections import HeadsConfig, Projections
+from polygpt.model.parts import Context, Initializer
+from polygpt.model.rope import rotate
+
+
+class LinearAttentionConfig(HeadsConfig):
+    """y_t = Σ_{s≤t} γ^(t-s) (R_t φ(q_t))·(R_s φ(k_s)) v_s / (Σ_{s≤t} γ^(t-s) φ(q_t)·φ(k_s) + eps), φ(x) = elu(x) + 1.
+
+    (Katharopoulos et al. 2020, eq. 8-12.) R is the rotation of `position: rope`, which stands in the numerator alone
+    (Su et al. 2021, eq. 19); without rope it is the identity.
+
+    Attributes:
+        decay: γ_k = 1 - 2^(-5-k) for key head k = 0, 1, ... (Sun et al. 2023, RetNet, eq. 8); otherwise γ = 1.
+        chunk: tokens that are mixed by one product in training; it changes the speed, not the result.
+        eps: keeps the denominator from 0.
+    """
+
+    kind: Literal["linear"] = "linear"
+    decay: bool = False
+    chunk: PositiveInt = 64
+    eps: Annotated[float, Field(gt=0, le=1e-1)] = 1e-6
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_window(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("window") is not None:
+            raise ValueError(
+                f"window={data['window']} does not go with kind=linear, whose state holds all that came before; "
+                "use kind=local for a window, or decay=true to forget"
+            )
+        return data
+
+    def check(self, model) -> None:
+        super().check(model)
+        if model.position.kind == "alibi":
+            raise ValueError(
+                "position.kind=alibi does not go with attention.kind=linear, which has no scores to subtract from; "
+                "decay=true is its way to prefer what is near"
+            )
+
+    def flops_per_token(self, model) -> int:
+        # Within the chunk as softmax over `chunk` positions; then the query's product with the state and its update.
+        return 4 * self.num_heads * self.size(model) * (self.chunk + self.size(model))
+
+    def build(self, model, init: Initializer) -> LinearAttention:
+        return LinearAttention(self, model, init)
+
+    def init_state(self, model, batch: int, length: int) -> LinearState:
+        heads, size = self.kv_heads, self.size(model)
+        return LinearState(
+            jnp.zeros((batch, heads, size, size), jnp.float32), jnp.zeros((batch, heads, size), jnp.float32)
+        )
+
+
+class LinearState(NamedTuple):
+    """What the tokens so far come to, whatever their number: float32.
+
+    Attributes:
+        values: Σ_s γ^(t-s) R_s φ(k_s) v_sᵀ, [B, K, H, H].
+        keys: Σ_s γ^(t-s) φ(k_s), [B, K, H].
+    """
+
+    values: Float[Array, "B K H H"]
+    keys: Float[Array, "B K H"]
+
+
+class LinearAttention(Projections):
+    def __init__(self, config: LinearAttentionConfig, model, init: Initializer):
+        super().__init__(config, model, init)
+        self.config = config
+
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Context, state: LinearState | None = None
+    ) -> tuple[Float[Array, "B T D"], LinearState | None]:
+        q, k, v = self.project(x)
+        features = [jax.nn.elu(part.astype(jnp.float32)) + 1 for part in (q, k)]
+        rotation = context.rotations.get(q.shape[-1])
+        streams = _Streams(*features, *(rotate(part, rotation) for part in features), v.astype(jnp.float32))
+        batch, _, heads, size = k.shape
+        before = state
+        if state is None:
+            before = LinearState(jnp.zeros((batch, heads, size, size)), jnp.zeros((batch, heads, size)))
+        # log γ of each key head: log1p, since 1 - 2^(-5-k) loses its distance from 1 where there are many.
+        decay = np.log1p(-(2.0 ** (-5 - np.arange(heads)))) * self.config.decay
+        mixed, after = _mix(streams, before, context, jnp.asarray(decay, jnp.float32), self.config)
+        return self.merge(mixed.astype(x.dtype)), None if state is None else after
+
+
+class _Streams(NamedTuple):
+    """Features of queries and keys, as they are and rotated, and values; float32."""
+
+    q: Float[Array, "B T N H"]
+    k: Float[Array, "B T K H"]
+    q_turned: Float[Array, "B T N H"]
+    k_turned: Float[Array, "B T K H"]
+    v: Float[Array, "B T K H"]
+
+
+class _Chunk(NamedTuple):
+    """`chunk` tokens. `ages` is Σ log γ over the chunk's tokens up to each one, padding left out."""
+
+    streams: _Streams  # queries [B, K, G, C, H], keys and values [B, K, C, H]
+    ages: Float[Array, "B K C"]
+    real: Bool[Array, "B C"]
+    segments: Int[Array, "B C"]
+
+
+def _mix(
+    streams: _Streams, state: LinearState, context: Context, decay: Float[Array, " K"], config: LinearAttentionConfig
+) -> tuple[Float[Array, "B T N H"], LinearState]:
+    """Outputs of all tokens, chunk by chunk, and the state after the last one that is not padding."""
+    batch, length, heads = streams.k.shape[:3]
+    size = min(config.chunk, length)
+    padding = -length % size
+    real = jnp.ones((batch, length), bool) if context.valid is None else context.valid
+    segments = jnp.zeros((batch, length), jnp.int32) if context.segment_ids is None else context.segment_ids
+
+    def chunked(x: Float[Array, "B T *X"], mode: str = "constant") -> Float[Array, "chunks B C *X"]:
+        padded = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2), mode=mode)
+        return jnp.moveaxis(padded.reshape(batch, -1, size, *x.shape[2:]), 1, 0)
+
+    def by_head(x: Float[Array, "B T *K H"]) -> Float[Array, "chunks B *K C H"]:
+        return jnp.moveaxis(chunked(x), 2, -2)
+
+    q, q_turned = (by_head(x.reshape(batch, length, heads, -1, x.shape[-1])) for x in (streams.q, streams.q_turned))
+    parts = _Streams(q, by_head(streams.k), q_turned, by_head(streams.k_turned), by_head(streams.v))
+    real = chunked(real)
+    ages = jnp.cumsum(real[:, :, None] * decay[:, None], -1)
+    chunks = _Chunk(parts, ages, real, chunked(segments, "edge"))
+    # The products within a chunk are computed again in the gradient: kept, they would be most of the memory.
+    step = jax.checkpoint(lambda carry, chunk: _mix_chunk(carry, chunk, config.eps))
+    (state, _), mixed = lax.scan(step, (state, segments[:, 0]), chunks)
+    mixed = jnp.moveaxis(mixed, (0, -2), (1, 2)).reshape(batch, length + padding, -1, streams.v.shape[-1])
+    return mixed[:, :length], state
+
+
+def _mix_chunk(
+    carry: tuple[LinearState, Int[Array, " B"]], chunk: _Chunk, eps: float
+) -> tuple[tuple[LinearState, Int[Array, " B"]], Float[Array, "B K G C H"]]:
+    """One chunk's outputs from the state before it, and the state (and its document) after."""
+    (values, keys), document = carry
+    (q, k, q_turned, k_turned, v), ages, real, segments = chunk
+    tokens = jnp.arange(ages.shape[-1])
+    seen = (tokens[:, None] >= tokens) & (segments[:, :, None] == segments[:, None, :]) & real[:, None, :]
+    age = jnp.where(seen[:, None], ages[..., :, None] - ages[..., None, :], -jnp.inf)
+    weight = jnp.exp(age)[:, :, None]  # γ^(t-s), 0 where t does not see s
+    held = jnp.exp(ages) * (segments == document[:, None])[:, None]  # what is left of the state at each token
+
+    within = jnp.einsum("bkgth,bksh->bkgts", q_turned, k_turned) * weight
+    above = jnp.einsum("bkgts,bksi->bkgti", within, v)
+    above = above + held[:, :, None, :, None] * jnp.einsum("bkgth,bkhi->bkgti", q_turned, values)
+    below = (jnp.einsum("bkgth,bksh->bkgts", q, k) * weight).sum(-1)
+    below = below + held[:, :, None] * jnp.einsum("bkgth,bkh->bkgt", q, keys)
+
+    last = segments[:, -1]
+    to_end = jnp.exp(ages[..., -1:] - ages) * ((segments == last[:, None]) & real)[:, None]
+    kept = (jnp.exp(ages[..., -1]) * (last == document)[:, None])[..., None]
+    values = kept[..., None] * values + jnp.einsum("bksh,bks,bksi->bkhi", k_turned, to_end, v)
+    keys = kept * keys + jnp.einsum("bksh,bks->bkh", k, to_end)
+    return (LinearState(values, keys), last), above / (below[..., None] + eps)

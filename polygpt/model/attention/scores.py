@@ -1,0 +1,53 @@
+"""What shapes a score beside q·k (scale, cap, distance, window, segments, sinks), for every way of computing it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+
+@dataclass(frozen=True)
+class ScoreRule:
+    """How scores become probabilities; what is known before any array is.
+
+    Attributes:
+        scale: of q·k.
+        window: each query sees so many keys up to its own, itself included; None sees all of them.
+        softcap: scores become softcap · tanh(scores / softcap) (Gemma Team 2024, section 2).
+        dropout: share of probabilities dropped where there is a key.
+    """
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    dropout: float = 0.0
+
+    def cap(self, scores: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Scaled scores after the soft cap."""
+        return scores if self.softcap is None else self.softcap * jnp.tanh(scores / self.softcap)
+
+
+class ScoreInputs(NamedTuple):
+    """Arrays that take part in scores; each may be absent.
+
+    Attributes:
+        sinks: a learned logit for each head that joins the softmax and carries no value, [N] (OpenAI 2025, gpt-oss).
+        slopes: what is subtracted a position of distance, for each head, float32 [N] (ALiBi).
+        segment_ids: int32 [B, T].
+        key: for dropout.
+    """
+
+    sinks: Float[Array, " N"] | None = None
+    slopes: Float[Array, " N"] | None = None
+    segment_ids: Int[Array, "B T"] | None = None
+    key: PRNGKeyArray | None = None
+
+
+def visible(queries: Int[Array, "*B T"], keys: Int[Array, "*B S"], window: int | None) -> Bool[Array, "*B T S"]:
+    """Which positions of keys each position of a query sees; a negative position is that of no key."""
+    distance = queries[..., :, None] - keys[..., None, :]
+    seen = (distance >= 0) & (keys >= 0)[..., None, :]
+    return seen if window is None else seen & (distance < window)

@@ -1,0 +1,252 @@
+"""`moe`: a router sends each token to `top_k` of many experts (Shazeer et al. 2017; Fedus et al. 2021)."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from typing import Annotated, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+from pydantic import Field, PositiveInt
+
+from polygpt.model.feedforward.experts import Experts, ExpertsConfig
+from polygpt.model.feedforward.glu import GLUConfig
+from polygpt.model.feedforward.mlp import MLPConfig
+from polygpt.model.parts import NO_EFFECTS, Context, Effects, FeedForwardConfig, Initializer
+
+Weight = Annotated[float, Field(ge=0)]
+
+
+class MoEConfig(ExpertsConfig):
+    """y_t = Σ_{e in top-k of p_t} p_te · expert_e(x_t) [+ shared(x_t)], p_t = softmax(x_t·W_router) in float32.
+
+    The probabilities are used as they are, unless `normalize_weights`. In training with `dispatch: capacity` an expert
+    serves at most C = int(capacity_factor · top_k · T / E) tokens of a sequence (Lepikhin et al. 2020); a token that
+    finds no slot gets nothing from that expert. In evaluation and generation nothing is dropped.
+
+    Attributes:
+        top_k: experts a token.
+        dispatch: `capacity`, or `dropless`, which drops nothing in training either (Gale et al. 2022).
+        capacity_factor: see above.
+        claim_order: who gets the slots of a sequence. `choice`: all first choices in order of position, then all second
+            ones. `weight`: the same, tokens in order of their largest probability (Riquelme et al. 2021, "batch
+            prioritized routing"). `token`: each token all its choices before the next token; the only one of them that
+            is causal.
+        normalize_weights: the chosen probabilities are divided by their sum.
+        load_balance_loss: weight of E·Σ_e f_e·P_e, f_e the share of (token, choice) pairs that went to expert e before
+            any was dropped, P_e the mean probability, both over the batch (Fedus et al. 2021, eq. 4-6).
+        z_loss: weight of mean(logsumexp(router logits)²) (Zoph et al. 2022, eq. 5).
+        router_noise: in training the router's input is multiplied by uniform numbers in 1 ± router_noise (Fedus et al.
+            2021, "jitter").
+        shared_experts: one more gated (or plain) feed-forward of this many times `mlp_dim`, which serves every token
+            with weight 1 (Dai et al. 2024).
+        balance_rate: instead of a loss, a bias is added to each expert's probability where experts are chosen (not in
+            the weights), and moves after each step by this much towards the underused: rate · sign(mean load - load)
+            (Wang et al. 2024). 0 has no such bias.
+    """
+
+    kind: Literal["moe"] = "moe"
+    top_k: PositiveInt = 2
+    dispatch: Literal["capacity", "dropless"] = "capacity"
+    capacity_factor: Annotated[float, Field(gt=0)] = 1.25
+    claim_order: Literal["choice", "weight", "token"] = "choice"
+    normalize_weights: bool = False
+    load_balance_loss: Weight = 1e-2
+    z_loss: Weight = 1e-3
+    router_noise: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    shared_experts: Annotated[int, Field(ge=0)] = 0
+    balance_rate: Weight = 0.0
+
+    def capacity(self, length: int) -> int:
+        """C, the slots of one expert in a sequence of `length` tokens."""
+        return int(self.capacity_factor * self.top_k * length / self.num_experts)
+
+    def check(self, model) -> None:
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k={self.top_k} exceeds num_experts={self.num_experts}: a token chooses among them")
+        if self.dispatch == "capacity" and self.capacity(model.context_length) < 1:
+            raise ValueError(
+                f"capacity_factor={self.capacity_factor} leaves num_experts={self.num_experts} experts no slot in a "
+                f"sequence of context_length={model.context_length} (int(capacity_factor·top_k·T/E) = 0): every token "
+                "would be dropped; raise it, or set dispatch=dropless"
+            )
+
+    def causal_in_training(self, model) -> bool:
+        return self.dispatch == "dropless" or self.claim_order == "token"
+
+    def build(self, model, init: Initializer) -> MoE:
+        return MoE(self, model, init)
+
+
+def _shared(config: MoEConfig) -> FeedForwardConfig:
+    """The feed-forward that serves every token."""
+    kind = GLUConfig if config.gated else MLPConfig
+    return kind(mlp_dim=config.shared_experts * config.mlp_dim, activation=config.activation, bias=config.bias)
+
+
+class MoE(Experts):
+    def __init__(self, config: MoEConfig, model, init: Initializer):
+        super().__init__(config, model.width, init, active=Fraction(config.top_k, config.num_experts))
+        self.config = config
+        self.router = init.weight((model.width, config.num_experts), ("embed", "expert"))
+        # Not trained: moved by `Effects.updates`.
+        self.balance = init.constant(0.0, (config.num_experts,), ("expert",)) if config.balance_rate else None
+        self.shared = _shared(config).build(model, init) if config.shared_experts else None
+
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Context, state: None = None
+    ) -> tuple[Float[Array, "B T D"], None, Effects]:
+        config = self.config
+        logits, choices, weights = self._route(x, context)
+        if context.training and config.dispatch == "capacity":
+            routing = _with_capacity(choices, weights, config, config.capacity(x.shape[1]))
+        else:
+            routing = _dropless(choices.reshape(-1, config.top_k), config.num_experts)
+        flat = x.reshape(-1, x.shape[-1])
+        y = self._serve(flat, weights.reshape(-1, config.top_k), routing).reshape(x.shape)
+        if self.shared is not None:
+            y = y + self.shared(x, context)[0]
+        return y, None, self._effects(logits, choices, routing) if context.training else NO_EFFECTS
+
+    def _route(
+        self, x: Float[Array, "B T D"], context: Context
+    ) -> tuple[Float[Array, "B T E"], Int[Array, "B T k"], Float[Array, "B T k"]]:
+        """The router's logits, each token's experts from its first choice on, and their weights; all float32."""
+        seen = x.astype(jnp.float32)
+        if context.training and context.key is not None and self.config.router_noise:
+            noise = self.config.router_noise
+            seen = seen * jax.random.uniform(context.key, seen.shape, minval=1 - noise, maxval=1 + noise)
+        logits = (seen.reshape(-1, x.shape[-1]) @ self.router[...].astype(jnp.float32)).reshape(*x.shape[:2], -1)
+        probabilities = jax.nn.softmax(logits)
+        preference = probabilities
+        if self.balance is not None:
+            preference = lax.stop_gradient(probabilities + self.balance[...].astype(jnp.float32))
+        _, choices = lax.top_k(preference, self.config.top_k)
+        weights = jnp.take_along_axis(probabilities, choices, -1)
+        if self.config.normalize_weights:
+            weights = weights / weights.sum(-1, keepdims=True)
+        return logits, choices, weights
+
+    def _serve(self, x: Float[Array, "M D"], weights: Float[Array, "M k"], routing: _Routing) -> Float[Array, "M D"]:
+        """Σ over each token's choices of weight · expert(x); a choice that was dropped adds nothing."""
+        top_k, width = weights.shape[1], x.shape[1]
+        rows = _take_rows(x, routing.pair_of // top_k, routing.slot_of)
+        served = self.transform(rows.reshape(*routing.blocks, width), routing.expert_of).reshape(-1, width)
+        picked = _take_rows(served, routing.slot_of.reshape(-1), routing.pair_of[:, None])
+        return (picked.reshape(*weights.shape, width) * weights[..., None].astype(x.dtype)).sum(1)
+
+    def _effects(self, logits: Float[Array, "B T E"], choices: Int[Array, "B T k"], routing: _Routing) -> Effects:
+        config = self.config
+        count = jnp.bincount(choices.reshape(-1), length=config.num_experts)
+        load = count / choices.size  # f_e
+        losses, updates = {}, {}
+        if config.load_balance_loss:
+            importance = jax.nn.softmax(logits).mean((0, 1))  # P_e
+            losses["load_balance"] = config.load_balance_loss * config.num_experts * (load * importance).sum()
+        if config.z_loss:
+            losses["z_loss"] = config.z_loss * jnp.square(jax.nn.logsumexp(logits, -1)).mean()
+        if self.balance is not None:
+            updates["balance"] = config.balance_rate * jnp.sign(1 / config.num_experts - load)
+        metrics = {
+            "expert_load_max": load.max() * config.num_experts,  # 1 is even
+            "dropped_share": (routing.slot_of >= routing.pair_of.size).mean(),
+        }
+        return Effects(losses, metrics, updates)
+
+
+class _Routing(NamedTuple):
+    """Where pairs of (token, choice) are served: blocks of rows, each of one expert.
+
+    Attributes:
+        slot_of: the row that serves each of a token's choices; the number of rows where it was dropped. [M, k]
+        pair_of: the pair, token · k + choice, that each row serves; M·k where it serves none. [rows]
+        expert_of: the expert of each block, ascending; None where block e is expert e's. [blocks]
+        blocks: (number of blocks, rows a block).
+    """
+
+    slot_of: Int[Array, "M k"]
+    pair_of: Int[Array, " rows"]
+    expert_of: Int[Array, " blocks"] | None
+    blocks: tuple[int, int]
+
+    @classmethod
+    def of(cls, slot_of: Int[Array, "M k"], expert_of: Int[Array, " blocks"] | None, blocks: tuple[int, int]):
+        pairs = slot_of.size
+        pair_of = jnp.full(math.prod(blocks), pairs, jnp.int32)
+        pair_of = pair_of.at[slot_of.reshape(-1)].set(jnp.arange(pairs, dtype=jnp.int32), mode="drop")
+        return cls(slot_of, pair_of, expert_of, blocks)
+
+
+def _with_capacity(
+    choices: Int[Array, "B T k"], weights: Float[Array, "B T k"], config: MoEConfig, capacity: int
+) -> _Routing:
+    """At most `capacity` slots an expert and sequence, claimed in the configured order."""
+    batch, length, top_k = choices.shape
+    token, choice = jnp.arange(length)[:, None], jnp.arange(top_k)
+    match config.claim_order:
+        case "token":
+            turn = jnp.broadcast_to(token * top_k + choice, choices.shape)
+        case "choice":
+            turn = jnp.broadcast_to(choice * length + token, choices.shape)
+        case "weight":
+            place = jnp.argsort(jnp.argsort(-weights[:, :, 0], axis=1), axis=1)
+            turn = choice * length + place[:, :, None]
+    turn = turn.reshape(batch, -1)  # when each pair claims, 0 first
+    in_turn = jnp.take_along_axis(choices.reshape(batch, -1), jnp.argsort(turn, axis=1), axis=1)
+    rank = jnp.take_along_axis(_rank(in_turn, config.num_experts), turn, axis=1).reshape(choices.shape)
+    row = choices * (batch * capacity) + jnp.arange(batch)[:, None, None] * capacity + rank
+    rows = config.num_experts * batch * capacity
+    slot_of = jnp.where(rank < capacity, row, rows).reshape(-1, top_k)
+    return _Routing.of(slot_of, None, (config.num_experts, batch * capacity))
+
+
+def _dropless(choices: Int[Array, "M k"], num_experts: int) -> _Routing:
+    """As many rows as each expert needs, in blocks of which only an expert's last is not full."""
+    pairs = choices.size
+    if pairs <= num_experts:  # a block a pair: only the weights that are needed are read
+        order = jnp.argsort(choices.reshape(-1))
+        slot_of = jnp.argsort(order).reshape(choices.shape)
+        return _Routing.of(slot_of, choices.reshape(-1)[order], (pairs, 1))
+    size = _block_rows(pairs, num_experts)
+    expert = choices.reshape(1, -1)
+    count = jnp.bincount(expert[0], length=num_experts)
+    last = jnp.cumsum(-(-count // size))  # the block after each expert's last one
+    first = last - -(-count // size)
+    slot_of = (first[expert] * size + _rank(expert, num_experts)).reshape(choices.shape)
+    blocks = pairs // size + num_experts  # never more: each expert has one block that is not full
+    expert_of = jnp.searchsorted(last, jnp.arange(blocks), side="right").clip(max=num_experts - 1)
+    return _Routing.of(slot_of, expert_of, (blocks, size))
+
+
+def _block_rows(pairs: int, num_experts: int) -> int:
+    """Rows a block: an expert's mean share, as a power of two between 8 and 256."""
+    return min(max(2 ** round(math.log2(pairs / num_experts)), 8), 256)
+
+
+def _rank(experts: Int[Array, "B P"], num_experts: int) -> Int[Array, "B P"]:
+    """How many of the entries before each one name the same expert."""
+    mine = experts[..., None] == jnp.arange(num_experts)
+    return jnp.where(mine, jnp.cumsum(mine, axis=1) - 1, 0).sum(-1)
+
+
+@jax.custom_vjp
+def _take_rows(x: Float[Array, "M D"], index: Int[Array, " R"], readers: Int[Array, "M c"]) -> Float[Array, "R D"]:
+    """x[index], zeros where the index is beyond x. `readers` lists, for each row of x, who reads it (or beyond R).
+
+    The gradient gathers by `readers`: the scatter that it would be is many times slower on a CPU.
+    """
+    return jnp.take(x, index, axis=0, mode="fill", fill_value=0)
+
+
+def _take_forward(x: Array, index: Array, readers: Array) -> tuple[Array, Array]:
+    return _take_rows(x, index, readers), readers
+
+
+def _take_backward(readers: Int[Array, "M c"], d_y: Float[Array, "R D"]) -> tuple[Array, None, None]:
+    return jnp.take(d_y, readers, axis=0, mode="fill", fill_value=0).sum(1), None, None
+
+
+_take_rows.defvjp(_take_forward, _take_backward)

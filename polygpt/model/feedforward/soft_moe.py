@@ -1,0 +1,294 @@
+"""`soft_moe` and `causal_soft_moe`: experts work on slots, each a weighted mean of tokens (Puigcerver et al. 2023)."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+from pydantic import PositiveInt
+
+from polygpt.errors import RequestError
+from polygpt.model.feedforward.experts import Experts, ExpertsConfig
+from polygpt.model.parts import NO_EFFECTS, Context, Effects, Initializer
+
+
+class SoftMoEConfig(ExpertsConfig):
+    """Slot p is Σ_t D_tp x_t with D = softmax of X·Φ over tokens; its expert transforms it; token t gets Σ_p C_tp ỹ_p.
+
+    C is the softmax of X·Φ over slots (Puigcerver et al. 2023, eq. 1-3). X·Φ and both softmaxes are float32. In
+    training D runs over all tokens of a sequence, hence over later ones, too; in evaluation and generation token t is
+    computed from the sequence up to t alone, prefix by prefix.
+
+    Attributes:
+        slots_per_expert: so many slots, each with a learned vector of Φ, for each of the experts.
+    """
+
+    kind: Literal["soft_moe"] = "soft_moe"
+    slots_per_expert: PositiveInt
+
+    def causal_in_training(self, model) -> bool:
+        return False
+
+    def flops_per_token(self, model) -> int:
+        return self._flops_per_token(model, served_tokens=model.context_length)
+
+    def _flops_per_token(self, model, served_tokens: int) -> int:
+        """Where all slots are filled and served once for so many tokens; the weights are not used once a token."""
+        slots = self.num_experts * self.slots_per_expert
+        weights = (3 if self.gated else 2) * model.width * self.mlp_dim
+        experts = 2 * weights * (slots / served_tokens - self.num_experts)
+        return int(4 * slots * model.width + experts)
+
+    def init_state(self, model, batch: int, length: int) -> _Pool:
+        return _Pool.empty((batch, 1, self.num_experts, self.slots_per_expert), model.width)
+
+    def build(self, model, init: Initializer) -> SoftMoE:
+        return SoftMoE(self, model, init)
+
+
+class SoftMoE(Experts):
+    def __init__(self, config: SoftMoEConfig, model, init: Initializer):
+        super().__init__(config, model.width, init)
+        self.config = config
+        self.phi = init.weight((model.width, config.num_experts, config.slots_per_expert), ("embed", "expert", "slot"))
+
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Context, state: _Pool | None = None
+    ) -> tuple[Float[Array, "B T D"], _Pool | None, Effects]:
+        logits = self._logits(x)
+        if not context.training:
+            return (*self._prefix_by_prefix(x, logits, context, state), NO_EFFECTS)
+        if context.segment_ids is not None:
+            raise RequestError(
+                "feedforward.kind=soft_moe mixes all tokens of a sequence in training and cannot keep packed documents "
+                "(segment_ids) apart; use causal_soft_moe or moe"
+            )
+        slots = jnp.einsum("btes,btd->besd", jax.nn.softmax(logits, axis=1).astype(x.dtype), x)
+        return self._combine(logits, self._served(slots)), None, NO_EFFECTS
+
+    def _logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T E S"]:
+        """X·Φ in float32."""
+        phi = self.phi[...].astype(jnp.float32)
+        flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32) @ phi.reshape(x.shape[-1], -1)
+        return flat.reshape(*x.shape[:2], *phi.shape[1:])
+
+    def _served(self, slots: Float[Array, "B E S D"]) -> Float[Array, "B E S D"]:
+        """Every slot through its expert."""
+        batch, experts, count, width = slots.shape
+        rows = slots.transpose(1, 0, 2, 3).reshape(experts, batch * count, width)
+        return self.transform(rows).reshape(experts, batch, count, width).transpose(1, 0, 2, 3)
+
+    def _combine(self, logits: Float[Array, "B T E S"], served: Float[Array, "B E S D"]) -> Float[Array, "B T D"]:
+        """What each token takes from the slots: their mean, weighted by its softmax over all of them."""
+        weights = jax.nn.softmax(logits, axis=(-2, -1)).astype(served.dtype)
+        return jnp.einsum("btes,besd->btd", weights, served)
+
+    def _prefix_by_prefix(
+        self, x: Float[Array, "B T D"], logits: Float[Array, "B T E S"], context: Context, state: _Pool | None
+    ) -> tuple[Float[Array, "B T D"], _Pool | None]:
+        """Each token from slots made of the tokens up to itself: T times the experts' work."""
+
+        def one(pool: _Pool, token: _Token) -> tuple[_Pool, Float[Array, "B D"]]:
+            pool = token.enter(pool)
+            served = self._served(pool.mean(x.dtype))
+            return pool, self._combine(token.logits[:, None], served)[:, 0]
+
+        tokens = _Token.sequence(x, logits, context)
+        pool, y = lax.scan(one, _Pool.empty(logits.shape, x.shape[-1]) if state is None else state, tokens)
+        return jnp.moveaxis(y, 0, 1), None if state is None else pool
+
+
+class _Pool(NamedTuple):
+    """A softmax-weighted mean of tokens for each slot, as a running sum; float32.
+
+    Attributes:
+        largest: the largest logit so far; -inf while there is none.
+        weight: Σ exp(logit - largest).
+        total: Σ exp(logit - largest) · x.
+    """
+
+    largest: Float[Array, "B E S"]
+    weight: Float[Array, "B E S"]
+    total: Float[Array, "B E S D"]
+
+    @classmethod
+    def empty(cls, logits_shape: tuple[int, ...], width: int) -> _Pool:
+        batch, _, *slots = logits_shape
+        zeros = jnp.zeros((batch, *slots))
+        return cls(zeros - jnp.inf, zeros, jnp.zeros((batch, *slots, width)))
+
+    @classmethod
+    def of(cls, x: Float[Array, "B T D"], logits: Float[Array, "B T E S"], seen: Bool[Array, "B T"]) -> _Pool:
+        """The pool of those tokens that are `seen`."""
+        logits = jnp.where(seen[:, :, None, None], logits, -jnp.inf)
+        largest = logits.max(1)
+        weights = jnp.exp(logits - _finite(largest)[:, None])
+        return cls(largest, weights.sum(1), jnp.einsum("btes,btd->besd", weights, x.astype(jnp.float32)))
+
+    def join(self, other: _Pool) -> _Pool:
+        """The pool of both."""
+        largest = jnp.maximum(self.largest, other.largest)
+        mine, theirs = (jnp.exp(pool.largest - _finite(largest)) for pool in (self, other))
+        total = self.total * mine[..., None] + other.total * theirs[..., None]
+        return _Pool(largest, self.weight * mine + other.weight * theirs, total)
+
+    def where(self, kept: Bool[Array, " B"], otherwise: _Pool) -> _Pool:
+        """This pool in rows that are `kept`, the other elsewhere."""
+        return jax.tree.map(lambda a, b: jnp.where(kept.reshape(-1, *[1] * (a.ndim - 1)), a, b), self, otherwise)
+
+    def mean(self, dtype: jnp.dtype) -> Float[Array, "B E S D"]:
+        """The slots; zeros while there is no token."""
+        return (self.total / jnp.where(self.weight == 0, 1, self.weight)[..., None]).astype(dtype)
+
+
+def _finite(largest: Float[Array, "..."]) -> Float[Array, "..."]:
+    # Where nothing was seen, exp(-inf - 0) = 0; -inf - -inf would be NaN. The largest is a shift without a gradient.
+    return lax.stop_gradient(jnp.where(largest == -jnp.inf, 0, largest))
+
+
+class _Token(NamedTuple):
+    """One token of each row, on its way into a pool."""
+
+    x: Float[Array, "B D"]
+    logits: Float[Array, "B E S"]
+    opens: Bool[Array, " B"]  # the first token of a packed document: what came before is another's
+    valid: Bool[Array, " B"]
+    position: Int[Array, " B"]
+
+    @classmethod
+    def sequence(cls, x: Float[Array, "B T D"], logits: Float[Array, "B T E S"], context: Context) -> _Token:
+        """All tokens, with T as the leading axis."""
+        ones = jnp.ones(x.shape[:2], bool)
+        ids = context.segment_ids
+        opens = ~ones if ids is None else jnp.concatenate([~ones[:, :1], ids[:, 1:] != ids[:, :-1]], 1)
+        valid = ones if context.valid is None else context.valid
+        return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), cls(x, logits, opens, valid, context.positions))
+
+    def enter(self, pool: _Pool) -> _Pool:
+        """The pool with this token in it."""
+        empty = _Pool.empty((self.x.shape[0], 1, *self.logits.shape[1:]), self.x.shape[1])
+        own = _Pool.of(self.x[:, None], self.logits[:, None], jnp.ones_like(self.valid)[:, None])
+        return empty.where(self.opens, pool).join(own).where(self.valid, pool)
+
+
+class CausalSoftMoEConfig(SoftMoEConfig):
+    """`soft_moe` in blocks of tokens, causal in training, too: the slots that serve a block come from earlier blocks.
+
+    For tokens of block b, D is the softmax over all tokens of blocks before b; the first block meets learned slots.
+    With packed documents a token meets slots made of its own document's tokens in earlier blocks, and the learned ones
+    where there are none.
+
+    Attributes:
+        block_size: tokens a block; blocks begin at multiples of it.
+    """
+
+    kind: Literal["causal_soft_moe"] = "causal_soft_moe"
+    block_size: PositiveInt
+
+    def causal_in_training(self, model) -> bool:
+        return True
+
+    def flops_per_token(self, model) -> int:
+        return self._flops_per_token(model, served_tokens=self.block_size)
+
+    def init_state(self, model, batch: int, length: int) -> _Blocks:
+        slots = (batch, self.num_experts, self.slots_per_expert, model.width)
+        return _Blocks(super().init_state(model, batch, length), jnp.zeros(slots, model.compute_dtype))
+
+    def build(self, model, init: Initializer) -> CausalSoftMoE:
+        return CausalSoftMoE(self, model, init)
+
+
+class _Blocks(NamedTuple):
+    """Decoding state: all tokens so far, and what the experts made of the slots that serve the present block."""
+
+    pool: _Pool
+    served: Float[Array, "B E S D"]
+
+
+class CausalSoftMoE(SoftMoE):
+    def __init__(self, config: CausalSoftMoEConfig, model, init: Initializer):
+        super().__init__(config, model, init)
+        # Φ's vectors stand for directions of tokens, these for slots themselves: [E, S, D].
+        self.first_slots = init.weight(
+            (config.num_experts, config.slots_per_expert, model.width), ("expert", "slot", "embed"), inputs=0
+        )
+
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Context, state: _Blocks | None = None
+    ) -> tuple[Float[Array, "B T D"], _Blocks | None, Effects]:
+        logits = self._logits(x)
+        if state is not None and not context.fresh:
+            return (*self._token_by_token(x, logits, context, state), NO_EFFECTS)
+        return (*self._block_by_block(x, logits, context, state), NO_EFFECTS)
+
+    def _learned(self, batch: int, dtype: jnp.dtype) -> Float[Array, "B E S D"]:
+        """What the experts make of the learned slots."""
+        served = self._served(self.first_slots[...].astype(dtype)[None])
+        return jnp.broadcast_to(served, (batch, *served.shape[1:]))
+
+    def _block_by_block(
+        self, x: Float[Array, "B T D"], logits: Float[Array, "B T E S"], context: Context, state: _Blocks | None
+    ) -> tuple[Float[Array, "B T D"], _Blocks | None]:
+        """A sequence from its beginning: the pools of all blocks first, then the experts on all slots at once."""
+        batch, length, width = x.shape
+        size = self.config.block_size
+        padding = -length % size
+        count = (length + padding) // size
+        ids = jnp.zeros((batch, length), jnp.int32) if context.segment_ids is None else context.segment_ids
+        valid = jnp.ones((batch, length), bool) if context.valid is None else context.valid
+
+        def cut(array: Array, mode: str = "constant") -> Array:
+            padded = jnp.pad(array, [(0, 0), (0, padding)] + [(0, 0)] * (array.ndim - 2), mode=mode)
+            return jnp.moveaxis(padded.reshape(batch, count, size, *array.shape[2:]), 1, 0)
+
+        blocks = (cut(x), cut(logits), cut(ids, "edge"), cut(valid))
+        empty = _Pool.empty(logits.shape, width)
+
+        def one(carry: tuple, block: tuple) -> tuple[tuple, tuple]:
+            pool, document = carry
+            x, logits, ids, valid = block
+            last = ids[:, -1]
+            own = _Pool.of(x, logits, valid & (ids == last[:, None]))
+            after = pool.where(last == document, empty).join(own)
+            return (after, last), (pool.mean(x.dtype), pool.weight[:, 0, 0] > 0, document)
+
+        (pool, _), (slots, filled, document) = lax.scan(one, (empty, ids[:, 0]), blocks)
+        served = self._served(slots.reshape(count * batch, *slots.shape[2:])).reshape(slots.shape)
+        learned = self._learned(batch, x.dtype)
+        carried = filled[..., None] & (blocks[2] == document[..., None])  # [blocks, B, tokens]: meets earlier slots
+        combine = jax.vmap(self._combine)
+        early = combine(blocks[1], jnp.broadcast_to(learned, served.shape))
+        y = jnp.where(carried[..., None], combine(blocks[1], served), early)
+        y = jnp.moveaxis(y, 0, 1).reshape(batch, -1, width)[:, :length]
+        if state is None:
+            return y, None
+        present = jnp.maximum(valid.sum(1) - 1, 0) // size  # the block of each row's last token
+        rows = jnp.arange(batch)
+        chosen = jnp.where(filled[present, rows][:, None, None, None], served[present, rows], learned)
+        return y, _Blocks(pool, chosen)
+
+    def _token_by_token(
+        self, x: Float[Array, "B T D"], logits: Float[Array, "B T E S"], context: Context, state: _Blocks
+    ) -> tuple[Float[Array, "B T D"], _Blocks]:
+        """Decoding: the experts run only where a row begins a block."""
+        learned = self._learned(x.shape[0], x.dtype)
+
+        def one(state: _Blocks, token: _Token) -> tuple[_Blocks, Float[Array, "B D"]]:
+            begins = token.position % self.config.block_size == 0
+            filled = state.pool.weight[:, 0, 0] > 0
+
+            def refreshed() -> Float[Array, "B E S D"]:
+                served = self._served(state.pool.mean(x.dtype))
+                served = jnp.where(filled[:, None, None, None], served, learned)
+                return jnp.where(begins[:, None, None, None], served, state.served)
+
+            served = lax.cond(begins.any(), refreshed, lambda: state.served)
+            y = self._combine(token.logits[:, None], served)[:, 0]
+            return _Blocks(token.enter(state.pool), served), y
+
+        state, y = lax.scan(one, state, _Token.sequence(x, logits, context))
+        return jnp.moveaxis(y, 0, 1), state

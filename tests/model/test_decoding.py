@@ -1,0 +1,110 @@
+"""Prefill and decoding equal the full pass, over all menus, with prompts of unequal length in one batch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import zoo
+
+from polygpt.config import validate
+from polygpt.model import Model, ModelConfig
+from polygpt.presets import PRESETS
+
+LENGTH = zoo.LENGTH
+PROMPTS = np.array([3, 14, 9])
+PADDED = 16
+CASES = {
+    name: case.changes
+    for name, case in zoo.CASES.items()
+    if not name.startswith(("mlp-", "glu-", "norm-", "scaling-", "documents"))
+}
+
+
+def compiled(function):
+    return jax.jit(function, compiler_options=zoo.COMPILER if jax.default_backend() == "cpu" else None)
+
+
+def assert_decodes(config: ModelConfig) -> None:
+    model = Model(config)
+    params = zoo.lively(model)
+    tokens = np.random.default_rng(7).integers(0, zoo.VOCAB, (3, LENGTH))
+    full = np.asarray(compiled(model.logits)(params, tokens))
+    tolerance = 1e-4 * np.abs(full).max()
+    real = np.arange(PADDED) < PROMPTS[:, None]
+    rows = np.arange(3)
+
+    @compiled
+    def prefill(params, tokens, state):
+        out = model.hidden(params, tokens, state=state, valid=real, fresh=True)
+        return model.module(params).logits(out.hidden), out.state
+
+    @compiled
+    def decode(params, tokens, positions, state):
+        out = model.hidden(params, tokens, positions=positions, state=state)
+        return model.module(params).logits(out.hidden), out.state
+
+    # Padding holds tokens of its own: were it to enter a state, the rest would differ.
+    logits, state = prefill(params, np.where(real, tokens[:, :PADDED], 5), model.init_state(3, LENGTH))
+    np.testing.assert_allclose(logits[real], full[:, :PADDED][real], rtol=0, atol=tolerance)
+    for step in range(LENGTH - PROMPTS.max()):
+        at = PROMPTS + step
+        logits, state = decode(params, tokens[rows, at][:, None], at[:, None], state)
+        np.testing.assert_allclose(logits[:, 0], full[rows, at], rtol=0, atol=tolerance, err_msg=f"step {step}")
+
+    # Several tokens at once go on as well, from an empty state and from one that is not.
+    state, found = model.init_state(3, LENGTH), []
+    for start in range(0, LENGTH, LENGTH // 3):
+        span = np.arange(start, start + LENGTH // 3)
+        logits, state = decode(params, tokens[:, span], np.tile(span, (3, 1)), state)
+        found.append(logits)
+    np.testing.assert_allclose(np.concatenate(found, 1), full, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_prefill_and_decode_equal_the_full_pass(name):
+    assert_decodes(zoo.config_of(zoo.Case(CASES[name])))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_decodes_to_the_full_pass(name):
+    assert_decodes(validate(ModelConfig, zoo.shrunk(name)))
+
+
+@pytest.mark.parametrize("name", ["attention-local", "attention-linear", "feedforward-causal_soft_moe"])
+def test_a_state_of_fixed_size_does_not_grow(name):
+    changes = {**zoo.CASES[name].changes, "attention": zoo.CASES["attention-local"].changes["attention"]}
+    if name != "feedforward-causal_soft_moe":
+        changes = zoo.CASES[name].changes
+    model = Model(zoo.config_of(zoo.Case(changes)))
+    assert model.state_bytes(LENGTH) == model.state_bytes(LENGTH - 1) > 0
+    assert model.state_bytes_per_token == 0
+
+
+def test_grouped_queries_keep_a_third_of_the_cache():
+    bytes_of = {
+        heads: Model(
+            zoo.config_of(zoo.Case({"embed_dim": 24, "attention": {"num_heads": 12, "num_kv_heads": heads}}))
+        ).state_bytes_per_token
+        for heads in (12, 4)
+    }
+    assert bytes_of[4] * 3 == bytes_of[12]
+
+
+def test_segments_and_a_decoding_state_are_refused_together():
+    model = Model(zoo.config_of(zoo.Case({})))
+    with pytest.raises(ValueError, match="segment_ids"):
+        jax.eval_shape(
+            lambda p: model.hidden(
+                p, np.zeros((2, LENGTH), np.int32), segment_ids=zoo.DOCUMENTS, state=model.init_state(2, LENGTH)
+            ),
+            zoo.lively(model),
+        )
+
+
+def test_bfloat16_states_decode_close_to_float32():
+    low, full = (Model(zoo.config_of(zoo.Case({"compute_dtype": dtype}))) for dtype in ("bfloat16", "float32"))
+    params = full.init(0)
+    tokens = jnp.asarray(np.random.default_rng(7).integers(0, zoo.VOCAB, (2, LENGTH)))
+    out = low.hidden(params, tokens, state=low.init_state(2, LENGTH), fresh=True)
+    assert {leaf.dtype for leaf in jax.tree.leaves(out.state)} == {jnp.dtype(jnp.bfloat16)}
+    np.testing.assert_allclose(low.module(params).logits(out.hidden), full.logits(params, tokens), atol=0.02)
