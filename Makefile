@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INPUTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow install dev lint format build clean lab bench
+.PHONY: help demo test test-slow install dev lint format docs build clean lab bench
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -33,6 +33,9 @@ lint: dev ## style and mistakes
 format: dev ## put the code in the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: install ## the pages that are generated from the code: docs/parts.md
+	$(BIN)/python docs/make_parts.py
 
 build: dev ## the wheel, in dist/
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m build --wheel --outdir dist

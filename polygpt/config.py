@@ -108,6 +108,9 @@ def _import_part(path: str, base: type[PartConfig]) -> type[PartConfig]:
         raise ValueError(f"module '{module_name}' has no '{class_name}'; {suggest(class_name, fitting)}")
     if not (isinstance(cls, type) and issubclass(cls, base)):
         raise ValueError(f"'{path}' must be a class that derives from {base.__module__}.{base.__name__}")
+    lacks = [f"'{name}'" for name in getattr(base, "needed", ()) if getattr(cls, name) is getattr(base, name)]
+    if lacks:
+        raise ValueError(f"'{path}' lacks {' and '.join(lacks)} (see docs/add-a-part.md)")
     return cls
 
 

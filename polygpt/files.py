@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from polygpt.errors import PolygptError
+from polygpt.errors import PolygptError, RequestError
 
 
 @contextmanager
@@ -22,16 +22,41 @@ def new_folder(folder: Path) -> Iterator[Path]:
     Raises:
         PolygptError: it cannot be written.
     """
-    missing = [parent for parent in folder.parents if not parent.exists()]
-    partial = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
-    try:
-        partial.mkdir(parents=True)
+    with _appearing(folder) as partial:
+        partial.mkdir()
         yield partial
-        os.rename(partial, folder)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A file beside `path`, to be written, that takes its name at the end; otherwise as `new_folder`.
+
+    Raises:
+        RequestError: there is something at `path` already.
+        PolygptError: it cannot be written.
+    """
+    if path.exists():
+        raise RequestError(f"{path}: exists already; choose another name")
+    with _appearing(path) as partial:
+        partial.touch()
+        yield partial
+
+
+@contextmanager
+def _appearing(path: Path) -> Iterator[Path]:
+    missing = [parent for parent in path.parents if not parent.exists()]
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        if missing:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        os.rename(partial, path)
     except OSError as error:
-        raise PolygptError(f"{folder}: cannot be written ({error.strerror or error})") from None
+        raise PolygptError(f"{path}: cannot be written ({error.strerror or error})") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
         with suppress(OSError):  # one that is not empty stays, and so do those above it
             for parent in missing:
                 parent.rmdir()

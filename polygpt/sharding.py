@@ -30,5 +30,9 @@ def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
 
 
 def sharding_of(axes: Sequence[str], mesh: Mesh) -> NamedSharding:
-    """The placement on `mesh` of an array whose axes have these logical names."""
-    return NamedSharding(mesh, PartitionSpec(*(RULES.get(axis) for axis in axes)))
+    """The placement on `mesh` of an array whose axes have these logical names.
+
+    Where two of them would be split over the same mesh axis (an expert's hidden units), the first is.
+    """
+    places = [RULES.get(axis) for axis in axes]
+    return NamedSharding(mesh, PartitionSpec(*(None if p in places[:i] else p for i, p in enumerate(places))))

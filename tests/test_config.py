@@ -1,7 +1,6 @@
-"""Configuration: YAML 1.2, overrides, slots and users' own parts, and errors that name the key and the mend."""
+"""Configuration: YAML 1.2, overrides, and errors that name the key and the mend."""
 
 import math
-import sys
 from typing import Annotated
 
 import pytest
@@ -27,32 +26,6 @@ from polygpt.recipes import load_recipe
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
 KEYS = st.text("abcdefghij_", min_size=1, max_size=4)
 TREES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3))
-
-MY_PARTS = """
-from polygpt.model import FeedForwardConfig
-from pydantic import PositiveInt
-
-class Wide(FeedForwardConfig):
-    factor: PositiveInt = 4
-
-    def check(self, model):
-        if self.factor > 8:
-            raise ValueError(f"factor={self.factor} is too much")
-
-class NoPart:
-    pass
-"""
-
-
-@pytest.fixture
-def my_parts(tmp_path, monkeypatch):
-    """A module of a user's own, beside where they work; gives its name."""
-    name = f"parts_{tmp_path.name.replace('-', '_')}"
-    (tmp_path / f"{name}.py").write_text(MY_PARTS)
-    (tmp_path / f"{name}_broken.py").write_text("import a_package_that_is_not_there\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.path", list(sys.path))
-    return name
 
 
 def small(**changes):
@@ -322,37 +295,3 @@ def test_the_nearest_key_is_found_within_options_and_lists(data, path):
 def test_a_seed_is_one_that_jax_tells_apart(seed):
     with pytest.raises(RequestError, match=r"training\.seed"):
         load_recipe("demo", {"training.seed": seed})
-
-
-# --- A user's own parts -------------------------------------------------------------------------------------
-
-
-def test_a_part_of_the_users_own_is_found_beside_them_and_comes_back_from_yaml(my_parts):
-    config = small(feedforward={"kind": f"{my_parts}:Wide", "factor": 3})
-    assert (type(config.feedforward).__name__, config.feedforward.factor) == ("Wide", 3)
-    assert validate(ModelConfig, parse_yaml(to_yaml(config))) == config
-
-
-@pytest.mark.parametrize(
-    ("kind", "fields", "message"),
-    [
-        ("{0}:Wyde", {}, r"feedforward: module '{0}' has no 'Wyde'; did you mean 'Wide'\?"),
-        ("{0}:NoPart", {}, r"feedforward: '{0}:NoPart' must be a class that derives from .*FeedForwardConfig"),
-        ("{0}_no:Wide", {}, r"feedforward: cannot import '{0}_no' of kind '{0}_no:Wide': No module named '{0}_no'"),
-        ("{0}_broken:Wide", {}, r"cannot import '{0}_broken' .*a_package_that_is_not_there"),
-        (":Wide", {}, r"feedforward: cannot import '' of kind ':Wide'"),
-        ("json:", {}, r"feedforward: module 'json' has no ''"),
-        ("{0}:Wide", {"factro": 2}, r"feedforward\.factro: no such key; did you mean 'factor'\?"),
-        ("{0}:Wide", {"factor": 0}, r"feedforward\.factor: input should be greater than 0, not 0"),
-        ("{0}:Wide", {"factor": 9}, r"factor=9 is too much"),
-    ],
-)
-def test_a_wrong_part_of_the_users_own_is_refused(my_parts, kind, fields, message):
-    with pytest.raises(RequestError, match=message.format(my_parts)) as error:
-        small(feedforward={"kind": kind.format(my_parts), **fields})
-    assert "\n" not in str(error.value)
-
-
-def test_another_slots_part_does_not_fit(my_parts):
-    with pytest.raises(RequestError, match=r"must be a class that derives from .*NormConfig"):
-        small(norm={"kind": f"{my_parts}:Wide"})

@@ -16,8 +16,8 @@ from polygpt.process import keep_freed_memory
 # Command -> what `polygpt --help` says of it; each lives in the module of its name.
 COMMANDS = {
     "demo": "Train, evaluate and sample on text that is always there, in minutes.",
-    "presets": "Every preset: parameters, KV bytes a token, FLOPs a token.",
-    "show": "The resolved configuration of a model and a table of its parts.",
+    "presets": "Every preset: parameters, active parameters, KV bytes a token, FLOPs a token.",
+    "show": "The resolved configuration of a model, the tree of its parts, and its costs.",
     "tokenizer": "Train a tokenizer.",
     "data": "Prepare token shards from text.",
     "train": "Train a model from a recipe or a file.",

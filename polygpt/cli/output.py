@@ -1,13 +1,16 @@
-"""What commands share: `--json`, tables, and settings as `key=value`."""
+"""What commands share: `--json`, tables, trees, and settings as `key=value`."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from polygpt.summary import Node
 
 json_option: Callable = click.option(
     "--json", "as_json", is_flag=True, help="One JSON object on standard output, everything else on standard error."
@@ -22,7 +25,6 @@ def print_json(value: Any) -> None:
 
 def print_table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[Any]], title: str | None = None) -> None:
     """A table on standard output; `columns` are (heading, `left` or `right`)."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
@@ -30,8 +32,58 @@ def print_table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[Any]
         table.add_column(heading, justify=side, no_wrap=side == "right")
     for row in rows:
         table.add_row(*(f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row))
+    _console(200).print(table)
+
+
+def print_tree(root: Node) -> None:
+    """A model's parts on standard output: settings beside parts; shape, logical axes and count beside parameters."""
+    from rich.text import Text
+    from rich.tree import Tree
+
+    rows = [(4 * depth, node) for depth, node in _walk(root) if node.info is not None]
+    names = max(indent + len(node.name) for indent, node in rows)
+    shapes = max(len(_shape(node)) for _, node in rows)
+    axes = max(len(", ".join(node.info.axes)) for _, node in rows)
+    counts = len(f"{root.size:,}")
+    console = _console(1000)
+    # Counts stand in a column where there is room for one.
+    before = names + 2 + shapes + 2 + axes
+    before, counts = (before, counts) if before + 2 + counts <= console.width else (0, 0)
+
+    def label(node: Node, depth: int) -> Text:
+        if node.info is not None:
+            name = f"{node.name:<{names - 4 * depth}}"
+            text = Text(f"{name}  {_shape(node):<{shapes}}  {', '.join(node.info.axes)}")
+        else:
+            text = Text.assemble((node.name, "bold"), f": {node.note}" if node.note else "")
+        if node.size:
+            text.pad_right(max(before - 4 * depth - len(text), 0))
+            text.append(f"  {node.size:>{counts},}", style="cyan")
+        return text
+
+    def grow(tree: Tree, node: Node, depth: int) -> Tree:
+        for child in node.children:
+            grow(tree.add(label(child, depth + 1)), child, depth + 1)
+        return tree
+
+    console.print(grow(Tree(label(root, 0)), root, 0))
+
+
+def _shape(parameter: Node) -> str:
+    return "×".join(map(str, parameter.info.shape)) or "scalar"
+
+
+def _walk(node: Node, depth: int = 0) -> Iterator[tuple[int, Node]]:
+    yield depth, node
+    for child in node.children:
+        yield from _walk(child, depth + 1)
+
+
+def _console(width: int) -> Any:
+    from rich.console import Console
+
     # A pipe has no width: rows must not be folded for a reader that is a program.
-    Console(highlight=False, width=None if sys.stdout.isatty() else 200).print(table)
+    return Console(highlight=False, width=None if sys.stdout.isatty() else width)
 
 
 def print_result(rows: Iterable[tuple[str, str]]) -> None:

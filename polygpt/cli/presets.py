@@ -23,7 +23,7 @@ def presets(as_json: bool) -> None:
         columns,
         (
             (
-                row["preset"],
+                row["preset"] + ("" if row["causal_in_training"] else " †"),
                 row["config"]["num_layers"],
                 row["width"],
                 f"{row['config']['vocab_size']:,}" + ("*" if row["open_vocabulary"] else ""),
@@ -36,3 +36,4 @@ def presets(as_json: bool) -> None:
         ),
     )
     click.echo(f"* the tokenizer's vocabulary; counted here with {PRESET_VOCAB:,} (GPT-2's)")
+    click.echo("† not causal in training: its training loss is not that of a language model (polygpt show says why)")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
-from polygpt.config import PartConfig
-from polygpt.model.parts import Context, Effects, Initializer, dropout
+from polygpt.model.parts import Context, Effects, Initializer, ModelPart, dropout
 
 if TYPE_CHECKING:
     from polygpt.model.config import LayerConfig, ModelConfig
@@ -23,10 +22,8 @@ class LayerState(NamedTuple):
     feedforward: PyTree
 
 
-class BlockConfig(PartConfig):
+class BlockConfig(ModelPart):
     """The slot `block`: builds a module that maps x [B, T, D] to [B, T, D], the next state, and effects."""
-
-    needed: ClassVar[tuple[str, ...]] = ("build",)
 
     def build(self, layer: LayerConfig, model: ModelConfig, init: Initializer) -> Any:
         """The NNX module of one layer, with its parameters drawn from `init`."""

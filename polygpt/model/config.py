@@ -111,8 +111,8 @@ class ModelConfig(Config):
     def _check_parts(self) -> None:
         self.position.check(self)
         for layer in self.layers[: len(self.pattern)]:
-            layer.attention.check(self)
-            layer.feedforward.check(self)
+            for part in (layer.attention, layer.feedforward, layer.norm, layer.block):
+                part.check(self)
 
     @property
     def width(self) -> int:

@@ -53,9 +53,13 @@ class ParameterInfo:
         return math.prod(self.shape)
 
 
-def _declared(variable: nnx.Variable) -> dict[str, Any]:
+def _info(path: tuple, variable: nnx.Variable) -> ParameterInfo:
     metadata = variable.get_metadata()
-    return {name: metadata[name] for name in ("axes", "inputs", "stack", "active") if name in metadata}
+    if "axes" not in metadata:
+        name = ".".join(map(str, path))
+        raise RequestError(f"parameter {name} has no logical axes: make it by init.weight or init.constant")
+    declared = {name: metadata[name] for name in ("axes", "inputs", "stack", "active") if name in metadata}
+    return ParameterInfo(tuple(variable.shape), variable.dtype, **declared)
 
 
 class Model:
@@ -77,6 +81,29 @@ class Model:
     def module(self, params: Params) -> Decoder:
         """The NNX module that holds `params`; inside a compiled function this costs nothing at run time."""
         return nnx.merge(self._abstract[0], params)
+
+    def check(self) -> None:
+        """Traces the model where it has parts of a user's own, before anything is compiled or allocated.
+
+        Raises:
+            RequestError: a part does not do what its slot asks of it; its kind and the reason are named.
+        """
+        parts = {part for layer in self.config.layers for _, part in layer} | {self.config.position, self.config.norm}
+        own = sorted(part.kind for part in parts if ":" in part.kind)
+        if not own:
+            return
+        tokens = jax.ShapeDtypeStruct((2, min(4, self.config.context_length)), jnp.int32)
+        weights = jax.ShapeDtypeStruct(tokens.shape, jnp.float32)
+        try:
+            params = jax.tree.map(lambda info: jax.ShapeDtypeStruct(info.shape, info.dtype), self.parameters)
+            jax.eval_shape(self.loss, params, tokens, tokens, weights)
+            state = jax.eval_shape(lambda: self.init_state(*tokens.shape))
+            jax.eval_shape(lambda p, t, s: self.hidden(p, t, state=s), params, tokens, state)
+        except (TypeError, ValueError, AttributeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise RequestError(
+                f"{' or '.join(own)} does not fit its slot (see docs/add-a-part.md): {reason}"
+            ) from error
 
     # --- Pure functions -------------------------------------------------------------------------------------
 
@@ -120,12 +147,12 @@ class Model:
 
     def with_updates(self, params: Params, updates: dict[int, dict[str, Array]]) -> Params:
         """`params` after the updates that feed-forwards ask for (`Effects.updates`)."""
-        blocks = dict(params["blocks"])
+        blocks = dict(params.get("blocks", {}))
         for entry, changes in updates.items():
             own = blocks[entry]["feedforward"]
             moved = {name: own[name] + change.astype(own[name].dtype) for name, change in changes.items()}
             blocks[entry] = {**blocks[entry], "feedforward": {**own, **moved}}
-        return {**params, "blocks": blocks}
+        return {**params, "blocks": blocks} if updates else params
 
     def init_state(self, batch: int, length: int) -> PyTree:
         """An empty decoding state for `batch` sequences of at most `length` tokens."""
@@ -148,12 +175,7 @@ class Model:
     @cached_property
     def parameters(self) -> dict[str, Any]:
         """A `ParameterInfo` in the place of every parameter."""
-        return unflatten_dict(
-            {
-                path: ParameterInfo(tuple(leaf.shape), leaf.dtype, **_declared(leaf))
-                for path, leaf in nnx.to_flat_state(self._abstract[1])
-            }
-        )
+        return unflatten_dict({path: _info(path, leaf) for path, leaf in nnx.to_flat_state(self._abstract[1])})
 
     @cached_property
     def num_parameters(self) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 from polygpt.config import dotted_to_nested, merge, validate
 from polygpt.errors import RequestError, suggest
 from polygpt.model import ModelConfig
-from polygpt.presets import core, gpt2, small
+from polygpt.presets import core, experts, gpt2, small
 
 Fields = dict[str, Any]
 
@@ -24,7 +24,11 @@ PRESETS: dict[str, Callable[[], Fields]] = {
     "glu_rope_gpt": core.glu_rope_gpt,
     "gqa_gpt": core.gqa_gpt,
     "gqa_glu_rope_gpt": core.gqa_glu_rope_gpt,
+    "tiny_moe": experts.tiny_moe,
+    "tiny_moe_2": experts.tiny_moe_2,
+    "tiny_moe_3": experts.tiny_moe_3,
     "smollm": core.smollm,
+    "charformer": small.charformer,
     "giant": small.giant,
     "modular": small.modular,
     "small": small.small,

@@ -49,6 +49,22 @@ def small() -> dict[str, Any]:
     }
 
 
+def charformer() -> dict[str, Any]:
+    """30 layers on bytes (256 of them and 3 special tokens), ReLU, bfloat16 throughout."""
+    return {
+        "vocab_size": 259,
+        "context_length": 1024,
+        "embed_dim": 960,
+        "num_layers": 30,
+        "position": {"kind": "learned"},
+        "norm": {"kind": "layernorm", "eps": 1e-5},
+        "attention": {"kind": "softmax", "num_heads": 15},
+        "feedforward": {"kind": "mlp", "mlp_dim": 3840, "activation": "relu"},
+        "compute_dtype": "bfloat16",
+        "param_dtype": "bfloat16",
+    }
+
+
 def tiny_large() -> dict[str, Any]:
     """A small GPT for TinyStories."""
     return {

@@ -105,7 +105,7 @@ def _with_changes(run: Run, config: RunConfig) -> Run:
 def _check(run: Run) -> None:
     """Refuses a run whose data is shorter than a window or whose model cannot be built, before it is written."""
     _loaders(run)
-    Model(run.config.model).num_parameters  # noqa: B018 - traces the construction
+    Model(run.config.model).check()
 
 
 def _loaders(run: Run) -> tuple[Loader, Loader]:

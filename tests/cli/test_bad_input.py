@@ -33,7 +33,7 @@ REQUESTS = {
         "embed_dim=65 is not divisible by num_heads=4; change one of them or set attention.head_dim",
     ),
     "kv heads that do not divide": ([*TRAIN, "model.attention={num_heads: 4, num_kv_heads: 3}"], "num_kv_heads=3"),
-    "an odd head under rope": ([*TRAIN, "model.attention.head_dim=5"], "head_dim=5 is odd"),
+    "an odd head under rope": ([*TRAIN, "model.attention.head_dim=5"], "head_dim=5 is not even"),
     "a pattern longer than the model": ([*TRAIN, "model.pattern=[{}, {}]"], "pattern has 2 entries but num_layers=1"),
     "an empty pattern": ([*TRAIN, "model.pattern=[]"], "pattern is empty"),
     "no attention": ([*TRAIN, "model.attention="], "attention is required: layer 0 has none"),
@@ -112,6 +112,12 @@ REQUESTS = {
         "run: exists already",
     ),
     "a tokenizer's out that exists": (["tokenizer", "train", "text.txt", "--out", "run"], "exists already"),
+    "a page that exists": (["show", "run", "--html", "text.txt"], "text.txt: exists already; choose another name"),
+    "a page that is a folder": (["show", "gpt2", "--html", "run"], "run: exists already; choose another name"),
+    "a page of a run without weights": (
+        ["show", "run-empty", "--html", "new/p.html"],
+        "run-empty: no usable checkpoint",
+    ),
     "to go on without a run": (["train", "--resume", "--out", "none"], "none: no run here (it has no config.yaml)"),
     "to go on with a folder": (["train", "--resume", "--out", "nothing"], "nothing: no run here"),
     "to go on with another model": (
@@ -151,6 +157,8 @@ REQUESTS = {
 FAILURES = {
     "an out below a file": (["train", "tiny.yaml", "--out", "text.txt/out"], "text.txt/out: cannot be written"),
     "an out where nothing can be": (["train", "tiny.yaml", "--out", "/proc/no/out"], "/proc/no/out: cannot be written"),
+    "a page below a file": (["show", "gpt2", "--html", "text.txt/page"], "text.txt/page: cannot be written"),
+    "a page where nothing can be": (["show", "gpt2", "--html", "/proc/no/page"], "/proc/no/page: cannot be written"),
     "a tokenizer below a file": (["tokenizer", "train", "text.txt", "--out", "text.txt/t"], "text.txt/t"),
     "shards below a file": (
         ["data", "prepare", "text.txt", "--tokenizer", "run", "--out", "text.txt/shards"],

@@ -1,15 +1,24 @@
 """The program as a whole: help at once, exit codes, and JSON that a script can rely on."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from polygpt import cli
 from polygpt.errors import PolygptError
 
-COSTS = {"parameters", "active_parameters", "kv_cache_bytes_per_token", "flops_per_token"}
+COSTS = {
+    "parameters",
+    "active_parameters",
+    "kv_cache_bytes_per_token",
+    "state_bytes_at_full_context",
+    "flops_per_token",
+}
+SHOWN = {"config", "attention_implementation", "causal_in_training", "notes", *COSTS}
 RESULT = {
     "run",
     "steps",
@@ -111,7 +120,7 @@ def test_presets_as_json_are_a_list_of_what_show_gives(program):
     rows = one_object(program("presets", "--json"))
     assert [row["preset"] for row in rows] == list(PRESETS)
     for row in rows:
-        assert set(row) >= {"config", *COSTS}
+        assert set(row) >= SHOWN
     shown = one_object(program("show", "gpt2", "--json"))
     row = next(row for row in rows if row["preset"] == "gpt2")
     assert {name: row[name] for name in shown} == shown
@@ -121,25 +130,58 @@ def test_presets_are_a_table_a_row_each(program):
     from polygpt.presets import PRESETS
 
     lines = program("presets").out.splitlines()
-    assert [line.split()[0] for line in lines[1 : len(PRESETS) + 1]] == list(PRESETS)
-    assert "124,4" in next(line for line in lines if line.startswith("gpt2 "))
+    rows = {line.split()[0]: line for line in lines[1 : len(PRESETS) + 1]}
+    assert list(rows) == list(PRESETS)
+    assert rows["gpt2"].split()[4:6] == ["124,439,808", "124,439,808"]
+    assert rows["tiny_moe"].split()[5:7] == ["631,370,304", "248,666,688"]
+    assert {name for name, row in rows.items() if "†" in row} == {"tiny_moe", "tiny_moe_2", "tiny_moe_3"}
+    assert [line[0] for line in lines[len(PRESETS) + 1 :]] == ["*", "†"]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "demo", "tiny.yaml", "run"])
 def test_show_knows_presets_recipes_files_and_runs(run, program, name):
     shown = one_object(program("show", name, "model.num_layers=3", "--json"))
-    assert set(shown) == {"config", *COSTS}
+    assert set(shown) == SHOWN
     assert shown["config"]["num_layers"] == 3
     assert all(isinstance(shown[key], int) and shown[key] >= 0 for key in COSTS)
 
 
 def test_show_prints_a_configuration_that_can_be_used_again(workdir, program):
     shown = program("show", "gpt2", "model.num_layers=2")
-    text, _, table = shown.out.partition("\nparameter ")
+    text, tree, facts = shown.out.split("\n\n")
     (workdir / "again.yaml").write_text(text)
     again = program("show", "again.yaml")
     assert again.out == shown.out
-    assert "blocks.0.attention.query" in table
+    assert "├── all 2 layers: pre_norm" in tree
+    assert "attention here     " in facts
+
+
+def test_show_is_plain_text_in_a_pipe(process):
+    done = process("show", "tiny_moe_2", env=os.environ | {"COLUMNS": "60", "TERM": "xterm-256color"})
+    assert done.code == 0
+    assert "\x1b" not in done.out
+    lines = done.out.split("\n\n")[1].splitlines()
+    counts = [line.rsplit("  ", 1)[1] for line in lines if "×" in line]
+    assert counts[0] == "33,804,288"
+    assert len({len(line) for line in lines if "×" in line}) == 1
+    assert "note: in training, feedforward moe lets" in done.out
+
+
+def test_show_says_where_attention_cannot_run(program):
+    words = ["show", "gpt2", "model.attention.implementation=pallas"]
+    shown = one_object(program(*words, "--json"))
+    if shown["attention_implementation"] is None:
+        text = program(*words).out
+        assert "attention here     none can run: see the note" in text
+        assert f"note: {shown['notes'][0]}" in text
+
+
+@pytest.mark.parametrize(("words", "drawn"), [(["run"], "jax.Array"), (["run", "model.num_layers=2"], "ShapeDtype")])
+def test_show_writes_a_page_of_weights_or_of_shapes(run, program, words, drawn):
+    shown = one_object(program("show", *words, "--html", "new/page.html", "--json"))
+    assert shown["page"] == "new/page.html"
+    assert drawn in Path("new/page.html").read_text()
+    assert [path.name for path in Path("new").iterdir()] == ["page.html"]
 
 
 def test_train_gives_its_result_as_json_and_all_else_on_standard_error(workdir, program):

@@ -168,10 +168,11 @@ CASES: dict[str, Case] = {
 }
 
 
-def shrunk(name: str) -> dict[str, Any]:
-    """A preset's fields with its sizes made tiny, and nothing else."""
+def shrunk(name: str, **other_sizes: Any) -> dict[str, Any]:
+    """A preset's fields with its sizes made tiny and everything in float32; `other_sizes` take the place of these."""
     sizes = {"vocab_size": VOCAB, "context_length": LENGTH, "mlp_dim": 12, "num_experts": 4, "slots_per_expert": 2}
     sizes |= {"compute_dtype": "float32", "param_dtype": "float32", "block_size": 5, "window": 5, "head_dim": 4}
+    sizes |= other_sizes
 
     def small(value: Any) -> Any:
         if isinstance(value, list | tuple):
@@ -186,7 +187,7 @@ def shrunk(name: str) -> dict[str, Any]:
             fields["num_heads"] = 3
         return fields
 
-    fields = {"vocab_size": VOCAB} | small(preset_fields(name))
+    fields = {"vocab_size": sizes["vocab_size"]} | small(preset_fields(name))
     fields["num_layers"] = min(fields["num_layers"], len(fields.get("pattern", [{}])) + 1)
     return fields if fields["embed_dim"] is None else fields | {"embed_dim": 24}
 

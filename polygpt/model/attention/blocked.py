@@ -18,15 +18,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int
 
-from polygpt.model.attention.scores import ScoreInputs, ScoreRule, visible
+from polygpt.model.attention.scores import ScoreInputs, ScoreRule
+from polygpt.model.attention.tiles import Columns, Rows, Tile, tile_backward, tile_forward
 
 # Queries a block. A sequence no longer than this is not worth cutting.
 BLOCK = 64
 # Spans a sequence without a window is cut into at most: each is compiled by itself, since their keys differ in number.
-# A span of more than one block is a loop over blocks, which meet a few keys in vain: an eighth more at 16 spans.
-MAX_BLOCKS = 16
+# A span of more than one block is a loop over blocks, which meet some keys in vain: an eighth more work. With 16 spans
+# a step of two layers at T 1024 compiled in 11 s, with 8 in 6; one layer ran in the same 120 ms.
+MAX_BLOCKS = 8
 # Blocks with a window are as long as the window, up to so many times BLOCK.
 MAX_WINDOW_BLOCKS = 4
 # Beyond this many, parts no longer help and each is compiled.
@@ -34,8 +36,6 @@ MAX_PARTS = 8
 
 Queries = Float[Array, "B T N H"]
 Keys = Float[Array, "B T K H"]
-Rows = Float[Array, "B K G T H"]  # queries by key head and the group that it serves
-Columns = Float[Array, "B K S H"]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -96,99 +96,6 @@ def _by_token(x: Float[Array, "B K G T *H"]) -> Float[Array, "B T N *H"]:
     return moved.reshape(*moved.shape[:2], -1, *moved.shape[4:])
 
 
-class _Block(NamedTuple):
-    """Where a block lies: the positions of its queries and of the keys within their reach (negative: none)."""
-
-    queries: Int[Array, " T"]
-    keys: Int[Array, " S"]
-    query_segments: Int[Array, "B T"] | None
-    key_segments: Int[Array, "B S"] | None
-    key: PRNGKeyArray | None
-
-
-# --- One block ----------------------------------------------------------------------------------------------
-
-
-def _scores(
-    q: Rows, k: Columns, rule: ScoreRule, slopes: Float[Array, "K G"] | None, block: _Block
-) -> tuple[Float[Array, "B K G T S"], Float[Array, "B K G T S"] | None]:
-    """float32 scores with what is not seen at -inf; and the slope of the soft cap at each, where there is one.
-
-    `q` is scaled already.
-    """
-    b, heads, g, t, h = q.shape
-    raw = jnp.einsum("bkth,bksh->bkts", q.reshape(b, heads, g * t, h), k, preferred_element_type=jnp.float32)
-    scores = rule.cap(raw).reshape(b, heads, g, t, -1)
-    slope = None if rule.softcap is None else 1 - jnp.square(scores / rule.softcap)
-    if slopes is not None:
-        distance = block.queries[:, None] - block.keys[None, :]
-        scores = scores - slopes[None, :, :, None, None] * distance
-    seen: Bool[Array, "#B T S"] = visible(block.queries, block.keys, rule.window)[None]
-    if block.query_segments is not None:
-        seen = seen & (block.query_segments[:, :, None] == block.key_segments[:, None, :])
-    return jnp.where(seen[:, None, None], scores, -jnp.inf), slope
-
-
-def _kept(shape: tuple[int, ...], rule: ScoreRule, key: PRNGKeyArray | None) -> Array | None:
-    """The factor that dropout puts on each probability; None where nothing is dropped."""
-    if key is None or rule.dropout == 0:
-        return None
-    return jax.random.bernoulli(key, 1 - rule.dropout, shape) / (1 - rule.dropout)
-
-
-def _block_forward(
-    q: Rows, k: Columns, v: Columns, rule: ScoreRule, heads: ScoreInputs, block: _Block
-) -> tuple[Rows, Float[Array, "B K G T"]]:
-    """The outputs of a block's queries and the logarithm of each softmax's denominator."""
-    scores, _ = _scores(q, k, rule, heads.slopes, block)
-    largest = scores.max(-1, keepdims=True)
-    if heads.sinks is not None:
-        sink = heads.sinks[None, :, :, None, None]
-        largest = jnp.maximum(largest, sink)
-    weights = jnp.exp(scores - largest)
-    total = weights.sum(-1, keepdims=True)
-    if heads.sinks is not None:
-        total = total + jnp.exp(sink - largest)
-    kept = _kept(weights.shape, rule, block.key)
-    weights = weights if kept is None else weights * kept
-    b, kv, g, t, _ = q.shape
-    rows = weights.astype(v.dtype).reshape(b, kv, g * t, -1)
-    out = jnp.einsum("bkts,bksh->bkth", rows, v).reshape(q.shape) / total.astype(v.dtype)
-    return out, (largest + jnp.log(total))[..., 0]
-
-
-def _block_backward(
-    saved: tuple[Rows, Float[Array, "B K G T"], Float[Array, "B K G T"], Rows],
-    k: Columns,
-    v: Columns,
-    rule: ScoreRule,
-    heads: ScoreInputs,
-    block: _Block,
-) -> tuple[Rows, Columns, Columns]:
-    """Gradients of a block's scaled queries, and what it adds to those of its keys and values."""
-    q, sums, through, d_out = saved
-    b, kv, g, t, _ = q.shape
-
-    def rows(x: Array) -> Array:
-        return x.reshape(b, kv, g * t, -1)
-
-    scores, slope = _scores(q, k, rule, heads.slopes, block)
-    weights = jnp.exp(scores - sums[..., None])
-    d_weights = jnp.einsum("bkth,bksh->bkts", rows(d_out), v, preferred_element_type=jnp.float32)
-    d_weights = d_weights.reshape(weights.shape)
-    kept = _kept(weights.shape, rule, block.key)
-    given = weights if kept is None else weights * kept
-    d_scores = given * d_weights - weights * through[..., None]
-    d_scores = rows(d_scores if slope is None else d_scores * slope).astype(k.dtype)
-    d_q = jnp.einsum("bkts,bksh->bkth", d_scores, k).reshape(q.shape)
-    d_k = jnp.einsum("bkts,bkth->bksh", d_scores, rows(q))
-    d_v = jnp.einsum("bkts,bkth->bksh", rows(given).astype(v.dtype), rows(d_out))
-    return d_q, d_k, d_v
-
-
-# --- All blocks of one part ---------------------------------------------------------------------------------
-
-
 def _grouped(inputs: ScoreInputs, kv_heads: int) -> ScoreInputs:
     """Sinks and slopes as [K, G]."""
     by_group = (None if x is None else x.reshape(kv_heads, -1) for x in (inputs.sinks, inputs.slopes))
@@ -203,7 +110,7 @@ def _forward_part(
     q = _by_head(q * jnp.asarray(rule.scale, q.dtype), k.shape[2])
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     out, sums = plan(
-        lambda block, rows, keys, values: _block_forward(*rows, keys, values, rule, heads, block),
+        lambda block, rows, keys, values: tile_forward(*rows, keys, values, rule, heads, block),
         rule,
         heads,
         (q,),
@@ -229,7 +136,7 @@ def _backward_part(
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     plan = _windowed_gradient if rule.window is not None and rule.window < q.shape[1] else _growing_gradient
     d_q, d_k, d_v = plan(
-        lambda block, rows, keys, values: _block_backward(rows, keys, values, rule, heads, block),
+        lambda block, rows, keys, values: tile_backward(rows, keys, values, rule, heads, block),
         rule,
         heads,
         rows,
@@ -242,14 +149,14 @@ def _backward_part(
 Run = Callable[..., tuple]
 
 
-def _span(inputs: ScoreInputs, start: int | Int[Array, ""], queries: int, stop: int, keys: int) -> _Block:
+def _span(inputs: ScoreInputs, start: int | Int[Array, ""], queries: int, stop: int, keys: int) -> Tile:
     """The block of `queries` queries from `start` on with the last `keys` keys up to `stop`."""
     segments = None, None
     if inputs.segment_ids is not None:
         cuts = ((start, queries), (stop - keys, keys))
         segments = tuple(lax.dynamic_slice_in_dim(inputs.segment_ids, first, count, 1) for first, count in cuts)
     key = None if inputs.key is None else jax.random.fold_in(inputs.key, start)
-    return _Block(start + jnp.arange(queries), stop - keys + jnp.arange(keys), *segments, key)
+    return Tile(start + jnp.arange(queries), stop - keys + jnp.arange(keys), *segments, key)
 
 
 def _spans(length: int) -> list[tuple[int, int]]:
@@ -329,7 +236,7 @@ class _Windows(NamedTuple):
         rows = tuple(pad(x, 3, 0) for x in rows)
         return cls(size, count, reach, inputs, rows, pad(k, 2, reach), pad(v, 2, reach))
 
-    def block(self, index: Int[Array, ""]) -> tuple[_Block, tuple, Columns, Columns]:
+    def block(self, index: Int[Array, ""]) -> tuple[Tile, tuple, Columns, Columns]:
         """Block `index`: where it lies, its rows, and the keys and values of its reach."""
         start, keys = index * self.size, self.size + self.reach
         # In the padded arrays of keys and segments, positions are `reach` further on.

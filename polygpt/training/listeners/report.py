@@ -9,14 +9,16 @@ import io
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import metadata, resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polygpt.config import read_yaml, to_yaml
 from polygpt.files import write_text
-from polygpt.training.run_folder import CONFIG, METRICS, RESULT, SAMPLES, read_lines
+from polygpt.model import Model
+from polygpt.training.events import Stepped
+from polygpt.training.run_folder import CONFIG, METRICS, RESULT, SAMPLES, read_config, read_lines
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,6 +52,8 @@ def write_report(run: Path, baselines: Sequence[Baseline] = ()) -> Path:
         config=to_yaml(read_yaml(run / CONFIG)),
         curve=_svg(curve),
         speed=_svg(_speed_figure(lines)),
+        parts=_svg(_parts_figure(lines)) if _extra_names(lines) else None,
+        caveat=Model(read_config(run).model).training_caveat,
         bars=bars,
         baselines=baselines,
         samples=read_lines(run / SAMPLES),
@@ -72,14 +76,16 @@ def _versions() -> dict[str, str]:
     return {"Python": platform.python_version()} | {name: metadata.version(name) for name in packages}
 
 
-def _figure(height: float = 3.4) -> tuple[Figure, Any]:
+def _figure(height: float = 3.4, rows: int | None = None) -> tuple[Figure, Any]:
+    """A figure with its axes; a list of them, one below the other, where `rows` are asked for."""
     from matplotlib.figure import Figure  # takes a second to import, which only a report should cost
 
     figure = Figure(figsize=(8, height), layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    return figure, axes
+    all_axes = list(figure.subplots(rows or 1, squeeze=False)[:, 0])
+    for axes in all_axes:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    return figure, all_axes[0] if rows is None else all_axes
 
 
 def _loss_figure(lines: Sequence[dict[str, Any]]) -> Figure:
@@ -112,6 +118,30 @@ def _speed_figure(lines: Sequence[dict[str, Any]]) -> Figure:
     axes.set_ylim(bottom=0)
     axes.set_xlabel("step")
     axes.set_ylabel("tokens/s")
+    return figure
+
+
+# What every line of a step has; anything beside it was said by a part of the model.
+_STEP_FIELDS = {field.name for field in fields(Stepped)}
+
+
+def _extra_names(lines: Sequence[dict[str, Any]]) -> list[str]:
+    steps = (line for line in lines if "loss" in line)
+    return [name for name in next(steps, {}) if name not in _STEP_FIELDS]
+
+
+def _parts_figure(lines: Sequence[dict[str, Any]]) -> Figure:
+    """Auxiliary losses and metrics of the model's parts, a panel each: they differ in size."""
+    names = _extra_names(lines)
+    figure, all_axes = _figure(1.8 * len(names), rows=len(names))
+    steps = [line for line in lines if "loss" in line]
+    for name, axes in zip(names, all_axes, strict=True):
+        values = [line[name] for line in steps]
+        x = [line["step"] for line in steps]
+        axes.plot(x, values, color=BLUE, alpha=0.25, linewidth=0.8)
+        axes.plot(x, _smooth(values), color=BLUE, linewidth=1.4)
+        axes.set_ylabel(name.replace("_", " "))
+    all_axes[-1].set_xlabel("step")
     return figure
 
 

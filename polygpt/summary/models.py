@@ -1,12 +1,10 @@
-"""What a model is and costs, as plain data for tables and JSON; computed from shapes, nothing allocated."""
+"""Which model a name stands for, and what it costs, as plain data for tables and JSON."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import jax
 
 from polygpt.config import dotted_to_nested, merge, read_yaml, validate
 from polygpt.errors import RequestError, suggest
@@ -55,14 +53,28 @@ def _fields(name: str) -> dict[str, Any]:
 
 
 def summary(config: ModelConfig) -> dict[str, Any]:
-    """The resolved configuration with its parameters, active parameters, KV bytes a token and FLOPs a token."""
+    """The resolved configuration and what it costs.
+
+    Bytes are of one sequence's decoding state, FLOPs of training on a token at full context.
+    `attention_implementation` is None where the one that was asked for cannot run on this machine; `notes` says so,
+    and what else is to be known before training.
+    """
     model = Model(config)
+    implementation, refusal = None, None
+    try:
+        implementation = model.attention_implementation()
+    except RequestError as error:
+        refusal = f"cannot run on this machine: {error}"
     return {
         "config": config.to_dict(),
         "parameters": model.num_parameters,
         "active_parameters": model.num_active_parameters,
         "kv_cache_bytes_per_token": model.state_bytes_per_token,
+        "state_bytes_at_full_context": model.state_bytes(config.context_length),
         "flops_per_token": model.flops_per_token,
+        "attention_implementation": implementation,
+        "causal_in_training": model.training_caveat is None,
+        "notes": [note for note in (model.training_caveat, refusal) if note],
     }
 
 
@@ -73,17 +85,3 @@ def preset_summaries() -> list[dict[str, Any]]:
         config, is_open = resolve_model(name)
         rows.append({"preset": name, "open_vocabulary": is_open, "width": config.width, **summary(config)})
     return rows
-
-
-def parameter_table(config: ModelConfig) -> list[tuple[str, str, str, int]]:
-    """(name, shape, logical axes, count) of every parameter."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(Model(config).parameters)
-    return [
-        (
-            jax.tree_util.keystr(path, simple=True, separator="."),
-            " × ".join(map(str, info.shape)) or "scalar",
-            ", ".join(info.axes),
-            info.size,
-        )
-        for path, info in leaves
-    ]

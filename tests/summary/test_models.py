@@ -1,10 +1,13 @@
-"""What a model is and costs, without allocating it."""
+"""Which model a name stands for, and what it costs, without allocating it."""
 
 import pytest
 
 from polygpt.errors import RequestError
 from polygpt.presets import PRESETS, preset
-from polygpt.summary import PRESET_VOCAB, parameter_table, preset_summaries, resolve_model, summary
+from polygpt.summary import PRESET_VOCAB, preset_summaries, resolve_model, summary
+
+# Presets of which, in training, a token's output depends on later tokens.
+LATE = {"tiny_moe", "tiny_moe_2", "tiny_moe_3"}
 
 
 def test_presets_recipes_files_and_runs_are_found(tiny_run, tiny_files):
@@ -31,15 +34,6 @@ def test_overrides_are_written_as_in_a_run():
         resolve_model("gpt2", {"model.num_layer": 3})
 
 
-def test_the_table_counts_every_parameter():
-    config = preset("gpt2")
-    rows = parameter_table(config)
-    assert sum(count for *_, count in rows) == summary(config)["parameters"] == 124_439_808
-    assert len({name for name, *_ in rows}) == len(rows)
-    for _, shape, axes, _ in rows:
-        assert shape == "scalar" or len(shape.split(" × ")) == len(axes.split(", "))
-
-
 def test_every_preset_is_summed_up_without_allocating_it():
     rows = preset_summaries()
     assert [row["preset"] for row in rows] == list(PRESETS)
@@ -47,6 +41,8 @@ def test_every_preset_is_summed_up_without_allocating_it():
         assert row["open_vocabulary"] == (PRESETS[row["preset"]]().get("vocab_size") is None)
         assert row["config"]["vocab_size"] == preset(row["preset"]).with_vocab(PRESET_VOCAB).vocab_size
         assert row["active_parameters"] <= row["parameters"]
+        assert row["causal_in_training"] == (row["preset"] not in LATE)
+        assert bool(row["notes"]) == (row["preset"] in LATE)
 
 
 def test_costs_are_those_of_arithmetic():
@@ -55,3 +51,21 @@ def test_costs_are_those_of_arithmetic():
     vectors = 1024 * 768 + 12 * (4 * 768 + 3 * 768 + 768 + 3072 + 768) + 2 * 768
     matrices = facts["parameters"] - vectors
     assert facts["flops_per_token"] == 3 * (2 * matrices + 12 * 4 * 768 * 1024)
+    assert facts["state_bytes_at_full_context"] == 1024 * facts["kv_cache_bytes_per_token"]
+
+
+def test_what_is_to_be_known_before_training_is_noted():
+    assert summary(preset("gpt2"))["notes"] == []
+    late = summary(preset("tiny_moe", num_layers=2))
+    assert not late["causal_in_training"]
+    assert "feedforward moe lets a token's output depend on later tokens" in late["notes"][0]
+    assert summary(preset("tiny_moe_2", num_layers=2, **{"feedforward.claim_order": "token"}))["causal_in_training"]
+
+
+@pytest.mark.parametrize(("name", "machine"), [("cudnn", "an NVIDIA GPU"), ("pallas", "a TPU")])
+def test_attention_that_another_machine_computes_is_a_note(name, machine):
+    facts = summary(preset("gpt2", **{"attention.implementation": name}))
+    if facts["attention_implementation"] is None:
+        assert f"cannot run on this machine: attention.implementation={name} needs {machine}" in facts["notes"][0]
+    else:
+        assert facts["attention_implementation"] == name

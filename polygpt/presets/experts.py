@@ -1,0 +1,61 @@
+"""Mixture-of-experts models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from polygpt.config import merge
+
+EXPERTS = {"mlp_dim": 2304, "num_experts": 8, "activation": "silu", "bias": True}
+
+
+def _narrow() -> dict[str, Any]:
+    """32 narrow layers, odd ones with a gated feed-forward; what the even ones have is each preset's own."""
+    return {
+        "vocab_size": 50304,
+        "context_length": 2048,
+        "embed_dim": 576,
+        "num_layers": 32,
+        "position": {"kind": "rope", "theta": 10000.0},
+        "norm": {"kind": "rmsnorm", "eps": 1e-6},
+        "attention": {"kind": "softmax", "num_heads": 12, "num_kv_heads": 4},
+        "feedforward": {"kind": "glu", "mlp_dim": 2304, "activation": "silu"},
+        "compute_dtype": "bfloat16",
+    }
+
+
+def tiny_moe() -> dict[str, Any]:
+    """Every other layer has 8 experts of which a token uses 2; tokens claim slots by their router's confidence."""
+    experts = {
+        "kind": "moe",
+        **EXPERTS,
+        "top_k": 2,
+        "capacity_factor": 1.1,
+        "claim_order": "weight",
+        "load_balance_loss": 1e-2,
+        "z_loss": 1e-3,
+    }
+    return merge(_narrow(), {"pattern": [{"feedforward": experts}, {}]})
+
+
+def tiny_moe_2() -> dict[str, Any]:
+    """Every layer has 8 experts without biases; slots are claimed in order of position."""
+    experts = {
+        "kind": "moe",
+        "mlp_dim": 2048,
+        "num_experts": 8,
+        "activation": "silu",
+        "top_k": 2,
+        "capacity_factor": 1.25,
+        "claim_order": "choice",
+        "load_balance_loss": 1e-2,
+        "z_loss": 1e-4,
+    }
+    changes = {"embed_dim": 672, "num_layers": 30, "norm": {"eps": 1e-5}, "feedforward": experts}
+    return merge(_narrow(), changes)
+
+
+def tiny_moe_3() -> dict[str, Any]:
+    """Every other layer is a soft mixture: 8 experts on 256 slots each, every slot a mean of tokens."""
+    experts = {"kind": "soft_moe", **EXPERTS, "slots_per_expert": 256}
+    return merge(_narrow(), {"pattern": [{"feedforward": experts}, {}]})
