@@ -21,6 +21,7 @@ ROOMS = [
     "sharding",
     "tokenizers",
     "model",
+    "spec",
     "presets",
     "checkpoint",
     "data",

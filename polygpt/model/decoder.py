@@ -88,6 +88,9 @@ class Decoder(nnx.Module):
         """
         if segment_ids is not None and state is not None:
             raise ValueError("segment_ids do not go with a decoding state, which holds one document")
+        if segment_ids is not None:  # runs, numbered: an id that comes again is another document
+            opens = segment_ids[:, 1:] != segment_ids[:, :-1]
+            segment_ids = jnp.pad(jnp.cumsum(opens, axis=1), ((0, 0), (1, 0)))
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         sizes = {layer.attention.rotation_size(self.config) for layer in self.config.layers} - {None}

@@ -15,7 +15,7 @@ from polygpt.model import Model, ModelConfig
 from polygpt.presets import PRESETS
 
 LENGTH = zoo.LENGTH
-DOCUMENTS = zoo.DOCUMENTS[:1]
+DOCUMENTS = zoo.DOCUMENTS[zoo.DISTINCT][:1]
 # What mixes tokens, or could by mistake; activations, norms and scalings of RoPE do not.
 CASES = {
     name: case.changes
@@ -46,7 +46,7 @@ def dependence(model: Model, documents: np.ndarray | None, training: bool) -> np
     # Row s: from position s on, other tokens.
     later = np.triu(np.ones((LENGTH, LENGTH), bool))
     changed = np.where(later, random.integers(0, zoo.VOCAB, (LENGTH, LENGTH)), tokens)
-    compiled = jax.jit(both, compiler_options=zoo.COMPILER if jax.default_backend() == "cpu" else None)
+    compiled = jax.jit(both, compiler_options=zoo.compiler_options())
     value, gradients, moved = compiled(params["embedding"], tokens, changed)
     by_gradient = np.abs(gradients).sum(-1)[:, tokens[0]] > 1e-5 * np.abs(gradients).max()
     # Output t may not have moved where only tokens from s > t on were changed.

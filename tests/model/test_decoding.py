@@ -21,7 +21,7 @@ CASES = {
 
 
 def compiled(function):
-    return jax.jit(function, compiler_options=zoo.COMPILER if jax.default_backend() == "cpu" else None)
+    return jax.jit(function, compiler_options=zoo.compiler_options())
 
 
 def assert_decodes(config: ModelConfig) -> None:
@@ -95,7 +95,10 @@ def test_segments_and_a_decoding_state_are_refused_together():
     with pytest.raises(ValueError, match="segment_ids"):
         jax.eval_shape(
             lambda p: model.hidden(
-                p, np.zeros((2, LENGTH), np.int32), segment_ids=zoo.DOCUMENTS, state=model.init_state(2, LENGTH)
+                p,
+                np.zeros((2, LENGTH), np.int32),
+                segment_ids=zoo.DOCUMENTS[zoo.DISTINCT],
+                state=model.init_state(2, LENGTH),
             ),
             zoo.lively(model),
         )

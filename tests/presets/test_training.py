@@ -28,13 +28,14 @@ def batches():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_learns(name, batches):
-    own = {key: value for key, value in preset_fields(name).items() if key.endswith("_dtype")}
+    fields = preset_fields(name)
+    own = {key: fields[key] for key in ("compute_dtype", "param_dtype", "dropout", "init") if key in fields}
     sizes = {"vocab_size": BYTES, "context_length": LENGTH, "mlp_dim": 64, "slots_per_expert": 8}
     config = validate(ModelConfig, zoo.shrunk(name, **sizes, **own))
     rate = 0.1 if name == "bigram" else 0.02  # a table of logits has far to go
     settings = {"steps": STEPS, "batch_size": BATCH, "schedule": "constant", "optimizer": {"learning_rate": rate}}
     trainer = Trainer(Model(config), validate(TrainingConfig, settings))
-    step = jax.jit(trainer.step, compiler_options=zoo.COMPILER if jax.default_backend() == "cpu" else None)
+    step = jax.jit(trainer.step, compiler_options=zoo.compiler_options())
     state, losses = trainer.init(), []
     for batch in batches:
         state, metrics = step(state, batch)

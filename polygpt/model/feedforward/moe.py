@@ -102,7 +102,8 @@ class MoE(Experts):
         config = self.config
         logits, choices, weights = self._route(x, context)
         if context.training and config.dispatch == "capacity":
-            routing = _with_capacity(choices, weights, config, config.capacity(x.shape[1]))
+            confidence = jax.nn.softmax(logits).max(-1)
+            routing = _with_capacity(choices, confidence, config, config.capacity(x.shape[1]))
         else:
             routing = _dropless(choices.reshape(-1, config.top_k), config.num_experts)
         flat = x.reshape(-1, x.shape[-1])
@@ -181,7 +182,7 @@ class _Routing(NamedTuple):
 
 
 def _with_capacity(
-    choices: Int[Array, "B T k"], weights: Float[Array, "B T k"], config: MoEConfig, capacity: int
+    choices: Int[Array, "B T k"], confidence: Float[Array, "B T"], config: MoEConfig, capacity: int
 ) -> _Routing:
     """At most `capacity` slots an expert and sequence, claimed in the configured order."""
     batch, length, top_k = choices.shape
@@ -192,7 +193,7 @@ def _with_capacity(
         case "choice":
             turn = jnp.broadcast_to(choice * length + token, choices.shape)
         case "weight":
-            place = jnp.argsort(jnp.argsort(-weights[:, :, 0], axis=1), axis=1)
+            place = jnp.argsort(jnp.argsort(-confidence, axis=1), axis=1)
             turn = choice * length + place[:, :, None]
     turn = turn.reshape(batch, -1)  # when each pair claims, 0 first
     in_turn = jnp.take_along_axis(choices.reshape(batch, -1), jnp.argsort(turn, axis=1), axis=1)

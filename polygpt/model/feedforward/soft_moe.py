@@ -124,7 +124,7 @@ class _Pool(NamedTuple):
     def of(cls, x: Float[Array, "B T D"], logits: Float[Array, "B T E S"], seen: Bool[Array, "B T"]) -> _Pool:
         """The pool of those tokens that are `seen`."""
         logits = jnp.where(seen[:, :, None, None], logits, -jnp.inf)
-        largest = logits.max(1)
+        largest = lax.stop_gradient(logits.max(1))  # a shift that cancels out
         weights = jnp.exp(logits - _finite(largest)[:, None])
         return cls(largest, weights.sum(1), jnp.einsum("btes,btd->besd", weights, x.astype(jnp.float32)))
 
@@ -145,8 +145,8 @@ class _Pool(NamedTuple):
 
 
 def _finite(largest: Float[Array, "..."]) -> Float[Array, "..."]:
-    # Where nothing was seen, exp(-inf - 0) = 0; -inf - -inf would be NaN. The largest is a shift without a gradient.
-    return lax.stop_gradient(jnp.where(largest == -jnp.inf, 0, largest))
+    # Where nothing was seen, exp(-inf - 0) = 0; -inf - -inf would be NaN.
+    return jnp.where(largest == -jnp.inf, 0, largest)
 
 
 class _Token(NamedTuple):
