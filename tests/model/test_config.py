@@ -8,6 +8,10 @@ from polygpt.config import parse_yaml, to_yaml, validate
 from polygpt.errors import RequestError
 from polygpt.model import ModelConfig
 
+MOE = {"kind": "moe", "mlp_dim": 8, "num_experts": 4}
+SOFT = {"kind": "soft_moe", "mlp_dim": 8, "num_experts": 3, "slots_per_expert": 2}
+BLOCKWISE = {**SOFT, "kind": "causal_soft_moe"}
+
 
 @pytest.mark.parametrize(
     ("changes", "words"),
@@ -22,6 +26,25 @@ from polygpt.model import ModelConfig
         ({"head": "none"}, ("embed_dim=16", "vocab_size=37")),
         ({"attention": None}, ("attention",)),
         ({"attention": {"implementation": "cudnn"}}, ("cudnn", "float32")),
+        ({"compute_dtype": "bfloat16", "attention": {"implementation": "cudnn", "window": 4}}, ("cudnn", "window")),
+        ({"position": "alibi", "attention": {"implementation": "pallas"}}, ("pallas", "alibi")),
+        ({"attention": {"kind": "linear", "num_heads": 4, "window": 8}}, ("window=8", "kind=linear", "local")),
+        ({"position": "alibi", "attention": {"kind": "linear", "num_heads": 4}}, ("alibi", "linear", "decay")),
+        ({"attention": {"kind": "local", "num_heads": 4}}, ("attention.window", "required")),
+        ({"attention": {"window": 0}}, ("attention.window", "0")),
+        ({"position": {"kind": "rope", "fraction": 0.3}}, ("head_dim=4", "fraction=0.3")),
+        ({"position": {"scaling": {"kind": "yarn", "factor": 2.0}}}, ("scaling.original_context_length", "required")),
+        ({"position": {"scaling": {"kind": "linear", "factor": 0.5}}}, ("scaling.factor", "0.5")),
+        ({"position": {"scaling": {"kind": "dynamic", "factor": 2.0}}}, ("dynamic", "yarn")),
+        ({"feedforward": {**MOE, "top_k": 5}}, ("top_k=5", "num_experts=4")),
+        ({"feedforward": {**MOE, "capacity_factor": 0.05}}, ("capacity_factor=0.05", "num_experts=4", "dropless")),
+        ({"feedforward": {**SOFT, "slots_per_expert": 0}}, ("slots_per_expert", "0")),
+        (
+            {"feedforward": {**SOFT, "kind": "causal_soft_moe", "block_size": 25}},
+            ("block_size=25", "context_length=24"),
+        ),
+        ({"block": "pre"}, ("pre", "pre_norm")),
+        ({"embed_scale": 0.0}, ("embed_scale",)),
         ({"feedforward": {"kind": "glu", "mlp_dim": 8, "activation": "swish"}}, ("activation", "silu")),
         ({"dropout": 1.0}, ("dropout",)),
         ({"num_layers": True}, ("num_layers",)),

@@ -92,16 +92,34 @@ def test_grouped_queries_keep_a_third_of_the_cache():
 
 def test_segments_and_a_decoding_state_are_refused_together():
     model = Model(zoo.config_of(zoo.Case({})))
+    tokens, documents = np.zeros((2, LENGTH), np.int32), zoo.DOCUMENTS[zoo.DISTINCT]
     with pytest.raises(ValueError, match="segment_ids"):
-        jax.eval_shape(
-            lambda p: model.hidden(
-                p,
-                np.zeros((2, LENGTH), np.int32),
-                segment_ids=zoo.DOCUMENTS[zoo.DISTINCT],
-                state=model.init_state(2, LENGTH),
-            ),
-            zoo.lively(model),
-        )
+        model.hidden(zoo.lively(model), tokens, segment_ids=documents, state=model.init_state(2, LENGTH))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_form_is_traced_in_bfloat16_with_float32_logits(name):
+    """Loops and conditions need the same dtypes in and out, which float32 alone does not show."""
+    model = Model(zoo.config_of(zoo.Case({**CASES[name], "compute_dtype": "bfloat16"})))
+    shaped = jax.ShapeDtypeStruct
+    params = jax.tree.map(lambda info: shaped(info.shape, info.dtype), model.parameters)
+    tokens, weights = (shaped((2, LENGTH), dtype) for dtype in (jnp.int32, jnp.float32))
+    gradient, _ = jax.eval_shape(jax.grad(model.loss, has_aux=True), params, tokens, tokens, weights)
+    assert described(gradient) == described(params)
+    empty = jax.eval_shape(lambda: model.init_state(2, LENGTH))
+    for fresh in (True, False):
+
+        def run(params, tokens, state, fresh=fresh):
+            out = model.hidden(params, tokens, state=state, fresh=fresh)
+            return out.hidden, model.module(params).logits(out.hidden), out.state
+
+        hidden, logits, state = jax.eval_shape(run, params, tokens, empty)
+        assert (hidden.dtype, logits.dtype) == (jnp.bfloat16, jnp.float32)
+        assert described(state) == described(empty)
+
+
+def described(tree):
+    return jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), tree)
 
 
 def test_bfloat16_states_decode_close_to_float32():

@@ -188,6 +188,13 @@ class CausalSoftMoEConfig(SoftMoEConfig):
     kind: Literal["causal_soft_moe"] = "causal_soft_moe"
     block_size: PositiveInt
 
+    def check(self, model) -> None:
+        if self.block_size > model.context_length:
+            raise ValueError(
+                f"block_size={self.block_size} exceeds context_length={model.context_length}: "
+                "no slot would ever be made of tokens"
+            )
+
     def causal_in_training(self, model) -> bool:
         return True
 
