@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INPUTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow install dev lint format docs build clean lab bench
+.PHONY: help demo test test-slow install dev lint format docs build clean lab bench bench-growth
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -44,8 +44,11 @@ lab: dev ## Jupyter on notebooks/
 	$(PIP) install --quiet --constraint constraints.txt --editable ".[lab]"
 	$(BIN)/jupyter lab --notebook-dir notebooks
 
-bench: dev ## the benchmarks (benchmarks/README.md says what each needs)
+bench: dev ## training speed (benchmarks/README.md says what each benchmark needs)
 	$(BIN)/python benchmarks/run.py $(ARGS)
+
+bench-growth: dev ## how parts grow with context, position, experts and depth
+	$(BIN)/python benchmarks/growth.py $(ARGS)
 
 clean: ## remove what was built; runs/ stays
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .jax_cache *.egg-info
