@@ -17,7 +17,7 @@ demo: install ## train, evaluate and sample on text that is always there; writes
 	$(BIN)/polygpt demo $(ARGS)
 
 test: dev ## the test suite
-	$(BIN)/python -m pytest -m "not slow and not gpu and not parity" $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not slow and not gpu and not parity" $(ARGS)
 
 test-slow: dev ## the tests that take longer
 	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)

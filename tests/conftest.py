@@ -11,11 +11,15 @@ from typing import NamedTuple
 
 import pytest
 from hypothesis import settings
+from jaxtyping import install_import_hook
 
 # What XLA compiled once is read from here, by this process and by those it starts: set before JAX is imported.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+# Shapes and dtypes that the model's room declares are checked at every call; must be set before it is imported.
+install_import_hook("polygpt.model", "beartype.beartype")
 
 # The same examples every time, and no deadline: the first call of a compiled function takes what it takes.
 settings.register_profile("polygpt", derandomize=True, deadline=None)

@@ -3,6 +3,8 @@
 Gradients do not see through choices (who gets a slot), changed tokens do; both are asked.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,6 +64,7 @@ def assert_causal(found: np.ndarray, documents: np.ndarray | None) -> None:
         assert not (found & other).any(), "a document saw another"
 
 
+@functools.cache  # some presets are the same model once they are small
 def assert_declared(config: ModelConfig) -> None:
     """Evaluation is causal; training is where, and only where, the parts say so."""
     model = Model(config)
@@ -100,6 +103,6 @@ def test_training_forms_that_are_said_not_to_be_causal_are_not(name):
 
 def test_soft_moe_refuses_packed_documents_in_training():
     model = Model(zoo.config_of(zoo.CASES["feedforward-soft_moe"]))
-    tokens = np.zeros((1, LENGTH), np.int32)
+    tokens, documents = jnp.zeros((1, LENGTH), jnp.int32), jnp.asarray(DOCUMENTS)
     with pytest.raises(RequestError, match="causal_soft_moe"):
-        jax.eval_shape(lambda p: model.hidden(p, tokens, segment_ids=DOCUMENTS, training=True), zoo.lively(model))
+        jax.eval_shape(lambda p: model.hidden(p, tokens, segment_ids=documents, training=True), zoo.lively(model))

@@ -1,5 +1,7 @@
 """Prefill and decoding equal the full pass, over all menus, with prompts of unequal length in one batch."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,13 +26,14 @@ def compiled(function):
     return jax.jit(function, compiler_options=zoo.compiler_options())
 
 
+@functools.cache  # some presets are the same model once they are small
 def assert_decodes(config: ModelConfig) -> None:
     model = Model(config)
     params = zoo.lively(model)
-    tokens = np.random.default_rng(7).integers(0, zoo.VOCAB, (3, LENGTH))
+    tokens = jnp.asarray(np.random.default_rng(7).integers(0, zoo.VOCAB, (3, LENGTH)))
     full = np.asarray(compiled(model.logits)(params, tokens))
     tolerance = 1e-4 * np.abs(full).max()
-    real = np.arange(PADDED) < PROMPTS[:, None]
+    real = jnp.arange(PADDED) < PROMPTS[:, None]
     rows = np.arange(3)
 
     @compiled
@@ -92,7 +95,7 @@ def test_grouped_queries_keep_a_third_of_the_cache():
 
 def test_segments_and_a_decoding_state_are_refused_together():
     model = Model(zoo.config_of(zoo.Case({})))
-    tokens, documents = np.zeros((2, LENGTH), np.int32), zoo.DOCUMENTS[zoo.DISTINCT]
+    tokens, documents = jnp.zeros((2, LENGTH), jnp.int32), jnp.asarray(zoo.DOCUMENTS[zoo.DISTINCT])
     with pytest.raises(ValueError, match="segment_ids"):
         model.hidden(zoo.lively(model), tokens, segment_ids=documents, state=model.init_state(2, LENGTH))
 

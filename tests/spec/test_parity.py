@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import zoo
@@ -72,8 +73,9 @@ def of_specification(model: Model, params: dict[str, Any], tokens: np.ndarray, i
 def assert_agreement(config: ModelConfig, training: bool = False, packed: str | None = None) -> None:
     model = Model(config)
     params = zoo.lively(model)
-    tokens = np.random.default_rng(7).integers(0, zoo.VOCAB, (2, zoo.LENGTH), np.int32)
-    inputs = {"training": training, "segment_ids": zoo.DOCUMENTS.get(packed)}
+    tokens = jnp.asarray(np.random.default_rng(7).integers(0, zoo.VOCAB, (2, zoo.LENGTH), np.int32))
+    documents = None if packed is None else jnp.asarray(zoo.DOCUMENTS[packed])
+    inputs = {"training": training, "segment_ids": documents}
     found, expected = (side(model, params, tokens, inputs) for side in (of_decoder, of_specification))
     assert np.isfinite(expected.logits).all()
     assert np.ptp(expected.logits) > 0.1

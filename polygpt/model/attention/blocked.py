@@ -36,6 +36,8 @@ MAX_PARTS = 8
 
 Queries = Float[Array, "B T N H"]
 Keys = Float[Array, "B T K H"]
+Index = int | Int[Array, ""]
+Run = Callable[..., tuple]  # a tile's work: (tile, rows, keys, values) -> results
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -146,10 +148,7 @@ def _backward_part(
     return _by_token(d_q) * scale, d_k.transpose(0, 2, 1, 3), d_v.transpose(0, 2, 1, 3)
 
 
-Run = Callable[..., tuple]
-
-
-def _span(inputs: ScoreInputs, start: int | Int[Array, ""], queries: int, stop: int, keys: int) -> Tile:
+def _span(inputs: ScoreInputs, start: Index, queries: int, stop: Index, keys: int) -> Tile:
     """The block of `queries` queries from `start` on with the last `keys` keys up to `stop`."""
     segments = None, None
     if inputs.segment_ids is not None:
@@ -203,7 +202,7 @@ def _cut(rows: tuple, start: Int[Array, ""], count: int) -> tuple:
     return tuple(lax.dynamic_slice_in_dim(x, start, count, 3) for x in rows)
 
 
-def _add_to_first(total: Columns, part: Float[Array, "B K P H"]) -> Columns:
+def _add_to_first(total: Float[Array, "B K S H"], part: Float[Array, "B K P H"]) -> Float[Array, "B K _ H"]:
     """`part` added to the first P keys of `total`; an update in place would copy all of it each time."""
     count = part.shape[2]
     return jnp.concatenate([total[:, :, :count] + part, total[:, :, count:]], 2) if total.shape[2] else part
@@ -272,7 +271,7 @@ def _windowed_gradient(run: Run, rule: ScoreRule, inputs: ScoreInputs, rows: tup
     return _joined(d_q, k.shape[2]), totals[0][:, :, own], totals[1][:, :, own]
 
 
-def _joined(blocks: Float[Array, "count B K G T *H"], length: int) -> Float[Array, "B K G T *H"]:
+def _joined(blocks: Float[Array, "count B K G block *H"], length: int) -> Float[Array, "B K G T *H"]:
     """Stacked blocks as one sequence of `length`."""
     moved = jnp.moveaxis(blocks, 0, 3)
     return moved.reshape(*moved.shape[:3], -1, *moved.shape[5:])[:, :, :, :length]

@@ -10,6 +10,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from polygpt.errors import RequestError
@@ -64,7 +65,7 @@ def attend(
     return attend_positions(q, k, v, rule, inputs, positions, positions)
 
 
-def choose(implementation: Implementation, dtype: jnp.dtype, length: int, asked: Iterable[str] = ()) -> str:
+def choose(implementation: Implementation, dtype: DTypeLike, length: int, asked: Iterable[str] = ()) -> str:
     """What computes causal attention over `length` tokens here: `cudnn`, `pallas`, `xla` or `xla, in blocks`.
 
     `asked` names what is wanted beside causality (`window`, `softcap`, `sinks`, `alibi`, `dropout`, `segment ids`).
@@ -91,7 +92,7 @@ def choose(implementation: Implementation, dtype: jnp.dtype, length: int, asked:
     return "xla, in blocks" if blocks else "xla"
 
 
-def refusals(implementation: Implementation, dtype: jnp.dtype, asked: Mapping[str, bool]) -> list[str]:
+def refusals(implementation: Implementation, dtype: DTypeLike, asked: Mapping[str, bool]) -> list[str]:
     """What an implementation would need changed to compute this, on whatever machine; empty if nothing."""
     found = []
     if implementation == "cudnn" and jnp.dtype(dtype).itemsize != 2:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 from pydantic import Field, PositiveInt, model_validator
 
 from polygpt.model.attention.projections import HeadsConfig, Projections
@@ -131,7 +131,7 @@ def _mix(
     real = jnp.ones((batch, length), bool) if context.valid is None else context.valid
     segments = jnp.zeros((batch, length), jnp.int32) if context.segment_ids is None else context.segment_ids
 
-    def chunked(x: Float[Array, "B T *X"], mode: str = "constant") -> Float[Array, "chunks B C *X"]:
+    def chunked(x: Shaped[Array, "B T *X"], mode: str = "constant") -> Shaped[Array, "chunks B C *X"]:
         padded = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2), mode=mode)
         return jnp.moveaxis(padded.reshape(batch, -1, size, *x.shape[2:]), 1, 0)
 
