@@ -75,7 +75,8 @@ class Decoder(nnx.Module):
 
         Args:
             tokens: int32 [B, T].
-            positions: int32 [B, T], consecutive in each row; 0, 1, 2, ... by default.
+            positions: int32 [B, T], consecutive in each row; 0, 1, 2, ... by default. With a state they go on where it
+                ends, and a sequence begins at 0.
             segment_ids: int32 [B, T]; each document is a run of equal ids, and sees itself alone.
             valid: bool [B, T]; False for padding at the end of a row, which enters no decoding state.
             state: a decoding state (`Model.init_state`): tokens then see what came before them, too.

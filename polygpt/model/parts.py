@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from polygpt.config import PartConfig
@@ -92,11 +93,16 @@ class Initializer:
         return nnx.Param(values, axes=axes, inputs=inputs, stack=stack, active=active)
 
     def constant(
-        self, value: float, shape: tuple[int, ...], axes: tuple[str, ...], active: Fraction = Fraction(1)
+        self,
+        value: float,
+        shape: tuple[int, ...],
+        axes: tuple[str, ...],
+        active: Fraction = Fraction(1),
+        dtype: DTypeLike | None = None,
     ) -> nnx.Param:
-        """A vector of equal values: a bias or a gain. Not decayed."""
+        """A vector of equal values: a bias or a gain. Not decayed. `dtype` by default that of all parameters."""
         full, axes = self._stack(shape, axes)
-        return nnx.Param(jnp.full(full, value, self.dtype), axes=axes, active=active)
+        return nnx.Param(jnp.full(full, value, dtype or self.dtype), axes=axes, active=active)
 
     def _stack(self, shape: tuple[int, ...], axes: tuple[str, ...]) -> tuple[tuple[int, ...], tuple[str, ...]]:
         if self.layers is None:

@@ -51,11 +51,11 @@ def choose(config: Any, probabilities: Named) -> Named:
 def served(config: Any, chosen: Named, probabilities: Named) -> Named:
     """Whether each (token, choice) finds a slot, [..., sequence, choice].
 
-    It does if fewer than C = int(capacity_factor · top_k · T / E) claims before it in the order of claims go to the
-    same expert (Lepikhin et al. 2020, algorithm 1).
+    It does if fewer than C = max(int(capacity_factor · top_k · T / E), 1) claims before it in the order of claims go to
+    the same expert (Lepikhin et al. 2020, algorithm 1).
     """
     length = chosen.named_shape["sequence"]
-    slots = int(config.capacity_factor * config.top_k * length / config.num_experts)
+    slots = max(int(config.capacity_factor * config.top_k * length / config.num_experts), 1)
     rank = CLAIM_ORDER[config.claim_order](config, probabilities)
 
     def others(x: Named) -> Named:

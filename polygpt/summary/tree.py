@@ -117,4 +117,6 @@ def _describe(part: PartConfig) -> str:
 def _value(value: Any) -> str:
     if isinstance(value, PartConfig):
         return f"({_describe(value)})"
-    return {True: "true", False: "false", None: "null"}[value] if value in (True, False, None) else str(value)
+    if value is None or isinstance(value, bool):  # 1 equals True and is a number all the same
+        return {True: "true", False: "false", None: "null"}[value]
+    return str(value)

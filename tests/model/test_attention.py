@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from polygpt.errors import RequestError
+from polygpt.model.attention import blocked
 from polygpt.model.attention.blocked import BLOCK, MAX_BLOCKS, attend_blocked
 from polygpt.model.attention.core import attend, attend_positions, choose
 from polygpt.model.attention.pallas import attend_pallas
@@ -169,3 +170,13 @@ def test_cudnn_is_causal_fused_and_close_to_the_equation():
     )
     later = jax.grad(lambda k: (fused(q, k, v)[:, :100].astype(jnp.float32) * weights[:, :100]).sum())(k)
     assert (later[:, 100:] == 0).all()
+
+
+@pytest.mark.parametrize(("batch", "heads", "parts"), [(10, 1, 5), (12, 3, 6), (1, 4, 4), (7, 7, 7), (1, 1, 1)])
+def test_the_work_is_cut_for_as_many_cores_as_batch_or_heads_allow(batch, heads, parts, monkeypatch):
+    monkeypatch.setattr(blocked.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(blocked.jax, "default_backend", lambda: "cpu")
+    seen = []
+    q, k = jnp.zeros((batch, 2, 2 * heads, 4)), jnp.zeros((batch, 2, heads, 4))
+    out, _ = blocked._in_parts(lambda inputs, q, k: seen.append(q.shape) or (q, k), ScoreInputs(), q, k)
+    assert (len(seen), out.shape) == (parts, q.shape)

@@ -93,6 +93,21 @@ def test_grouped_queries_keep_a_third_of_the_cache():
     assert bytes_of[4] * 3 == bytes_of[12]
 
 
+@pytest.mark.parametrize("window", [None, 5])
+def test_padding_past_the_end_of_a_cache_changes_nothing(window):
+    model = Model(zoo.config_of(zoo.Case({"attention": {"window": window}})))
+    params = zoo.lively(model)
+    tokens = jnp.asarray(np.random.default_rng(7).integers(0, zoo.VOCAB, (2, 16)))
+    state = model.init_state(2, 16)
+    for start, stop, padding in ((0, 12, 0), (12, 15, 4), (15, 16, 2)):
+        span = jnp.pad(tokens[:, start:stop], ((0, 0), (0, padding)))
+        positions = jnp.broadcast_to(jnp.arange(start, stop + padding), span.shape)
+        out = model.hidden(params, span, positions=positions, valid=positions < stop, state=state)
+        state, hidden = out.state, out.hidden[:, : stop - start]
+        expected = model.hidden(params, tokens[:, :stop]).hidden[:, start:]
+        np.testing.assert_allclose(hidden, expected, rtol=1e-4, atol=1e-4, err_msg=f"from {start}")
+
+
 def test_segments_and_a_decoding_state_are_refused_together():
     model = Model(zoo.config_of(zoo.Case({})))
     tokens, documents = jnp.zeros((2, LENGTH), jnp.int32), jnp.asarray(zoo.DOCUMENTS[zoo.DISTINCT])

@@ -17,7 +17,7 @@ def test_chunks_are_equal_and_small_enough(rows, vocab, count, monkeypatch):
 
 
 @pytest.mark.parametrize("cap", [None, 2.0])
-@pytest.mark.parametrize("chunks", [1, 3, 12])
+@pytest.mark.parametrize("chunks", [1, 3, 7, 12])
 def test_value_and_gradients_equal_the_plain_ones(chunks, cap, monkeypatch):
     monkeypatch.setattr(head, "_chunk_count", lambda rows, vocab: chunks)
     random = np.random.default_rng(0)
@@ -33,3 +33,10 @@ def test_value_and_gradients_equal_the_plain_ones(chunks, cap, monkeypatch):
 
     found, expected = (jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(hidden, weight) for f in (fast, plain))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5), found, expected)
+
+
+def test_chunks_stay_few_where_no_divisor_is_near(monkeypatch):
+    monkeypatch.setattr(head.jax, "default_backend", lambda: "cpu")
+    assert head._chunk_count(2048, 8192) == 4
+    assert head._chunk_count(2039, 8192) == 4  # a prime: rows are padded
+    assert head._chunk_count(16 * 257, 50257) < 100

@@ -102,3 +102,9 @@ def test_settings_are_those_that_are_not_defaults():
 def test_the_head_says_what_it_is(name, said):
     head = find(tree(name), "head")
     assert (head.note, head.info is None) == (said, bool(said))
+
+
+def test_one_is_a_number_and_true_is_not():
+    notes = [node.note for node in walk(tree("giant", **{"attention.qk_norm": True})) if node.name == "attention"]
+    assert "num_kv_heads=1" in notes[0]
+    assert "qk_norm=true" in notes[0]

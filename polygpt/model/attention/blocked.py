@@ -67,8 +67,8 @@ def _in_parts(function: Callable[..., tuple], inputs: ScoreInputs, *arrays: Arra
     """`function` on equal parts of the batch, or else of the heads, joined; XLA runs them on different cores."""
     cores = min(os.cpu_count() or 1, MAX_PARTS) if jax.default_backend() == "cpu" else 1
     batch, heads = arrays[1].shape[0], arrays[1].shape[2]
-    axis, size = (0, batch) if batch % min(cores, batch) == 0 and batch > 1 else (2, heads)
-    parts = max(n for n in range(1, min(cores, size) + 1) if size % n == 0)
+    by_batch, by_head = (max(n for n in range(1, min(cores, size) + 1) if size % n == 0) for size in (batch, heads))
+    axis, parts = (0, by_batch) if by_batch >= by_head else (2, by_head)
     pieces = zip(*(jnp.split(array, parts, axis) for array in arrays), strict=True)
     results = [function(_part(inputs, axis, i, parts), *piece) for i, piece in enumerate(pieces)]
     return tuple(jnp.concatenate(result, axis) for result in zip(*results, strict=True))
@@ -109,7 +109,7 @@ def _forward_part(
 ) -> tuple[Queries, Float[Array, "B T N"]]:
     heads = _grouped(inputs, k.shape[2])
     plan = _windowed if rule.window is not None and rule.window < q.shape[1] else _growing
-    q = _by_head(q * jnp.asarray(rule.scale, q.dtype), k.shape[2])
+    q = _by_head(rule.scaled(q), k.shape[2])
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     out, sums = plan(
         lambda block, rows, keys, values: tile_forward(*rows, keys, values, rule, heads, block),
@@ -132,9 +132,9 @@ def _backward_part(
     through: Float[Array, "B T N"],
     d_out: Queries,
 ) -> tuple[Queries, Keys, Keys]:
-    kv_heads, scale = k.shape[2], jnp.asarray(rule.scale, q.dtype)
+    kv_heads = k.shape[2]
     heads = _grouped(inputs, kv_heads)
-    rows = tuple(_by_head(x, kv_heads) for x in (q * scale, sums, through, d_out))
+    rows = tuple(_by_head(x, kv_heads) for x in (rule.scaled(q), sums, through, d_out))
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     plan = _windowed_gradient if rule.window is not None and rule.window < q.shape[1] else _growing_gradient
     d_q, d_k, d_v = plan(
@@ -145,7 +145,7 @@ def _backward_part(
         k,
         v,
     )
-    return _by_token(d_q) * scale, d_k.transpose(0, 2, 1, 3), d_v.transpose(0, 2, 1, 3)
+    return rule.scaled(_by_token(d_q)), d_k.transpose(0, 2, 1, 3), d_v.transpose(0, 2, 1, 3)
 
 
 def _span(inputs: ScoreInputs, start: Index, queries: int, stop: Index, keys: int) -> Tile:

@@ -25,10 +25,13 @@ Keys = Float[Array, "B S K H"]
 
 # What beside plain causal attention the fused kernels do not compute, or (cuDNN's window, jax pull request 39576) have
 # been seen to compute wrongly.
+ODD_HEAD = "head_dim other than 8, 16, 24, ..., 128"
 _FUSED_LACKS = {
-    "cudnn": ("window", "softcap", "sinks", "alibi", "dropout", "segment ids"),
+    "cudnn": ("window", "softcap", "sinks", "alibi", "dropout", "segment ids", ODD_HEAD),
     "pallas": ("alibi", "dropout"),
 }
+# On a CPU blocks are faster from BLOCK on; elsewhere they are for what would not fit.
+LONG = 4096
 _HOME = {"cudnn": ("gpu", "an NVIDIA GPU"), "pallas": ("tpu", "a TPU")}
 
 
@@ -52,6 +55,7 @@ def attend(
         "alibi": inputs.slopes is not None,
         "dropout": rule.dropout > 0 and inputs.key is not None,
         "segment ids": inputs.segment_ids is not None,
+        ODD_HEAD: is_odd(q.shape[-1]),
     }
     asked = [name for name, wanted in present.items() if wanted]
     match choose(implementation, q.dtype, q.shape[1], asked):
@@ -70,7 +74,7 @@ def choose(implementation: Implementation, dtype: DTypeLike, length: int, asked:
 
     `asked` names what is wanted beside causality (`window`, `softcap`, `sinks`, `alibi`, `dropout`, `segment ids`).
     `auto` takes the fused kernel of the machine at hand where it computes all of that. `xla` is the equation as it
-    stands, or, wherever there is a window, and on a CPU for any long sequence, the same in blocks.
+    stands, or, wherever there is a window or a sequence so long that T² of memory hurts, the same in blocks.
 
     Raises:
         RequestError: a kernel was asked for by name and cannot run here.
@@ -88,8 +92,13 @@ def choose(implementation: Implementation, dtype: DTypeLike, length: int, asked:
             return name
         if implementation == "auto" and backend == home and not missing:
             return name
-    blocks = "window" in asked or (backend == "cpu" and length > BLOCK)
+    blocks = "window" in asked or length > (BLOCK if backend == "cpu" else LONG)
     return "xla, in blocks" if blocks else "xla"
+
+
+def is_odd(head_dim: int) -> bool:
+    """Whether cuDNN's kernel has no form for this head size on every card that it supports."""
+    return head_dim % 8 != 0 or head_dim > 128
 
 
 def refusals(implementation: Implementation, dtype: DTypeLike, asked: Mapping[str, bool]) -> list[str]:

@@ -37,7 +37,7 @@ def attend_pallas(
         ids = jnp.pad(inputs.segment_ids, ((0, 0), (0, padding)), constant_values=-1)
         segments = SegmentIds(ids, ids)
     run = jax.vmap(lambda q, k, v, ids: kernel(q, k, v, ids, inputs.sinks))
-    out = run(by_head(q * jnp.asarray(rule.scale, q.dtype)), by_head(k), by_head(v), segments)
+    out = run(by_head(rule.scaled(q)), by_head(k), by_head(v), segments)
     return out.transpose(0, 2, 1, 3)[:, :length].astype(q.dtype)
 
 

@@ -25,6 +25,10 @@ class ScoreRule:
     softcap: float | None = None
     dropout: float = 0.0
 
+    def scaled(self, q: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Queries times the scale, which 16 bits would round."""
+        return (q.astype(jnp.float32) * self.scale).astype(q.dtype)
+
     def cap(self, scores: Float[Array, "..."]) -> Float[Array, "..."]:
         """Scaled scores after the soft cap."""
         return scores if self.softcap is None else self.softcap * jnp.tanh(scores / self.softcap)

@@ -8,7 +8,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 from pydantic import Field, PositiveInt
 
-from polygpt.model.attention.core import Implementation, attend, attend_positions, choose, refusals
+from polygpt.model.attention.core import (
+    ODD_HEAD,
+    Implementation,
+    attend,
+    attend_positions,
+    choose,
+    is_odd,
+    refusals,
+)
 from polygpt.model.attention.projections import HeadsConfig, Projections
 from polygpt.model.attention.scores import ScoreInputs, ScoreRule
 from polygpt.model.norms import rms_normalize
@@ -72,6 +80,7 @@ class SoftmaxAttentionConfig(HeadsConfig):
             "sinks": self.sinks,
             "dropout": self.dropout > 0,
             "alibi": model.position.kind == "alibi",
+            ODD_HEAD: is_odd(self.size(model)),
         }
 
     def implementation_name(self, model) -> str:
@@ -118,11 +127,12 @@ class SoftmaxAttention(Projections):
         )
         if state is None:
             return self.merge(attend(q, k, v, self.rule, inputs, self.config.implementation)), None
-        after = _write(state, k, v, context)
+        last = _last_positions(context)
+        after = _write(state, k, v, context.positions, last)
         if context.fresh:
             mixed = attend(q, k, v, self.rule, inputs, self.config.implementation)
         elif q.shape[1] == 1 or self.rule.window is None:  # nothing that these queries see was overwritten
-            held = _held_positions(context.positions[:, -1:], after)
+            held = _held_positions(last, after)
             mixed = attend_positions(q, after.k, after.v, self.rule, inputs, context.positions, held)
         else:
             held = _held_positions(context.positions[:, :1] - 1, state)
@@ -132,13 +142,25 @@ class SoftmaxAttention(Projections):
         return self.merge(mixed), after
 
 
-def _write(state: KVCache, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], context: Context) -> KVCache:
-    """The cache with these keys and values, position p in slot p modulo S; padding is left out."""
-    slots, positions = state.k.shape[1], context.positions
-    valid = jnp.ones_like(positions, bool) if context.valid is None else context.valid
-    last = jnp.where(valid, positions, -1).max(1, keepdims=True)
+def _last_positions(context: Context) -> Int[Array, "B 1"]:
+    """The last position of each row that is not padding; the one before these tokens where all are."""
+    positions = context.positions
+    if context.valid is None:
+        return positions[:, -1:]
+    return jnp.where(context.valid, positions, positions[:, :1] - 1).max(1, keepdims=True)
+
+
+def _write(
+    state: KVCache,
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    positions: Int[Array, "B T"],
+    last: Int[Array, "B 1"],
+) -> KVCache:
+    """The cache with these keys and values up to `last`, position p in slot p modulo S; padding is left out."""
+    slots = state.k.shape[1]
     # Of tokens that share a slot only the last may write: the order of equal indices is not defined.
-    index = jnp.where(valid & (positions > last - slots), positions % slots, slots)
+    index = jnp.where((positions <= last) & (positions > last - slots), positions % slots, slots)
     rows = jnp.arange(k.shape[0])[:, None]
     return KVCache(
         state.k.at[rows, index].set(k.astype(state.k.dtype), mode="drop"),

@@ -59,11 +59,11 @@ class Experts(nnx.Module):
         """Each block of rows through its expert: `expert[j]`, in ascending order, or j itself."""
 
         def product(x: Array, weight: nnx.Param, bias: nnx.Param | None) -> Array:
-            y = expert_matmul(x, weight[...].astype(x.dtype), expert)
+            y = expert_matmul(x, weight[...], expert)
             if bias is None:
                 return y
-            own = bias[...].astype(x.dtype)
-            return y + (own if expert is None else own[expert])[:, None]
+            own = bias[...] if expert is None else bias[...][expert]
+            return y + own[:, None].astype(x.dtype)
 
         hidden = product(rows, self.up, self.up_bias)
         if self.gate is None:
@@ -76,14 +76,14 @@ class Experts(nnx.Module):
 def expert_matmul(
     x: Float[Array, "J R D"], weight: Float[Array, "E D F"], expert: Int[Array, " J"] | None
 ) -> Float[Array, "J R F"]:
-    """x[j] @ weight[expert[j]] for every block j; without `expert`, J = E and block j is expert j's."""
+    """x[j] @ weight[expert[j]] for every block j, in x's dtype; without `expert`, J = E and block j is expert j's."""
+    if x.shape[1] == 1 and expert is not None:  # a few rows: read (and cast) only the weights they need
+        return jnp.einsum("jrd,jdf->jrf", x, weight[expert].astype(x.dtype))
     if jax.default_backend() == "cpu":
-        index = jnp.arange(x.shape[0]) if expert is None else expert
-        return _looped_matmul(x, weight, index)
+        return _looped_matmul(x, weight, jnp.arange(x.shape[0]) if expert is None else expert)
+    weight = weight.astype(x.dtype)
     if expert is None:
         return jnp.einsum("erd,edf->erf", x, weight)
-    if x.shape[1] == 1:  # a few rows: read only the weights they need
-        return jnp.einsum("jrd,jdf->jrf", x, weight[expert])
     sizes = jnp.bincount(expert, length=weight.shape[0]) * x.shape[1]
     flat = lax.ragged_dot(x.reshape(-1, x.shape[-1]), weight, sizes.astype(jnp.int32))
     return flat.reshape(*x.shape[:2], -1)
@@ -94,7 +94,7 @@ def _looped_matmul(
     x: Float[Array, "J R D"], weight: Float[Array, "E D F"], expert: Int[Array, " J"]
 ) -> Float[Array, "J R F"]:
     """One product after the other, each on all cores: a CPU runs a batched product on one, and a ragged one E times."""
-    return lax.map(lambda block: block[0] @ weight[block[1]], (x, expert))
+    return lax.map(lambda block: block[0] @ weight[block[1]].astype(x.dtype), (x, expert))
 
 
 def _looped_forward(x: Array, weight: Array, expert: Array) -> tuple[Array, tuple]:
@@ -106,7 +106,7 @@ def _looped_backward(saved: tuple, d_y: Float[Array, "J R F"]) -> tuple[Array, A
 
     def one(d_weight: Array, block: tuple) -> tuple[Array, Array]:
         x, index, d_y = block
-        return d_weight.at[index].add(x.T @ d_y), d_y @ weight[index].T
+        return d_weight.at[index].add((x.T @ d_y).astype(weight.dtype)), d_y @ weight[index].astype(x.dtype).T
 
     d_weight, d_x = lax.scan(one, jnp.zeros_like(weight), (x, expert, d_y))
     return d_x, d_weight, None

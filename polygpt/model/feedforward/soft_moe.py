@@ -7,11 +7,12 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 from pydantic import PositiveInt
 
 from polygpt.errors import RequestError
 from polygpt.model.feedforward.experts import Experts, ExpertsConfig
+from polygpt.model.feedforward.pool import Pool, Token
 from polygpt.model.parts import NO_EFFECTS, Context, Effects, Initializer
 
 
@@ -42,8 +43,8 @@ class SoftMoEConfig(ExpertsConfig):
         experts = 2 * weights * (slots / served_tokens - self.num_experts)
         return int(4 * slots * model.width + experts)
 
-    def init_state(self, model, batch: int, length: int) -> _Pool:
-        return _Pool.empty((batch, 1, self.num_experts, self.slots_per_expert), model.width)
+    def init_state(self, model, batch: int, length: int) -> Pool:
+        return Pool.empty((batch, 1, self.num_experts, self.slots_per_expert), model.width)
 
     def build(self, model, init: Initializer) -> SoftMoE:
         return SoftMoE(self, model, init)
@@ -56,8 +57,8 @@ class SoftMoE(Experts):
         self.phi = init.weight((model.width, config.num_experts, config.slots_per_expert), ("embed", "expert", "slot"))
 
     def __call__(
-        self, x: Float[Array, "B T D"], context: Context, state: _Pool | None = None
-    ) -> tuple[Float[Array, "B T D"], _Pool | None, Effects]:
+        self, x: Float[Array, "B T D"], context: Context, state: Pool | None = None
+    ) -> tuple[Float[Array, "B T D"], Pool | None, Effects]:
         logits = self._logits(x)
         if not context.training:
             return (*self._prefix_by_prefix(x, logits, context, state), NO_EFFECTS)
@@ -72,8 +73,9 @@ class SoftMoE(Experts):
     def _logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T E S"]:
         """X·Φ in float32."""
         phi = self.phi[...].astype(jnp.float32)
-        flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32) @ phi.reshape(x.shape[-1], -1)
-        return flat.reshape(*x.shape[:2], *phi.shape[1:])
+        flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+        logits = jnp.matmul(flat, phi.reshape(x.shape[-1], -1), precision=lax.Precision.HIGHEST)
+        return logits.reshape(*x.shape[:2], *phi.shape[1:])
 
     def _served(self, slots: Float[Array, "B E S D"]) -> Float[Array, "B E S D"]:
         """Every slot through its expert."""
@@ -87,91 +89,18 @@ class SoftMoE(Experts):
         return jnp.einsum("btes,besd->btd", weights, served)
 
     def _prefix_by_prefix(
-        self, x: Float[Array, "B T D"], logits: Float[Array, "B T E S"], context: Context, state: _Pool | None
-    ) -> tuple[Float[Array, "B T D"], _Pool | None]:
+        self, x: Float[Array, "B T D"], logits: Float[Array, "B T E S"], context: Context, state: Pool | None
+    ) -> tuple[Float[Array, "B T D"], Pool | None]:
         """Each token from slots made of the tokens up to itself: T times the experts' work."""
 
-        def one(pool: _Pool, token: _Token) -> tuple[_Pool, Float[Array, "B D"]]:
+        def one(pool: Pool, token: Token) -> tuple[Pool, Float[Array, "B D"]]:
             pool = token.enter(pool)
             served = self._served(pool.mean(x.dtype))
             return pool, self._combine(token.logits[:, None], served)[:, 0]
 
-        tokens = _Token.sequence(x, logits, context)
-        pool, y = lax.scan(one, _Pool.empty(logits.shape, x.shape[-1]) if state is None else state, tokens)
+        tokens = Token.sequence(x, logits, context)
+        pool, y = lax.scan(one, Pool.empty(logits.shape, x.shape[-1]) if state is None else state, tokens)
         return jnp.moveaxis(y, 0, 1), None if state is None else pool
-
-
-class _Pool(NamedTuple):
-    """A softmax-weighted mean of tokens for each slot, as a running sum; float32.
-
-    Attributes:
-        largest: the largest logit so far; -inf while there is none.
-        weight: Σ exp(logit - largest).
-        total: Σ exp(logit - largest) · x.
-    """
-
-    largest: Float[Array, "B E S"]
-    weight: Float[Array, "B E S"]
-    total: Float[Array, "B E S D"]
-
-    @classmethod
-    def empty(cls, logits_shape: tuple[int, ...], width: int) -> _Pool:
-        batch, _, *slots = logits_shape
-        zeros = jnp.zeros((batch, *slots))
-        return cls(zeros - jnp.inf, zeros, jnp.zeros((batch, *slots, width)))
-
-    @classmethod
-    def of(cls, x: Float[Array, "B T D"], logits: Float[Array, "B T E S"], seen: Bool[Array, "B T"]) -> _Pool:
-        """The pool of those tokens that are `seen`."""
-        logits = jnp.where(seen[:, :, None, None], logits, -jnp.inf)
-        largest = lax.stop_gradient(logits.max(1))  # a shift that cancels out
-        weights = jnp.exp(logits - _finite(largest)[:, None])
-        return cls(largest, weights.sum(1), jnp.einsum("btes,btd->besd", weights, x.astype(jnp.float32)))
-
-    def join(self, other: _Pool) -> _Pool:
-        """The pool of both."""
-        largest = jnp.maximum(self.largest, other.largest)
-        mine, theirs = (jnp.exp(pool.largest - _finite(largest)) for pool in (self, other))
-        total = self.total * mine[..., None] + other.total * theirs[..., None]
-        return _Pool(largest, self.weight * mine + other.weight * theirs, total)
-
-    def where(self, kept: Bool[Array, " B"], otherwise: _Pool) -> _Pool:
-        """This pool in rows that are `kept`, the other elsewhere."""
-        return jax.tree.map(lambda a, b: jnp.where(kept.reshape(-1, *[1] * (a.ndim - 1)), a, b), self, otherwise)
-
-    def mean(self, dtype: jnp.dtype) -> Float[Array, "B E S D"]:
-        """The slots; zeros while there is no token."""
-        return (self.total / jnp.where(self.weight == 0, 1, self.weight)[..., None]).astype(dtype)
-
-
-def _finite(largest: Float[Array, "..."]) -> Float[Array, "..."]:
-    # Where nothing was seen, exp(-inf - 0) = 0; -inf - -inf would be NaN.
-    return jnp.where(largest == -jnp.inf, 0, largest)
-
-
-class _Token(NamedTuple):
-    """One token of each row, on its way into a pool."""
-
-    x: Float[Array, "B D"]
-    logits: Float[Array, "B E S"]
-    opens: Bool[Array, " B"]  # the first token of a packed document: what came before is another's
-    valid: Bool[Array, " B"]
-    position: Int[Array, " B"]
-
-    @classmethod
-    def sequence(cls, x: Float[Array, "B T D"], logits: Float[Array, "B T E S"], context: Context) -> _Token:
-        """All tokens, with T as the leading axis."""
-        ones = jnp.ones(x.shape[:2], bool)
-        ids = context.segment_ids
-        opens = ~ones if ids is None else jnp.concatenate([~ones[:, :1], ids[:, 1:] != ids[:, :-1]], 1)
-        valid = ones if context.valid is None else context.valid
-        return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), cls(x, logits, opens, valid, context.positions))
-
-    def enter(self, pool: _Pool) -> _Pool:
-        """The pool with this token in it."""
-        empty = _Pool.empty((self.x.shape[0], 1, *self.logits.shape[1:]), self.x.shape[1])
-        own = _Pool.of(self.x[:, None], self.logits[:, None], jnp.ones_like(self.valid)[:, None])
-        return empty.where(self.opens, pool).join(own).where(self.valid, pool)
 
 
 class CausalSoftMoEConfig(SoftMoEConfig):
@@ -212,7 +141,7 @@ class CausalSoftMoEConfig(SoftMoEConfig):
 class _Blocks(NamedTuple):
     """Decoding state: all tokens so far, and what the experts made of the slots that serve the present block."""
 
-    pool: _Pool
+    pool: Pool
     served: Float[Array, "B E S D"]
 
 
@@ -253,13 +182,13 @@ class CausalSoftMoE(SoftMoE):
             return jnp.moveaxis(padded.reshape(batch, count, size, *array.shape[2:]), 1, 0)
 
         blocks = (cut(x), cut(logits), cut(ids, "edge"), cut(valid))
-        empty = _Pool.empty(logits.shape, width)
+        empty = Pool.empty(logits.shape, width)
 
         def one(carry: tuple, block: tuple) -> tuple[tuple, tuple]:
             pool, document = carry
             x, logits, ids, valid = block
             last = ids[:, -1]
-            own = _Pool.of(x, logits, valid & (ids == last[:, None]))
+            own = Pool.of(x, logits, valid & (ids == last[:, None]))
             after = pool.where(last == document, empty).join(own)
             return (after, last), (pool.mean(x.dtype), pool.weight[:, 0, 0] > 0, document)
 
@@ -282,20 +211,19 @@ class CausalSoftMoE(SoftMoE):
         self, x: Float[Array, "B T D"], logits: Float[Array, "B T E S"], context: Context, state: _Blocks
     ) -> tuple[Float[Array, "B T D"], _Blocks]:
         """Decoding: the experts run only where a row begins a block."""
-        learned = self._learned(x.shape[0], x.dtype)
 
-        def one(state: _Blocks, token: _Token) -> tuple[_Blocks, Float[Array, "B D"]]:
+        def one(state: _Blocks, token: Token) -> tuple[_Blocks, Float[Array, "B D"]]:
             begins = token.position % self.config.block_size == 0
             filled = state.pool.weight[:, 0, 0] > 0
 
             def refreshed() -> Float[Array, "B E S D"]:
                 served = self._served(state.pool.mean(x.dtype))
-                served = jnp.where(filled[:, None, None, None], served, learned)
+                served = jnp.where(filled[:, None, None, None], served, self._learned(x.shape[0], x.dtype))
                 return jnp.where(begins[:, None, None, None], served, state.served)
 
             served = lax.cond(begins.any(), refreshed, lambda: state.served)
             y = self._combine(token.logits[:, None], served)[:, 0]
             return _Blocks(token.enter(state.pool), served), y
 
-        state, y = lax.scan(one, state, _Token.sequence(x, logits, context))
+        state, y = lax.scan(one, state, Token.sequence(x, logits, context))
         return jnp.moveaxis(y, 0, 1), state

@@ -33,7 +33,7 @@ class RunFiles:
                 self.evaluated = next((line for line in reversed(kept[0]) if "val_loss" in line), None)
             case Stepped():
                 line = {k: v for k, v in dataclasses.asdict(event).items() if v is not None and k != "extra"}
-                self._write(METRICS, line | event.extra)
+                self._write(METRICS, event.extra | line)
             case Evaluated():
                 # A finished run that is resumed ends with the evaluation that it already has.
                 if (line := dataclasses.asdict(event)) != self.evaluated:
