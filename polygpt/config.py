@@ -80,10 +80,12 @@ def slot(base: type[PartConfig], menu: Mapping[str, type[PartConfig]], default: 
         value = {"kind": default, **value}
         kind = value["kind"]
         if not isinstance(kind, str):
-            raise ValueError(f"'kind' is missing; choose from: {', '.join(menu)}")
+            problem = "is missing" if kind is None else f"must be a name, not {kind!r}"
+            raise ValueError(f"'kind' {problem}; choose from: {', '.join(menu)}")
         cls = _import_part(kind, base) if ":" in kind else menu.get(kind)
         if cls is None:
-            raise ValueError(f"no kind '{kind}'; {suggest(kind, menu)}")
+            own = " (a part of your own is named module:Class)" if "." in kind else ""
+            raise ValueError(f"no kind '{kind}'; {suggest(kind, menu)}{own}")
         try:
             return cls.model_validate(value)
         except ValidationError as error:
@@ -299,8 +301,14 @@ def merge(base: Any, changes: Any) -> Any:
     """`changes` laid over `base`: mappings merge key by key, anything else is replaced.
 
     A mapping that names another `kind` than the base replaces it whole: the fields of one kind say nothing
-    about another's. A base that is a kind's name alone stands for `{kind: name}`.
+    about another's. A base that is a kind's name alone stands for `{kind: name}`. An entry of a list is reached by its
+    number (`pattern.0.feedforward.num_experts`).
     """
+    if isinstance(base, list) and isinstance(changes, Mapping) and changes and all(k.isdigit() for k in changes):
+        known = {str(i): entry for i, entry in enumerate(base)}
+        if beyond := [key for key in changes if key not in known]:
+            raise RequestError(f"there is no entry {beyond[0]}: the list has {len(base)}, the first is 0")
+        return [merge(entry, changes[i]) if i in changes else entry for i, entry in known.items()]
     if isinstance(base, str) and isinstance(changes, Mapping):
         base = {"kind": base}
     if not (isinstance(base, Mapping) and isinstance(changes, Mapping)):

@@ -52,7 +52,7 @@ class LanguageModel:
             RequestError: the model has none.
         """
         if self._tokenizer is None:
-            raise RequestError("this model has no tokenizer: it was built from a preset; give token ids, or load a run")
+            raise RequestError("this model has no tokenizer: it was built from a preset; text needs a trained run")
         return self._tokenizer
 
     @property

@@ -295,3 +295,11 @@ def test_the_nearest_key_is_found_within_options_and_lists(data, path):
 def test_a_seed_is_one_that_jax_tells_apart(seed):
     with pytest.raises(RequestError, match=r"training\.seed"):
         load_recipe("demo", {"training.seed": seed})
+
+
+def test_an_entry_of_a_list_is_reached_by_its_number():
+    base = {"pattern": [{"a": {"x": 1}}, {"b": 2}]}
+    assert merge(base, dotted_to_nested({"pattern.0.a.x": 5})) == {"pattern": [{"a": {"x": 5}}, {"b": 2}]}
+    assert merge(base, {"pattern": [{}]}) == {"pattern": [{}]}
+    with pytest.raises(RequestError, match="no entry 2: the list has 2"):
+        merge(base, dotted_to_nested({"pattern.2.b": 5}))

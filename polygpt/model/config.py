@@ -110,10 +110,10 @@ class ModelConfig(Config):
         return self
 
     def _check_parts(self) -> None:
-        self.position.check(self)
         for layer in self.layers[: len(self.pattern)]:
             for part in (layer.attention, layer.feedforward, layer.norm, layer.block):
                 part.check(self)
+        self.position.check(self)
 
     @property
     def width(self) -> int:

@@ -92,7 +92,7 @@ class Model:
         own = sorted(part.kind for part in parts if ":" in part.kind)
         if not own:
             return
-        tokens = jax.ShapeDtypeStruct((2, min(4, self.config.context_length)), jnp.int32)
+        tokens = jax.ShapeDtypeStruct((3, min(4, self.config.context_length)), jnp.int32)
         weights = jax.ShapeDtypeStruct(tokens.shape, jnp.float32)
         try:
             params = jax.tree.map(lambda info: jax.ShapeDtypeStruct(info.shape, info.dtype), self.parameters)
@@ -168,7 +168,7 @@ class Model:
     def attention_implementation(self) -> str:
         """What computes attention in training on this machine, for the log; several where layers differ."""
         names = {layer.attention.implementation_name(self.config) for layer in self.config.layers}
-        return " and ".join(sorted(names)) or "none"
+        return " + ".join(sorted(names)) or "none"
 
     # --- Facts, computed from shapes without allocating -----------------------------------------------------
 

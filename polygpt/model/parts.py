@@ -105,6 +105,8 @@ class Initializer:
         return nnx.Param(jnp.full(full, value, dtype or self.dtype), axes=axes, active=active)
 
     def _stack(self, shape: tuple[int, ...], axes: tuple[str, ...]) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        if len(shape) != len(axes):
+            raise ValueError(f"a parameter of shape {shape} needs as many names of axes, not {axes}")
         if self.layers is None:
             return shape, axes
         return (self.layers, *shape), ("layers", *axes)

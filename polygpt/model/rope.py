@@ -181,7 +181,10 @@ class RopeConfig(PositionConfig):
             rotated = self.rotated_size(size)
             if rotated % 2 or not rotated:
                 share = f" · fraction={self.fraction} = {rotated}" if self.fraction != 1 else ""
-                raise ValueError(f"head_dim={size}{share} is not even: 'rope' rotates pairs of dimensions")
+                raise ValueError(
+                    f"head_dim={size}{share} is not even: 'rope' rotates pairs of dimensions; change num_heads or "
+                    "embed_dim, or set attention.head_dim"
+                )
 
 
 class Rope(nnx.Module):

@@ -9,7 +9,7 @@ from typing import Any
 
 from polygpt.config import dotted_to_nested, merge, parse_yaml, read_yaml, validate
 from polygpt.errors import RequestError, suggest
-from polygpt.presets import preset_fields
+from polygpt.presets import PRESETS, preset_fields
 from polygpt.training import RunConfig, read_config
 
 
@@ -58,6 +58,11 @@ def _read(name: str) -> dict[str, Any]:
     if path.suffix in (".yaml", ".yml") or "/" in name:
         return read_yaml(path)
     if name not in recipe_names():
+        if name in PRESETS:
+            raise RequestError(
+                f"'{name}' is a preset, a model alone; train it by a recipe of your own: a .yaml file with "
+                f"`model: {{preset: {name}}}` beside data and training"
+            )
         raise RequestError(f"no recipe '{name}'; {suggest(name, recipe_names())} (a file is named with .yaml)")
     return parse_yaml((_folder() / f"{name}.yaml").read_text(encoding="utf-8"), name)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import numpy as np
 
 from polygpt import checkpoint
 from polygpt.data import Loader
-from polygpt.errors import PolygptError, RequestError
+from polygpt.errors import RequestError
 from polygpt.language_model import LanguageModel
 from polygpt.model import Model
 from polygpt.training.config import RunConfig
@@ -33,12 +32,12 @@ from polygpt.training.events import (
     Sampled,
     Saved,
     Started,
-    Stepped,
 )
 from polygpt.training.interrupt import Interrupted, InterruptFlag
 from polygpt.training.listeners import standard_listeners
+from polygpt.training.meter import Meter
 from polygpt.training.run_folder import CHECKPOINTS, Run, check_prompts, create_run, open_run, write_config
-from polygpt.training.step import Batch, Metrics, Trainer, TrainState, nll_sums
+from polygpt.training.step import Batch, Trainer, TrainState, nll_sums
 
 
 def train(
@@ -92,9 +91,9 @@ def _with_changes(run: Run, config: RunConfig) -> Run:
         if name == "model":
             theirs = theirs.with_vocab(own.model.vocab_size)
         if mine != theirs:
-            key = next(k for k in type(mine).model_fields if getattr(mine, k) != getattr(theirs, k))
+            key, had, asked = _first_difference(mine.to_dict(), theirs.to_dict(), name)
             raise RequestError(
-                f"{run.folder}: this run has {name}.{key}={getattr(mine, key)}, not {getattr(theirs, key)}; "
+                f"{run.folder}: this run has {key}={had}, not {asked}; "
                 "resume without changing it, or start a new run with another --out"
             )
     changed = dataclasses.replace(run, config=own.replace(training=config.training.to_dict()))
@@ -102,10 +101,23 @@ def _with_changes(run: Run, config: RunConfig) -> Run:
     return changed
 
 
+def _first_difference(mine: Any, theirs: Any, key: str) -> tuple[str, Any, Any]:
+    """The dotted key at which two plain configurations first differ, and both values."""
+    if isinstance(mine, dict) and isinstance(theirs, dict) and set(mine) == set(theirs):
+        name = next(name for name in mine if mine[name] != theirs[name])
+        return _first_difference(mine[name], theirs[name], f"{key}.{name}")
+    if isinstance(mine, list) and isinstance(theirs, list) and len(mine) == len(theirs):
+        index = next(i for i, value in enumerate(mine) if value != theirs[i])
+        return _first_difference(mine[index], theirs[index], f"{key}.{index}")
+    return key, mine, theirs
+
+
 def _check(run: Run) -> None:
     """Refuses a run whose data is shorter than a window or whose model cannot be built, before it is written."""
     _loaders(run)
-    Model(run.config.model).check()
+    model = Model(run.config.model)
+    model.check()
+    model.attention_implementation()  # refuses one that cannot run here
 
 
 def _loaders(run: Run) -> tuple[Loader, Loader]:
@@ -134,7 +146,7 @@ class _Loop:
         self.model = Model(run.config.model)
         self.trainer = Trainer(self.model, self.training)
         self.sums = jax.jit(lambda params, batch: nll_sums(self.model, params, batch))
-        self.meter = _Meter(emit, self.training.batch_size * run.config.model.context_length)
+        self.meter = Meter(emit, self.training.batch_size * run.config.model.context_length)
 
     def run(self, resume: bool) -> RunResult:
         """The whole of it: from the newest checkpoint, if resuming, to the last step's."""
@@ -248,6 +260,15 @@ class _Loop:
 
     def _facts(self) -> dict[str, Any]:
         device = jax.local_devices()[0]
+        vocab, ids = self.config.model.vocab_size, self.tokenizer.vocab_size
+        if vocab > 1.5 * ids:  # padding to a round number is usual
+            self.emit(
+                Note(
+                    f"model.vocab_size={vocab} is far more than the tokenizer's {ids} ids: the rest is never seen; "
+                    "model.vocab_size= (empty) takes the tokenizer's",
+                    warning=True,
+                )
+            )
         if self.model.training_caveat:
             self.emit(Note(self.model.training_caveat, warning=True))
         return {
@@ -256,60 +277,6 @@ class _Loop:
             "tokens a step": self.training.batch_size * self.config.model.context_length,
             "steps an epoch": self.train_loader.num_batches,
         }
-
-
-class _Meter:
-    """Metrics wait on the device and are fetched together, so that no step waits for the one before."""
-
-    def __init__(self, emit: Listener, tokens_per_step: int):
-        self.emit, self.tokens_per_step = emit, tokens_per_step
-        self.pending: list[tuple[int, Metrics]] = []
-        self.recent: deque[float] = deque(maxlen=20)
-        self.speeds: list[float] = []
-        self.clock = time.perf_counter()
-
-    def restart(self) -> None:
-        """The clock, after something that was not training."""
-        self.clock = time.perf_counter()
-
-    def add(self, step: int, metrics: Metrics) -> None:
-        """Metrics of a step that may not have finished."""
-        self.pending.append((step, metrics))
-
-    def flush(self) -> None:
-        """Fetches what is pending and tells of it.
-
-        Raises:
-            PolygptError: a loss or gradient is not a finite number.
-        """
-        if not self.pending:
-            return
-        fetched = [(step, jax.device_get(metrics)) for step, metrics in self.pending]
-        speed = len(fetched) * self.tokens_per_step / (time.perf_counter() - self.clock)
-        self.speeds.append(speed)
-        self.pending = []
-        for step, metrics in fetched:
-            values = {name: float(value) for name, value in metrics._asdict().items() if name != "extra"}
-            if not all(map(math.isfinite, values.values())):
-                raise PolygptError(
-                    f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}: training diverged; "
-                    "lower training.optimizer.learning_rate. Checkpoints saved before it are intact"
-                )
-            self.recent.append(values["loss"])
-            extra = {name: float(value) for name, value in metrics.extra.items()}
-            timed = speed if step == fetched[-1][0] else None
-            self.emit(Stepped(step, **values, tokens_per_second=timed, extra=extra))
-        self.restart()
-
-    @property
-    def recent_loss(self) -> float:
-        """Mean loss of the last (up to 20) steps, nats a token; the loss of one batch says little."""
-        return sum(self.recent) / len(self.recent) if self.recent else math.nan
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Median over groups of steps, so that neither compilation nor a pause counts."""
-        return float(np.median(self.speeds)) if self.speeds else 0.0
 
 
 def _due(step: int, every: int) -> bool:

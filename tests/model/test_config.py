@@ -40,8 +40,8 @@ BLOCKWISE = {**SOFT, "kind": "causal_soft_moe"}
         ({"feedforward": {**MOE, "capacity_factor": 0.05}}, ("capacity_factor=0.05", "num_experts=4", "dropless")),
         ({"feedforward": {**SOFT, "slots_per_expert": 0}}, ("slots_per_expert", "0")),
         (
-            {"feedforward": {**SOFT, "kind": "causal_soft_moe", "block_size": 25}},
-            ("block_size=25", "context_length=24"),
+            {"feedforward": {**SOFT, "kind": "causal_soft_moe", "block_size": 24}},
+            ("block_size=24", "context_length=24"),
         ),
         ({"block": "pre"}, ("pre", "pre_norm")),
         ({"embed_scale": 0.0}, ("embed_scale",)),

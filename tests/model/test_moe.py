@@ -55,7 +55,9 @@ def test_noise_is_of_training_alone_and_by_key():
 
 
 def test_one_row_reads_the_weights_of_its_experts_alone():
-    model = Model(zoo.config_of(zoo.Case({"feedforward": {**MANY, "num_experts": 64, "mlp_dim": 32, "dispatch": "dropless"}})))
+    model = Model(
+        zoo.config_of(zoo.Case({"feedforward": {**MANY, "num_experts": 64, "mlp_dim": 32, "dispatch": "dropless"}}))
+    )
     shapes = jax.tree.map(lambda info: jax.ShapeDtypeStruct(info.shape, info.dtype), model.parameters)
     state = jax.eval_shape(lambda: model.init_state(1, 8))
     token = jax.ShapeDtypeStruct((1, 1), jnp.int32)

@@ -144,7 +144,7 @@ CASES: dict[str, Case] = {
     "soft-moe-plain": feeding(SOFT, gated=False, bias=True),
     "soft-moe-blockwise-in-training": feeding(BLOCKWISE, True, bias=True),
     "soft-moe-blocks-of-one": feeding(BLOCKWISE, block_size=1),
-    "soft-moe-one-block": feeding(BLOCKWISE, block_size=LENGTH),
+    "soft-moe-two-blocks": feeding(BLOCKWISE, block_size=LENGTH - 4),
     # The whole.
     "layernorm-without-bias": Case({"norm": {"kind": "layernorm", "bias": False}}),
     "no-final-norm": Case({"final_norm": False, "head": "untied"}),

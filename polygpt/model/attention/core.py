@@ -63,14 +63,14 @@ def attend(
             return jax.nn.dot_product_attention(q, k, v, scale=rule.scale, is_causal=True, implementation="cudnn")
         case "pallas":
             return attend_pallas(q, k, v, rule, inputs)
-        case "xla, in blocks":
+        case "xla in blocks":
             return attend_blocked(q, k, v, rule, inputs)
     positions = jnp.arange(q.shape[1])[None]
     return attend_positions(q, k, v, rule, inputs, positions, positions)
 
 
 def choose(implementation: Implementation, dtype: DTypeLike, length: int, asked: Iterable[str] = ()) -> str:
-    """What computes causal attention over `length` tokens here: `cudnn`, `pallas`, `xla` or `xla, in blocks`.
+    """What computes causal attention over `length` tokens here: `cudnn`, `pallas`, `xla` or `xla in blocks`.
 
     `asked` names what is wanted beside causality (`window`, `softcap`, `sinks`, `alibi`, `dropout`, `segment ids`).
     `auto` takes the fused kernel of the machine at hand where it computes all of that. `xla` is the equation as it
@@ -93,7 +93,7 @@ def choose(implementation: Implementation, dtype: DTypeLike, length: int, asked:
         if implementation == "auto" and backend == home and not missing:
             return name
     blocks = "window" in asked or length > (BLOCK if backend == "cpu" else LONG)
-    return "xla, in blocks" if blocks else "xla"
+    return "xla in blocks" if blocks else "xla"
 
 
 def is_odd(head_dim: int) -> bool:

@@ -46,9 +46,9 @@ class MoEConfig(ExpertsConfig):
             2021, "jitter").
         shared_experts: one more gated (or plain) feed-forward of this many times `mlp_dim`, which serves every token
             with weight 1 (Dai et al. 2024).
-        balance_rate: instead of a loss, a bias is added to each expert's probability where experts are chosen (not in
-            the weights), and moves after each step by this much towards the underused: rate · sign(mean load - load)
-            (Wang et al. 2024). 0 has no such bias.
+        balance_rate: a bias is added to each expert's probability where experts are chosen (not in the weights), and
+            moves after each step by this much towards the underused: rate · sign(mean load - load) (Wang et al. 2024).
+            It makes the loss unnecessary (set `load_balance_loss: 0`). 0 has no such bias.
     """
 
     kind: Literal["moe"] = "moe"
@@ -64,8 +64,8 @@ class MoEConfig(ExpertsConfig):
     balance_rate: Weight = 0.0
 
     def capacity(self, length: int) -> int:
-        """C, the slots of one expert in a sequence of `length` tokens; in a short one at least one."""
-        return max(self._share(length), 1)
+        """C, the slots of one expert in a sequence of `length` tokens: at least one, and no more than tokens."""
+        return min(max(self._share(length), 1), length)
 
     def _share(self, length: int) -> int:
         return int(self.capacity_factor * self.top_k * length / self.num_experts)

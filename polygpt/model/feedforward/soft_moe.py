@@ -118,9 +118,9 @@ class CausalSoftMoEConfig(SoftMoEConfig):
     block_size: PositiveInt
 
     def check(self, model) -> None:
-        if self.block_size > model.context_length:
+        if self.block_size >= model.context_length:
             raise ValueError(
-                f"block_size={self.block_size} exceeds context_length={model.context_length}: "
+                f"block_size={self.block_size} is not less than context_length={model.context_length}: "
                 "no slot would ever be made of tokens"
             )
 
