@@ -106,7 +106,7 @@ def test_a_process_that_is_terminated_while_it_prepares_leaves_nothing(workdir, 
     words = ["train", "tiny.yaml", "data.path=builtin", "tokenizer.kind=byte", "--out", "new/run"]
     for _ in range(
         2
-    ):  # Python drops an exception that a signal raises within a finalizer: once in many runs it goes on
+    ):  # a signal was lost once in many runs: perhaps raised within a finalizer
         process = subprocess.Popen([sys.executable, "-m", "polygpt", *words], stderr=subprocess.PIPE, text=True)
         wait_until(lambda running=process: any(workdir.glob("new/.run.*")), process)
         process.terminate()
