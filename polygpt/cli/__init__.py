@@ -11,7 +11,7 @@ import traceback
 import click
 
 from polygpt.errors import PolygptError, suggest
-from polygpt.process import keep_freed_memory
+from polygpt.process import keep_freed_memory, keep_interrupts
 
 # Command -> what `polygpt --help` says of it; each lives in the module of its name.
 COMMANDS = {
@@ -64,6 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else argv
     debug = "--debug" in words
     keep_freed_memory()
+    keep_interrupts()
     # SIGTERM as Ctrl-C: what is half-written is removed on the way out.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 must not end a run
