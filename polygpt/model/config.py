@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from polygpt.config import Config, Tuple, merge, slot
 from polygpt.model import attention, block, feedforward, norms, positions
 from polygpt.model.block import BlockConfig
+from polygpt.model.head import LogitRule
 from polygpt.model.parts import AttentionConfig, FeedForwardConfig, InitScheme, NormConfig, PositionConfig
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -37,6 +38,8 @@ class ModelConfig(Config):
 
     Attributes:
         vocab_size: V; None means the tokenizer's, and is filled in when one is at hand.
+        vocab_padding: the last so many ids round the vocabulary up to a size that is fast to multiply; they stand for
+            nothing and have probability 0.
         context_length: the longest sequence.
         embed_dim: D; None means V, which only `head: none` allows (the bigram model).
         num_layers: L.
@@ -59,6 +62,7 @@ class ModelConfig(Config):
     """
 
     vocab_size: PositiveInt | None = None
+    vocab_padding: NonNegativeInt = 0
     context_length: PositiveInt
     embed_dim: PositiveInt | None
     num_layers: Annotated[int, Field(ge=0)]
@@ -96,6 +100,9 @@ class ModelConfig(Config):
                 f"pattern has {len(self.pattern)} entries but num_layers={self.num_layers}: "
                 "some entries would never be used"
             )
+        if self.vocab_padding and (self.vocab_size is None or self.vocab_padding >= self.vocab_size):
+            size = "open" if self.vocab_size is None else self.vocab_size
+            raise ValueError(f"vocab_padding={self.vocab_padding} needs a larger vocab_size; it is {size}")
         if self.embed_dim is None and self.head != "none":
             raise ValueError("embed_dim is required unless head=none (then it is vocab_size)")
         known = self.embed_dim is not None and self.vocab_size is not None
@@ -132,6 +139,11 @@ class ModelConfig(Config):
             for entry in self.pattern
         ]
         return tuple(entries[i % len(entries)] for i in range(self.num_layers))
+
+    @property
+    def logit_rule(self) -> LogitRule:
+        """What becomes of the head's products."""
+        return LogitRule(self.logit_softcap, self.vocab_padding)
 
     @property
     def scans(self) -> bool:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from polygpt.model.block import LayerState
 from polygpt.model.config import ModelConfig
-from polygpt.model.head import nll_of_logits, project_to_vocabulary, soft_cap, weighted_nll
+from polygpt.model.head import nll_of_logits, project_to_vocabulary, weighted_nll
 from polygpt.model.parts import Context, Draws, Effects, Initializer, dropout
 
 
@@ -146,9 +146,10 @@ class Decoder(nnx.Module):
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """float32 logits of hidden states."""
         if self.config.head == "none":
-            return soft_cap(hidden.astype(jnp.float32), self.config.logit_softcap)
-        logits = project_to_vocabulary(hidden, self.head_weight)
-        return soft_cap(logits, self.config.logit_softcap)
+            logits = hidden.astype(jnp.float32)
+        else:
+            logits = project_to_vocabulary(hidden, self.head_weight)
+        return self.config.logit_rule.apply(logits)
 
     @property
     def head_weight(self) -> Float[Array, "D V"]:
@@ -165,7 +166,7 @@ class Decoder(nnx.Module):
         """Σ token_weights · nll, as `nll` would give it, in the form that is fast to differentiate."""
         if self.config.head == "none":
             return (self.nll(hidden, targets) * token_weights).sum()
-        return weighted_nll(hidden, self.head_weight, targets, token_weights, self.config.logit_softcap)
+        return weighted_nll(hidden, self.head_weight, targets, token_weights, self.config.logit_rule)
 
 
 def _split(blocks: nnx.List) -> tuple[list[nnx.GraphDef], list[dict[str, Any]]]:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
+
+# The logit of what cannot come: a probability of exactly 0, without an infinity to meet in a gradient.
+NEVER = -1e30
 
 
 def project_to_vocabulary(hidden: Float[Array, "... D"], weight: Float[Array, "D V"]) -> Float[Array, "... V"]:
@@ -22,9 +27,29 @@ def nll_of_logits(logits: Float[Array, "... V"], targets: Int[Array, "..."]) -> 
     return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 
-def soft_cap(logits: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:
-    """cap · tanh(logits / cap); the logits themselves without a cap (Gemma Team 2024, section 2)."""
-    return logits if cap is None else cap * jnp.tanh(logits / cap)
+class LogitRule(NamedTuple):
+    """What becomes of the head's products before they are logits.
+
+    Attributes:
+        cap: z becomes cap · tanh(z / cap) (Gemma Team 2024, section 2); None leaves it.
+        padding: the last so many columns stand for no token.
+    """
+
+    cap: float | None = None
+    padding: int = 0
+
+    def capped(self, products: Float[Array, "... V"]) -> Float[Array, "... V"]:
+        return products if self.cap is None else self.cap * jnp.tanh(products / self.cap)
+
+    def masked(self, logits: Float[Array, "... V"]) -> Float[Array, "... V"]:
+        if not self.padding:
+            return logits
+        vocab = logits.shape[-1]
+        return jnp.where(jnp.arange(vocab) < vocab - self.padding, logits, NEVER)
+
+    def apply(self, products: Float[Array, "... V"]) -> Float[Array, "... V"]:
+        """Logits, float32."""
+        return self.masked(self.capped(products))
 
 
 def weighted_nll(
@@ -32,7 +57,7 @@ def weighted_nll(
     weight: Float[Array, "D V"],
     targets: Int[Array, "B T"],
     token_weights: Float[Array, "B T"],
-    cap: float | None = None,
+    rule: LogitRule,
 ) -> Float[Array, ""]:
     """Σ token_weights · nll, float32, for training: its gradient is taken while each chunk's logits are at hand.
 
@@ -56,7 +81,7 @@ def weighted_nll(
 
     def forward(hidden: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
         def one(sums: tuple[Array, Array], chunk: tuple) -> tuple[tuple[Array, Array], Array]:
-            value, d_hidden, d_weight = _loss_and_gradients(weight, *chunk, cap)
+            value, d_hidden, d_weight = _loss_and_gradients(weight, *chunk, rule)
             return (sums[0] + value, sums[1] + d_weight), d_hidden
 
         start = jnp.zeros((), jnp.float32), jnp.zeros(weight.shape, jnp.float32)
@@ -76,11 +101,12 @@ def _loss_and_gradients(
     hidden: Float[Array, "M D"],
     targets: Int[Array, " M"],
     token_weights: Float[Array, " M"],
-    cap: float | None,
+    rule: LogitRule,
 ) -> tuple[Float[Array, ""], Float[Array, "M D"], Float[Array, "D V"]]:
     """Σ token_weights · nll of one chunk, and its gradients to `hidden` and `weight`."""
     weight = weight.astype(hidden.dtype)
-    logits = soft_cap(jnp.matmul(hidden, weight, preferred_element_type=jnp.float32), cap)
+    capped = rule.capped(jnp.matmul(hidden, weight, preferred_element_type=jnp.float32))
+    logits = rule.masked(capped)
     largest = logits.max(-1, keepdims=True)
     exps = jnp.exp(logits - largest)
     total = exps.sum(-1, keepdims=True)
@@ -88,8 +114,8 @@ def _loss_and_gradients(
     nll = (jnp.log(total) + largest - chosen)[:, 0]
     hit = jnp.arange(logits.shape[1]) == targets[:, None]
     d_logits = exps * (token_weights[:, None] / total) - jnp.where(hit, token_weights[:, None], 0)
-    if cap is not None:
-        d_logits = d_logits * (1 - jnp.square(logits / cap))
+    if rule.cap is not None:
+        d_logits = d_logits * (1 - jnp.square(capped / rule.cap))
     d_logits = d_logits.astype(hidden.dtype)
     d_weight = jnp.matmul(hidden.T, d_logits, preferred_element_type=jnp.float32)
     return (nll * token_weights).sum(), d_logits @ weight.T, d_weight

@@ -43,10 +43,15 @@ class LayerNorm(nnx.Module):
 
 
 class RMSNormConfig(NormConfig):
-    """y = x / sqrt(mean(x²) + eps) · gain (Zhang & Sennrich 2019)."""
+    """y = x / sqrt(mean(x²) + eps) · gain (Zhang & Sennrich 2019).
+
+    Attributes:
+        unit_offset: the gain is stored less 1, so that weight decay would draw it to 1 (Gemma Team 2024).
+    """
 
     kind: Literal["rmsnorm"] = "rmsnorm"
     eps: Epsilon = 1e-6
+    unit_offset: bool = False
 
     def build(self, model, init: Initializer) -> RMSNorm:
         return RMSNorm(self, model.width, init)
@@ -54,11 +59,11 @@ class RMSNormConfig(NormConfig):
 
 class RMSNorm(nnx.Module):
     def __init__(self, config: RMSNormConfig, width: int, init: Initializer):
-        self.eps = config.eps
-        self.gain = init.constant(1.0, (width,), ("embed",))
+        self.eps, self.offset = config.eps, 1.0 if config.unit_offset else 0.0
+        self.gain = init.constant(1.0 - self.offset, (width,), ("embed",))
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return rms_normalize(x, self.gain[...], self.eps)
+        return rms_normalize(x, self.gain[...].astype(jnp.float32) + self.offset, self.eps)
 
 
 def rms_normalize(x: Float[Array, "*B D"], gain: Float[Array, " D"], eps: float) -> Float[Array, "*B D"]:

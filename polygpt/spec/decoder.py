@@ -12,7 +12,7 @@ from penzai import pz
 from polygpt.model import ModelConfig
 from polygpt.spec.block import layer
 from polygpt.spec.embedding import embed, places
-from polygpt.spec.named import Named, Params, along, contract, elementwise, rename
+from polygpt.spec.named import Named, Params, along, contract, elementwise, rename, where
 from polygpt.spec.norms import NORM
 from polygpt.spec.position import POSITION
 
@@ -70,14 +70,17 @@ def of_layer(config: ModelConfig, params: Params, index: int) -> Params:
 
 
 def head(config: ModelConfig, params: Params, x: Named) -> Named:
-    """z = x·W, W the head's own or the embedding's (Press & Wolf 2017); z = cap · tanh(z/cap) with a soft cap."""
+    """z = x·W, W the head's own or the embedding's (Press & Wolf 2017); z = cap · tanh(z/cap) with a soft cap.
+
+    The last `vocab_padding` columns are no tokens.
+    """
     if config.head == "none":
         z = rename(x, embed="vocab")
     else:
         z = contract(x, params["head"] if config.head == "untied" else params["embedding"], "embed")
-    if config.logit_softcap is None:
-        return z
-    return config.logit_softcap * elementwise(jnp.tanh)(z / config.logit_softcap)
+    if config.logit_softcap is not None:
+        z = config.logit_softcap * elementwise(jnp.tanh)(z / config.logit_softcap)
+    return where(pz.nx.arange("vocab", config.vocab_size) < config.vocab_size - config.vocab_padding, z, -1e30)
 
 
 def logits(config: ModelConfig, params: Params, tokens: Tokens, **inputs: Any) -> Named:

@@ -17,8 +17,8 @@ def layernorm(config: Any, params: Params, x: Named) -> Named:
 
 
 def rmsnorm(config: Any, params: Params, x: Named) -> Named:
-    """x / sqrt(mean(x²) + eps) · gain (Zhang & Sennrich 2019, eq. 4)."""
-    return rms(x, "embed", config.eps) * params["gain"]
+    """x / sqrt(mean(x²) + eps) · gain (Zhang & Sennrich 2019, eq. 4); with `unit_offset` gain + 1 (Gemma Team 2024)."""
+    return rms(x, "embed", config.eps) * (params["gain"] + config.unit_offset)
 
 
 def rms(x: Named, name: str, eps: float) -> Named:

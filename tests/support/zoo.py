@@ -101,6 +101,7 @@ CASES: dict[str, Case] = {
     # Softmax attention.
     "multi-head": attending(num_kv_heads=None),
     "multi-query-with-biases": attending(num_kv_heads=1, bias=True),
+    "biases-of-qkv": attending(bias="qkv"),
     "wide-heads-scaled": attending(head_dim=6, scale=0.7),
     "window": attending(window=5),
     "window-of-one": attending(window=1),
@@ -150,6 +151,7 @@ CASES: dict[str, Case] = {
     "no-final-norm": Case({"final_norm": False, "head": "untied"}),
     "embedding-scaled-by-sqrt": Case({"embed_scale": "sqrt", "position": "learned"}),
     "embedding-scaled": Case({"embed_scale": 2.5, "position": "sinusoidal", "logit_softcap": 4.0}),
+    "rmsnorm-unit-offset": Case({"norm": {"kind": "rmsnorm", "unit_offset": True}}),
     "logits-capped-untied": Case({"logit_softcap": 2.0, "head": "untied"}),
     "pattern-with-a-rest": Case(
         {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from flax import nnx
 from jaxtyping import Array, Float
 from pydantic import PositiveInt
@@ -16,13 +18,13 @@ class HeadsConfig(AttentionConfig):
         num_heads: N.
         num_kv_heads: K; None means `num_heads` (multi-head), 1 is multi-query.
         head_dim: H; None means D/N.
-        bias: of the four projections.
+        bias: of the four projections, or (`qkv`) of the three that the heads read (Qwen 2).
     """
 
     num_heads: PositiveInt
     num_kv_heads: PositiveInt | None = None
     head_dim: PositiveInt | None = None
-    bias: bool = False
+    bias: bool | Literal["qkv"] = False
 
     @property
     def kv_heads(self) -> int:
@@ -62,7 +64,7 @@ class Projections(nnx.Module):
         self.query_bias = init.constant(0.0, (heads, size), ("heads", "head_dim")) if bias else None
         self.key_bias = init.constant(0.0, (kv_heads, size), ("kv_heads", "head_dim")) if bias else None
         self.value_bias = init.constant(0.0, (kv_heads, size), ("kv_heads", "head_dim")) if bias else None
-        self.out_bias = init.constant(0.0, (width,), ("embed",)) if bias else None
+        self.out_bias = init.constant(0.0, (width,), ("embed",)) if bias is True else None
 
     def project(
         self, x: Float[Array, "B T D"]
