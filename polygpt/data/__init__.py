@@ -7,6 +7,7 @@ and `Loader(shards.train, ...).batch(i)` is a pure function of (seed, i).
 from polygpt.data.config import DataConfig
 from polygpt.data.loader import Loader
 from polygpt.data.preparation import prepare, training_texts
+from polygpt.data.reading import open_bytes
 from polygpt.data.shards import Manifest, Shards, TokenSplit, is_prepared, open_shards
 from polygpt.data.sources import Document, InvalidText, Source, open_source
 
@@ -20,6 +21,7 @@ __all__ = [
     "Source",
     "TokenSplit",
     "is_prepared",
+    "open_bytes",
     "open_shards",
     "open_source",
     "prepare",
