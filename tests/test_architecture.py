@@ -24,6 +24,7 @@ ROOMS = [
     "spec",
     "presets",
     "checkpoint",
+    "interop",
     "data",
     "generation",
     "language_model",

@@ -38,6 +38,7 @@ class Tokenizer:
         kind: `char`, `byte`, or the library's name of the model (`bpe`, `unigram`, `wordpiece`, ...).
         vocab_size: the largest id plus one.
         end_of_text: the id of the token that ends a text, if there is one.
+        start: the ids that the file puts before a text (a start token, mostly); `encode` leaves them out.
         special_tokens: the special tokens with their ids.
         fingerprint: SHA-256, in hexadecimal, of everything that decides the ids.
     """
@@ -60,6 +61,7 @@ class Tokenizer:
         self.special_tokens = {t["content"]: t["id"] for t in spec["added_tokens"] if t["special"]}
         ends = [self.special_tokens[token] for token in END_TOKENS if token in self.special_tokens]
         self.end_of_text = ends[0] if ends else None
+        self.start = _start(tokenizer)
 
     def __repr__(self) -> str:
         return f"Tokenizer({self.kind}, {self.vocab_size} ids, {self.fingerprint[:12]})"
@@ -188,6 +190,13 @@ class Tokenizer:
             raise PolygptError(f"{path}: cannot be written ({error.strerror})") from None
         finally:
             partial.unlink(missing_ok=True)
+
+
+def _start(tokenizer: hf.Tokenizer) -> tuple[int, ...]:
+    encoding = tokenizer.encode("", add_special_tokens=True)  # of an empty text what is added, before and after, is left
+    pair = tokenizer.encode("\n", add_special_tokens=True)
+    before = pair.special_tokens_mask.index(0) if 0 in pair.special_tokens_mask else 0
+    return tuple(encoding.ids[:before])
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

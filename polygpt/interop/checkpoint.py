@@ -1,0 +1,32 @@
+"""A checkpoint of other people's, once it is read: what every format gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from polygpt.model import ModelConfig, Params
+from polygpt.tokenizers import Tokenizer
+
+
+@dataclass(frozen=True)
+class ForeignModel:
+    """A model that was found, its weights not yet read.
+
+    Attributes:
+        config: its configuration in our words.
+        read: reads the weights for a configuration of the same shapes (another `param_dtype`, say, or a padded
+            vocabulary); it is given a function that hears of progress, in weights.
+        tokenizer: its tokenizer, if it has one.
+        stop_tokens: ids that end a text, beside the tokenizer's own.
+        chat_template: a Jinja template that lays out messages, if it has one.
+        facts: what a reader may want to know of it: format, architecture, name.
+    """
+
+    config: ModelConfig
+    read: Callable[[ModelConfig, Callable[[int], None]], Params]
+    tokenizer: Tokenizer | None = None
+    stop_tokens: tuple[int, ...] = ()
+    chat_template: str | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)

@@ -1,0 +1,127 @@
+"""A Hugging Face folder, opened: config.json decides the model, safetensors fill it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from polygpt.config import validate
+from polygpt.errors import RequestError, suggest
+from polygpt.interop.checkpoint import ForeignModel
+from polygpt.interop.huggingface.families import WITHOUT_EFFECT, Family
+from polygpt.interop.huggingface.gpt2 import GPT2
+from polygpt.interop.huggingface.llama import FAMILIES
+from polygpt.interop.huggingface.safetensors_files import SafetensorsFolder
+from polygpt.interop.huggingface.text_files import read_chat_template, read_stop_tokens, read_tokenizer
+from polygpt.interop.names import ForeignTensor, foreign_tensors
+from polygpt.interop.settings import Settings, read_json
+from polygpt.interop.weights import TensorSource, check, read_params
+from polygpt.model import Model, ModelConfig, Params
+
+CONFIG = "config.json"
+ARCHITECTURES: dict[str, Family] = {family.architecture: family for family in (GPT2, *FAMILIES)}
+_TYPES = {family.model_type: family for family in ARCHITECTURES.values()}
+_HEAD = "lm_head.weight"
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def is_huggingface(folder: Path) -> bool:
+    """Whether `folder` holds a config.json."""
+    return (folder / CONFIG).is_file()
+
+
+def open_huggingface(folder: Path) -> ForeignModel:
+    """The model in a Hugging Face folder; names, shapes and types of all tensors are checked, none is read.
+
+    Parameters keep the type that most of the file's weights have, and activations take it, too.
+
+    Raises:
+        RequestError: the architecture, a setting or a tensor is unknown or does not fit; it is named.
+    """
+    settings = Settings(read_json(folder / CONFIG), str(folder / CONFIG))
+    family = find_family(settings)
+    source = SafetensorsFolder(folder)
+    fields = read_fields(family, settings)
+    tokenizer = read_tokenizer(folder)
+    dtype = _DTYPES.get(_commonest_dtype(source), "float32")
+    config = validate(ModelConfig, fields | {"param_dtype": dtype, "compute_dtype": dtype}, settings.where)
+    _check_tied_head(source, family, config)
+    check(source, tensors_of(Model(config), family, source), ignored=rf"{family.ignored}|{_HEAD}")
+
+    def read(config: ModelConfig, on_progress: Callable[[int], None]) -> Params:
+        model = Model(config)
+        return read_params(model, source, tensors_of(model, family, source), on_progress)
+
+    return ForeignModel(
+        config,
+        read,
+        tokenizer,
+        read_stop_tokens(folder, settings),
+        read_chat_template(folder),
+        {"format": "huggingface", "architecture": family.architecture, "source": str(folder)},
+    )
+
+
+def find_family(settings: Settings) -> Family:
+    """The architecture that a config.json names.
+
+    Raises:
+        RequestError: it is unknown.
+    """
+    named = settings.get("architectures") or []
+    if isinstance(named, list) and named and isinstance(named[0], str):
+        if named[0] in ARCHITECTURES:
+            return ARCHITECTURES[named[0]]
+        raise settings.error(f"the architecture {named[0]} is not known; {suggest(named[0], ARCHITECTURES)}")
+    model_type = settings.get("model_type")
+    # A few old files name neither, and GPT-2's settings are like nobody else's.
+    family = _TYPES.get(model_type) or (GPT2 if model_type is None and "n_embd" in settings.values else None)
+    if family is None:
+        raise settings.error(f"the model type {model_type!r} is not known; {suggest(str(model_type), _TYPES)}")
+    return family
+
+
+def read_fields(family: Family, settings: Settings) -> dict[str, Any]:
+    """The fields of a `ModelConfig` that a config.json says.
+
+    Raises:
+        RequestError: a setting is unknown, missing, or asks for what there is not here.
+    """
+    fields = family.read(settings)
+    settings.ignore(*WITHOUT_EFFECT)
+    settings.finish()
+    return fields
+
+
+def tensors_of(model: Model, family: Family, source: TensorSource | None = None) -> list[ForeignTensor]:
+    """The tensors in which this architecture holds `model`, named as `source` names them."""
+    names = family.names
+    if source is not None and not any(name.startswith(family.prefix) for name in source.tensors):
+        names = {name.removeprefix(family.prefix): ours for name, ours in names.items()}
+    return foreign_tensors(model, names, family.layout)
+
+
+def _commonest_dtype(source: TensorSource) -> str:
+    sizes: dict[str, int] = {}
+    for shape, dtype in source.tensors.values():
+        count = 1
+        for size in shape:
+            count *= size
+        sizes[dtype] = sizes.get(dtype, 0) + count
+    return max(sizes, key=sizes.get, default="F32")
+
+
+def _check_tied_head(source: SafetensorsFolder, family: Family, config: ModelConfig) -> None:
+    """A tied model's file may hold the head as well: then as the embedding once more."""
+    if config.head != "tied" or _HEAD not in source.tensors:
+        return
+    embedding = next(name for name, ours in family.names.items() if ours == "embedding")
+    if embedding not in source.tensors:
+        embedding = embedding.removeprefix(family.prefix)
+    same = source.tensors.get(embedding) == source.tensors[_HEAD]
+    if not same or not (source.read(embedding) == source.read(_HEAD)).all():
+        raise RequestError(
+            f"{source.where}: {_HEAD} differs from {embedding}, though the configuration says that they are tied; "
+            "set tie_word_embeddings to false in its config.json"
+        )

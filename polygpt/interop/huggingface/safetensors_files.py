@@ -1,0 +1,135 @@
+"""The tensors of a Hugging Face folder: one safetensors file, or several that an index lists.
+
+The library refuses oversized headers, truncation, overlap, holes and trailing bytes. Added here: keys that stand twice,
+tensors that stand in two files, and an index that points outside its folder.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from polygpt.errors import RequestError
+from polygpt.interop.settings import read_json, unique
+from polygpt.interop.weights import TensorInfo
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD_BYTES = 5_000_000_000
+_HEADER_LIMIT = 100_000_000  # the library's own
+
+
+class SafetensorsFolder:
+    """A `TensorSource` over the safetensors files of a folder.
+
+    Raises:
+        RequestError: there are none, or they are damaged; the file and the tensor are named.
+    """
+
+    def __init__(self, folder: Path):
+        self.where = str(folder)
+        self.files: dict[str, Path] = {}
+        self.tensors: dict[str, TensorInfo] = {}
+        listed = _listed(folder)
+        for path, names in listed.items():
+            found = _header(path)
+            if names is not None and found.keys() != names:
+                name = min(found.keys() ^ names)
+                where = "in the file but not in" if name in found else "not in the file but in"
+                raise RequestError(f"{path}: the tensor {name} is {where} {INDEX}")
+            for name, info in found.items():
+                if name in self.tensors:
+                    raise RequestError(f"{path}: the tensor {name} stands in {self.files[name].name} as well")
+                self.tensors[name], self.files[name] = info, path
+        self._open = {path: _opened(path) for path in listed}
+
+    def read(self, name: str) -> np.ndarray:
+        return self._open[self.files[name]].get_tensor(name)
+
+
+def _listed(folder: Path) -> dict[Path, set[str] | None]:
+    """The files to open, with the tensors that the index says each has (None: there is no index)."""
+    index = folder / INDEX
+    if not index.is_file():
+        if (folder / SINGLE).is_file():
+            return {folder / SINGLE: None}
+        others = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.h5") for path in folder.glob(pattern))
+        hint = f"; {others[0]} may run code when it is opened and is not read: save it as safetensors" if others else ""
+        raise RequestError(f"{folder}: no {SINGLE} here{hint}")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise RequestError(f"{index}: it has no weight_map")
+    files: dict[Path, set[str] | None] = {}
+    for name, file in weight_map.items():
+        if (
+            not isinstance(file, str)
+            or PurePath(file).name != file
+            or "\\" in file
+            or not file.endswith(".safetensors")
+        ):
+            raise RequestError(
+                f"{index}: {name} is said to lie in {file!r}, which is no safetensors file of this folder"
+            )
+        files.setdefault(folder / file, set()).add(name)
+    missing = next((path for path in files if not path.is_file()), None)
+    if missing is not None:
+        raise RequestError(f"{folder}: {missing.name} is missing; {INDEX} lists it")
+    return files
+
+
+def _header(path: Path) -> dict[str, TensorInfo]:
+    try:
+        with path.open("rb") as file:
+            size = struct.unpack("<Q", file.read(8))[0]
+            if size > min(_HEADER_LIMIT, path.stat().st_size):
+                raise RequestError(f"{path}: no safetensors file (its header would have {size:,} bytes)")
+            header = json.loads(file.read(size), object_pairs_hook=unique)
+        header.pop("__metadata__", None)
+        return {name: TensorInfo(tuple(info["shape"]), info["dtype"]) for name, info in header.items()}
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be read ({error.strerror})") from None
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise RequestError(f"{path}: no safetensors file ({str(error).splitlines()[0]})") from None
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, "np")
+    except (SafetensorError, OSError) as error:
+        raise RequestError(f"{path}: a damaged safetensors file ({error})") from None
+
+
+def write_safetensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int = SHARD_BYTES) -> None:
+    """Writes tensors in files of at most `shard_bytes` (a tensor is never cut), with an index where there are several."""
+    shards: list[tuple[Path, list[str]]] = []
+    held: dict[str, np.ndarray] = {}
+    total = 0
+
+    def flush() -> None:
+        path = folder / f"part-{len(shards)}.safetensors"
+        save_file(held, path, metadata={"format": "pt"})
+        shards.append((path, list(held)))
+        held.clear()
+
+    for name, values in tensors:
+        if held and sum(array.nbytes for array in held.values()) + values.nbytes > shard_bytes:
+            flush()
+        held[name] = values
+        total += values.nbytes
+    flush()
+    if len(shards) == 1:
+        shards[0][0].rename(folder / SINGLE)
+        return
+    weight_map = {}
+    for number, (path, names) in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        path.rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")

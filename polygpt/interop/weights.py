@@ -1,0 +1,118 @@
+"""Tensors of a foreign checkpoint into our parameters, one at a time, and back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import ml_dtypes
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from polygpt.errors import RequestError, suggest
+from polygpt.interop.names import ForeignTensor, Path
+from polygpt.model import Model, Params
+
+FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+ALIGNMENT = 64  # what XLA needs to take over NumPy's memory instead of copying it
+
+
+class TensorInfo(NamedTuple):
+    """What a file says of a tensor before it is read."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class TensorSource(Protocol):
+    """A foreign checkpoint's tensors by name."""
+
+    where: str
+    tensors: Mapping[str, TensorInfo]
+
+    def read(self, name: str) -> np.ndarray:
+        """The values of one tensor, in a floating type."""
+        ...
+
+
+def check(source: TensorSource, wanted: Sequence[ForeignTensor], ignored: str, dtypes: Iterable[str] = FLOATS) -> None:
+    """Compares names, shapes and types with what the configuration says, before anything is allocated.
+
+    Args:
+        source: the checkpoint.
+        wanted: the tensors that the model needs.
+        ignored: a pattern of names that hold no weights.
+        dtypes: the types that can be read.
+
+    Raises:
+        RequestError: a tensor is missing, unknown, transposed, or of another shape or type; it is named.
+    """
+    dtypes = tuple(dtypes)
+    expected = {tensor.name: tensor.shape for tensor in wanted}
+    for name, shape in expected.items():
+        info = source.tensors.get(name)
+        if info is None:
+            near = suggest(name, source.tensors.keys() - expected.keys())
+            hint = f"; {near}" if near.startswith("did you") else ""
+            raise RequestError(f"{source.where}: the tensor {name} is missing{hint}")
+        if info.shape != shape:
+            turned = " (it is transposed)" if info.shape == shape[::-1] else ""
+            raise RequestError(
+                f"{source.where}: the tensor {name} is {list(info.shape)}; by the configuration it must be "
+                f"{list(shape)}{turned}"
+            )
+    for name, info in source.tensors.items():
+        if name not in expected:
+            if not re.fullmatch(ignored, name):
+                raise RequestError(f"{source.where}: the tensor {name} {list(info.shape)} is not known for this model")
+        elif info.dtype not in dtypes:
+            raise RequestError(f"{source.where}: the tensor {name} is {info.dtype}; known: {', '.join(dtypes)}")
+
+
+def read_params(
+    model: Model, source: TensorSource, wanted: Sequence[ForeignTensor], on_progress: Callable[[int], None] = int
+) -> Params:
+    """The parameters of `model`, filled tensor by tensor: beside them only the tensors in hand are in memory.
+
+    `on_progress` is given the number of weights after each tensor. Padding of the vocabulary is 0.
+    """
+    infos = flatten_dict(model.parameters)
+    whole = {path: _empty(info.shape, info.dtype, model.config.vocab_padding) for path, info in infos.items()}
+
+    def fill(tensor: ForeignTensor) -> int:
+        values = source.read(tensor.name)
+        for piece, own in tensor.split(values):
+            piece.within(whole[piece.path])[...] = own
+        return values.size
+
+    # Two at a time: copying and turning a matrix leave Python's lock to others.
+    with ThreadPoolExecutor(2) as pool:
+        for size in pool.map(fill, wanted):
+            on_progress(size)
+    device = jax.local_devices()[0]
+    # On a CPU XLA takes over the very memory; elsewhere each leaf's is given back once it is on the device.
+    leaves = {path: jax.device_put(whole.pop(path), device, may_alias=True) for path in list(whole)}
+    return unflatten_dict(leaves)
+
+
+def written(wanted: Sequence[ForeignTensor], params: Params, dtype: np.dtype) -> Iterable[tuple[str, np.ndarray]]:
+    """Each foreign tensor with its values, one at a time."""
+    flat = flatten_dict(params)
+
+    def values(path: Path) -> np.ndarray:
+        return np.asarray(flat[path])
+
+    for tensor in wanted:
+        yield tensor.name, tensor.join(values).astype(dtype)
+
+
+def _empty(shape: tuple[int, ...], dtype: Any, padded: bool) -> np.ndarray:
+    """Memory that begins at a multiple of `ALIGNMENT`."""
+    dtype = np.dtype(dtype)
+    size = int(np.prod(shape)) * dtype.itemsize
+    memory = (np.zeros if padded else np.empty)(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
