@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ from polygpt.config import validate
 from polygpt.errors import RequestError
 from polygpt.generation import FinishReason, Sampler, generate_tokens
 from polygpt.model import Model, ModelConfig, Params
-from polygpt.tokenizers import Tokenizer
+from polygpt.tokenizers import Tokenizer, render_chat
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,50 @@ class Generation:
     tokens_per_second: float
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What came with a model that was made elsewhere.
+
+    Attributes:
+        stop_tokens: ids at which generation ends, beside the tokenizer's own.
+        chat_template: Jinja, for `LanguageModel.chat_prompt`.
+        facts: format, architecture, name.
+    """
+
+    stop_tokens: tuple[int, ...] = ()
+    chat_template: str | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], where: str) -> Origin:
+        """What `to_json` wrote, parsed.
+
+        Raises:
+            RequestError: it is something else; `where` is named.
+        """
+        try:
+            origin = cls(tuple(map(int, values["stop_tokens"])), values["chat_template"], dict(values["facts"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise RequestError(f"{where}: not what an import writes ({type(error).__name__}: {error})") from None
+        return origin
+
+
 class LanguageModel:
     """A decoder's weights with the tokenizer they were trained with (None for a model of random weights)."""
 
-    def __init__(self, config: ModelConfig, params: Params, tokenizer: Tokenizer | None = None):
+    def __init__(
+        self, config: ModelConfig, params: Params, tokenizer: Tokenizer | None = None, origin: Origin | None = None
+    ):
         self.config, self.params, self._tokenizer = config, params, tokenizer
+        self.origin = origin or Origin()
         self.model = Model(config)
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return self._tokenizer is not None
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -52,7 +92,7 @@ class LanguageModel:
             RequestError: the model has none.
         """
         if self._tokenizer is None:
-            raise RequestError("this model has no tokenizer: it was built from a preset; text needs a trained run")
+            raise RequestError("this model has no tokenizer (a preset of random weights has none, nor has a folder without tokenizer.json)")
         return self._tokenizer
 
     @property
@@ -81,12 +121,51 @@ class LanguageModel:
     def nll(self, text: str) -> Float[Array, "T-1"]:
         """Negative log likelihood, in nats, of each token of `text` after the first; float32 [T-1].
 
+        Where the tokenizer puts a start token before a text, the model sees it.
+
         Raises:
             RequestError: the text has more tokens than the context.
         """
-        tokens = np.asarray(self.tokenizer.encode(text), np.int32)
-        logits = self.logits(tokens[None])[0, :-1]
+        start = len(self.tokenizer.start)
+        tokens = np.asarray([*self.tokenizer.start, *self.tokenizer.encode(text)], np.int32)
+        logits, tokens = self.logits(tokens[None])[0, start:-1], tokens[start:]
         return -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[1:, None], axis=-1)[:, 0]
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """The ids that end a text."""
+        end = self.tokenizer.end_of_text
+        return tuple(dict.fromkeys([*self.origin.stop_tokens, *([] if end is None else [end])]))
+
+    def prompt_tokens(self, prompt: str, chat: bool = False) -> list[int]:
+        """The ids from which a prompt is continued: a start token, if the tokenizer has one, and the text's.
+
+        Special tokens typed in a prompt are ordinary text. With `chat` the prompt is a user's message within the chat
+        template, whose own special tokens count.
+
+        Raises:
+            RequestError: `chat` is asked for and there is no template.
+        """
+        tokenizer = self.tokenizer
+        if chat:
+            return self._chat_tokens(prompt)
+        ids = [*tokenizer.start, *tokenizer.encode(prompt)]
+        return ids or ([] if tokenizer.end_of_text is None else [tokenizer.end_of_text])
+
+    def _chat_tokens(self, prompt: str) -> list[int]:
+        template = self.origin.chat_template
+        if template is None:
+            raise RequestError("this model came without a chat template; leave chat out and write the prompt in full")
+        names = {number: token for token, number in self.tokenizer.special_tokens.items()}
+        first, last = (names.get(number, "") for number in ((*self.tokenizer.start, -1)[0], self.tokenizer.end_of_text))
+        if not any(token in prompt for token in self.tokenizer.special_tokens):
+            return self.tokenizer.encode(render_chat(template, prompt, first, last), special=True)
+        # What a user types is never a special token: it is encoded apart from the template around it.
+        mark = "\N{OBJECT REPLACEMENT CHARACTER}" * 3
+        around = render_chat(template, mark, first, last).split(mark)
+        pieces = [self.tokenizer.encode(text, special=True) for text in around]
+        typed = self.tokenizer.encode(prompt)
+        return [token for i, piece in enumerate(pieces) for token in ([*typed, *piece] if i else piece)]
 
     def generate(
         self,
@@ -99,14 +178,17 @@ class LanguageModel:
         min_p: float = 0.0,
         seed: int = 0,
         stop: Sequence[str] = (),
+        chat: bool = False,
         on_text: Callable[[str], None] | None = None,
     ) -> Generation:
         """Continues `prompt` until end of text, a `stop` string, `max_new_tokens`, or the end of the context.
 
-        `temperature=0` is greedy. `on_text` is given each new piece of text as it is decoded.
+        `temperature=0` is greedy. With `chat` the prompt is a user's message, laid out as the model's chat template
+        says. `on_text` is given each new piece of text as it is decoded.
 
         Raises:
-            RequestError: the prompt is longer than the context, or a number is out of its range.
+            RequestError: the prompt is longer than the context, a number is out of its range, or there is no chat
+                template.
         """
         if not 0 <= seed < 2**32:
             raise RequestError(f"seed must lie in 0..{2**32 - 1}, not {seed}")
@@ -114,12 +196,15 @@ class LanguageModel:
             raise RequestError("a stop string is empty; leave it out")
         settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
         sampler = validate(Sampler, settings)
-        ids = self.tokenizer.encode(prompt)
-        if not ids and self.tokenizer.end_of_text is not None:
-            ids = [self.tokenizer.end_of_text]
-        stop_token = self.tokenizer.end_of_text
+        ids = self.prompt_tokens(prompt, chat)
         chunks = generate_tokens(
-            self.model, self.params, [ids], sampler, max_new_tokens=max_new_tokens, seed=seed, stop_token=stop_token
+            self.model,
+            self.params,
+            [ids],
+            sampler,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            stop_tokens=self.stop_tokens,
         )
         return _collect((chunk[0] for chunk in chunks), self.tokenizer, tuple(stop), on_text)
 

@@ -1,23 +1,33 @@
-"""From a MODEL, as commands and scripts name it, to a `LanguageModel`."""
+"""From a MODEL, as commands and scripts name it, to a `LanguageModel`; and how one of ours lies in a folder.
+
+A folder of ours holds `config.yaml` (a run's, or a model's alone), `tokenizer.json`, `checkpoints/`, and `origin.json`
+where the model came from elsewhere.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from polygpt import checkpoint
-from polygpt.config import Config
+from polygpt.config import Config, merge, read_yaml, to_yaml, validate
 from polygpt.errors import RequestError, suggest
-from polygpt.language_model import LanguageModel
-from polygpt.model import Model, ModelConfig
-from polygpt.presets import PRESETS, preset
+from polygpt.files import new_folder, write_text
+from polygpt.interop import HUB, ForeignModel, fetch, is_huggingface, open_huggingface, read_json
+from polygpt.language_model import LanguageModel, Origin
+from polygpt.model import Model, ModelConfig, Params
+from polygpt.presets import PRESET_VOCAB, PRESETS, preset
 from polygpt.process import command_line
-from polygpt.summary import PRESET_VOCAB
 from polygpt.tokenizers import Tokenizer, load_tokenizer
-from polygpt.training import CHECKPOINTS, TOKENIZER, read_config
+
+CONFIG, TOKENIZER, CHECKPOINTS, ORIGIN = "config.yaml", "tokenizer.json", "checkpoints", "origin.json"
+RESULT = "result.json"
+Warn = Callable[[str], None]
 
 
 def build(config: ModelConfig, seed: int = 0, tokenizer: Tokenizer | None = None) -> LanguageModel:
@@ -34,24 +44,161 @@ def build(config: ModelConfig, seed: int = 0, tokenizer: Tokenizer | None = None
     return LanguageModel(config, Model(config).init(seed), tokenizer)
 
 
-def load(name: str | Path, *, warn: Callable[[str], None] = warnings.warn) -> LanguageModel:
-    """The model of a run's folder (its newest verified checkpoint), or a preset with random weights.
+def load(
+    name: str | Path,
+    *,
+    dtype: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    warn: Warn = warnings.warn,
+    on_progress: Callable[[int], None] = int,
+) -> LanguageModel:
+    """The model that `name` stands for, with its weights.
+
+    Args:
+        name: a run's folder (its newest verified checkpoint), an imported or a Hugging Face folder,
+            `hf:owner/name[@revision]`, a llama2.c or GGUF file, or a preset (random weights).
+        dtype: of parameters and activations; None keeps what the checkpoint has.
+        overrides: fields of the model's configuration to change, nested; its parameters keep their shapes, but for a
+            larger `vocab_size`, which pads the vocabulary.
+        warn: is given what is worth knowing.
+        on_progress: is given the number of weights read, again and again.
 
     Raises:
-        RequestError: there is no such folder or preset, or the run has no usable checkpoint.
+        RequestError: there is nothing by that name, or it cannot be used.
     """
-    folder = Path(name).expanduser()
-    if not folder.exists():
-        if str(name) in PRESETS:
-            return build(preset(str(name)).with_vocab(PRESET_VOCAB))
-        raise RequestError(f"no run or preset '{name}'; {suggest(str(name), PRESETS)} (a run is named by its folder)")
-    config = read_config(folder).model
-    tokenizer = load_tokenizer(folder / TOKENIZER)
-    if tokenizer.vocab_size > config.vocab_size:
+    found = find(name, warn)
+    config = adapted(found.config, dtype, overrides or {})
+    params = found.read(config, on_progress)
+    origin = Origin(found.stop_tokens, found.chat_template, dict(found.facts))
+    return LanguageModel(config, params, found.tokenizer, origin)
+
+
+def find(name: str | Path, warn: Warn = warnings.warn) -> ForeignModel:
+    """What `load` reads, found and checked, its weights not yet read.
+
+    Raises:
+        RequestError: as `load`.
+    """
+    if str(name).startswith(HUB):
+        return open_huggingface(fetch(str(name)))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if is_huggingface(path) and not (path / CONFIG).exists():
+            return open_huggingface(path)
+        return _open_own(path, warn)
+    if path.is_file():
+        return _open_file(path)
+    if str(name) in PRESETS:
+        config = preset(str(name)).with_vocab(PRESET_VOCAB)
+        return ForeignModel(config, lambda config, _: Model(config).init(0))
+    near = suggest(str(name), PRESETS)
+    hint = (
+        near if near.startswith("did you mean") else "name a run's folder, a folder or file of weights, hf:owner/name"
+    )
+    raise RequestError(f"no model '{name}'; {hint}, or a preset (polygpt presets)")
+
+
+def adapted(config: ModelConfig, dtype: str | None, overrides: Mapping[str, Any]) -> ModelConfig:
+    """`config` in another type and with changed fields; a larger vocabulary is padded.
+
+    Raises:
+        RequestError: a field does not fit, or the vocabulary would become smaller.
+    """
+    fields = merge(config.to_dict(), overrides)
+    if dtype is not None:
+        fields |= {"param_dtype": dtype, "compute_dtype": dtype}
+    wanted, tokens = fields["vocab_size"], config.vocab_size - config.vocab_padding
+    if wanted != config.vocab_size:
+        if not isinstance(wanted, int) or wanted < tokens:
+            raise RequestError(f"model.vocab_size={wanted}: this model has {tokens:,} ids, and none can be left out")
+        fields["vocab_padding"] = wanted - tokens
+    return validate(ModelConfig, fields)
+
+
+def save(lm: LanguageModel, folder: Path) -> None:
+    """Writes a model into a new folder of ours, verified by SHA-256 sums.
+
+    Raises:
+        RequestError: the folder exists.
+        PolygptError: it cannot be written.
+    """
+    if folder.exists():
+        raise RequestError(f"{folder}: exists already; choose another --out")
+    with new_folder(folder) as partial:
+        write_text(partial / CONFIG, to_yaml({"model": lm.config.to_dict()}))
+        write_origin(partial, lm.origin)
+        if lm.has_tokenizer:
+            lm.tokenizer.save(partial / TOKENIZER)
+        checkpoint.save(partial / CHECKPOINTS, 0, {"params": lm.params}, {"step": 0})
+
+
+def write_origin(folder: Path, origin: Origin) -> None:
+    """Writes what is to be known of where a model came from, if there is anything."""
+    if origin != Origin():
+        write_text(folder / ORIGIN, origin.to_json())
+
+
+def read_origin(folder: Path) -> Origin:
+    """What `write_origin` wrote.
+
+    Raises:
+        RequestError: it is not what that writes.
+    """
+    path = folder / ORIGIN
+    return Origin.from_json(read_json(path), str(path)) if path.is_file() else Origin()
+
+
+def _open_own(folder: Path, warn: Warn) -> ForeignModel:
+    path = folder / CONFIG
+    if not path.is_file():
+        start = command_line("train", "RECIPE", "--out", folder)
+        raise RequestError(f"{folder}: no model here (neither {CONFIG} nor config.json); start a run with: {start}")
+    config = validate(ModelConfig, read_yaml(path).get("model") or {}, f"{path}: model")
+    tokenizer = load_tokenizer(folder / TOKENIZER) if (folder / TOKENIZER).exists() else None
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise RequestError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}")
     saved = checkpoint.newest(folder / CHECKPOINTS, warn)
     if saved is None:
         command = command_line("train", "--resume", "--out", folder)
         raise RequestError(f"{folder}: no usable checkpoint; train it with: {command}")
-    shapes = jax.eval_shape(lambda: Model(config).init(0))
-    return LanguageModel(config, checkpoint.restore(saved, "params", shapes), tokenizer)
+    origin = read_origin(folder)
+
+    def read(wanted: ModelConfig, on_progress: Callable[[int], None]) -> Params:
+        like = jax.eval_shape(lambda: Model(config).init(0))
+        return _converted(checkpoint.restore(saved, "params", like), config, wanted)
+
+    facts = {**origin.facts, **_figures(folder)}
+    return ForeignModel(config, read, tokenizer, origin.stop_tokens, origin.chat_template, facts)
+
+
+def _figures(folder: Path) -> dict[str, Any]:
+    """What training came to, of a finished run."""
+    path = folder / RESULT
+    wanted = ("steps", "train_loss", "val_loss", "val_bits_per_byte")
+    return {key: value for key, value in read_json(path).items() if key in wanted} if path.is_file() else {}
+
+
+def _converted(params: Params, config: ModelConfig, wanted: ModelConfig) -> Params:
+    """Parameters for a configuration that differs in types and in the padding of the vocabulary."""
+    extra = wanted.vocab_size - config.vocab_size
+
+    def convert(leaf: jax.Array, info: Any) -> jax.Array:
+        if extra:
+            leaf = jnp.pad(leaf, [(0, extra * (axis == "vocab")) for axis in info.axes])
+        return leaf.astype(info.dtype)
+
+    return jax.tree.map(convert, params, Model(wanted).parameters)
+
+
+def _open_file(path: Path) -> ForeignModel:
+    from polygpt import interop
+
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic == b"GGUF" or path.suffix == ".gguf":
+        return interop.open_gguf(path)
+    if path.suffix == ".bin":
+        return interop.open_llama2c(path)
+    if path.suffix == ".safetensors":
+        raise RequestError(f"{path}: weights alone; name the folder that also holds their config.json")
+    raise RequestError(f"{path}: no model file; a .gguf file, a llama2.c .bin file, or a folder can be read")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import keyword
 import os
 import signal
 import sys
@@ -22,6 +23,8 @@ COMMANDS = {
     "data": "Prepare token shards from text.",
     "train": "Train a model from a recipe or a file.",
     "generate": "Continue a prompt.",
+    "import": "Bring in a model from Hugging Face, GGUF or llama2.c.",
+    "export": "Write a model for transformers or llama.cpp.",
 }
 
 OUT_OF_MEMORY = "out of memory: lower training.batch_size, model.context_length or the model"
@@ -36,7 +39,8 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        return getattr(importlib.import_module(f"polygpt.cli.{name}"), name)
+        home = f"{name}_" if keyword.iskeyword(name) else name
+        return getattr(importlib.import_module(f"polygpt.cli.{home}"), home)
 
     def resolve_command(self, ctx: click.Context, args: list[str]):
         if args and args[0] not in COMMANDS:

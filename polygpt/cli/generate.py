@@ -7,7 +7,7 @@ import sys
 
 import click
 
-from polygpt.cli.output import json_option, print_json
+from polygpt.cli.output import dtype_option, json_option, print_json, reading
 
 
 @click.command()
@@ -24,17 +24,20 @@ from polygpt.cli.output import json_option, print_json
 )
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
 @click.option("--stop", multiple=True, help="End at this text; may be given several times.")
+@click.option("--chat", is_flag=True, help="The prompt is a message: lay it out by the model's chat template.")
+@dtype_option
 @json_option
-def generate(model: str, prompt: str, as_json: bool, **settings) -> None:
+def generate(model: str, prompt: str, dtype: str | None, as_json: bool, **settings) -> None:
     """Continue a prompt; text streams to standard output as it is decoded.
 
-    MODEL is a run's folder.
+    MODEL is a run's folder, an imported or a Hugging Face folder, hf:owner/name, a .gguf file, or a preset (random
+    weights, without text).
     """
-    from polygpt.loading import load
-
     text = _standard_input() if prompt == "-" else prompt
-    lm = load(model, warn=lambda line: click.echo(f"warning: {line}", err=True))
-    unseen = [text]  # the prompt, shown with the first piece of text: by then it is known to be in order
+    lm = reading(model, dtype, {})
+    unseen = (
+        [] if settings["chat"] else [text]
+    )  # the prompt, shown with the first piece of text: by then it is known to be in order
 
     def stream(piece: str) -> None:
         click.echo("".join(unseen) + piece, nl=False)

@@ -4,18 +4,68 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
+    from polygpt.language_model import LanguageModel
     from polygpt.summary import Node
 
 json_option: Callable = click.option(
     "--json", "as_json", is_flag=True, help="One JSON object on standard output, everything else on standard error."
 )
+dtype_option: Callable = click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Of weights and activations; as stored if left out.",
+)
 overrides_argument: Callable = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+
+
+def reading(name: str, dtype: str | None, overrides: Mapping[str, Any]) -> LanguageModel:
+    """The model MODEL, read with a bar on standard error where that takes long; warnings go there, too.
+
+    `overrides` are dotted keys, all below `model`.
+    """
+    from polygpt.config import dotted_to_nested
+    from polygpt.errors import RequestError
+    from polygpt.loading import load
+
+    changes = dotted_to_nested(overrides)
+    for key in changes:
+        if key != "model":
+            raise RequestError(f"{key}: only the model can be changed here; write model.KEY=VALUE")
+    with weights_bar() as on_progress:
+        return load(
+            name,
+            dtype=dtype,
+            overrides=changes.get("model", {}),
+            warn=lambda line: click.echo(f"warning: {line}", err=True),
+            on_progress=on_progress,
+        )
+
+
+@contextmanager
+def weights_bar() -> Iterator[Callable[[int], None]]:
+    """A counter of weights on a terminal's standard error, shown from half a second on."""
+    if not sys.stderr.isatty():
+        yield int
+        return
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn
+
+    with Progress(
+        SpinnerColumn(),
+        TextColumn("{task.completed:,} weights read"),
+        transient=True,
+        console=Console(stderr=True),
+        refresh_per_second=5,
+    ) as progress:
+        task = progress.add_task("", total=None)
+        yield lambda count: progress.advance(task, count)
 
 
 def print_json(value: Any) -> None:

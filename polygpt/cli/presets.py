@@ -11,7 +11,8 @@ from polygpt.cli.output import json_option, print_json, print_table
 @json_option
 def presets(as_json: bool) -> None:
     """Every preset: parameters, active parameters, KV bytes a token, FLOPs a token (training, full context)."""
-    from polygpt.summary import PRESET_VOCAB, preset_summaries
+    from polygpt.presets import PRESET_VOCAB
+    from polygpt.summary import preset_summaries
 
     rows = preset_summaries()
     if as_json:

@@ -49,11 +49,11 @@ def generate_tokens(
     *,
     max_new_tokens: int,
     seed: int = 0,
-    stop_token: int | None = None,
+    stop_tokens: tuple[int, ...] = (),
 ) -> Iterator[list[tuple[list[int], FinishReason | None]]]:
     """Continues each prompt; yields, chunk by chunk, each row's new tokens and, when it ends, the reason.
 
-    The stop token itself is not given. A row whose sequence fills the context ends with `context_length`.
+    The stop token that ends a row is not given. A row whose sequence fills the context ends with `context_length`.
 
     Raises:
         RequestError: a prompt is empty or longer than the context, or max_new_tokens is not positive.
@@ -66,7 +66,7 @@ def generate_tokens(
     if budget.max() == 0:
         yield [([], reason) for reason in reasons]
         return
-    programs = _programs(model.config, sampler, stop_token)
+    programs = _programs(model.config, sampler, stop_tokens)
     padded = np.zeros((len(prompts), _bucket(int(lengths.max()), context)), np.int32)
     for row, prompt in enumerate(prompts):
         padded[row, : len(prompt)] = prompt
@@ -80,8 +80,9 @@ def generate_tokens(
         chunk: list[tuple[list[int], FinishReason | None]] = []
         for row, tokens in enumerate(first.tolist()):
             left = int(budget[row]) - produced
-            stopped = stop_token in tokens[:left] if stop_token is not None else False
-            kept = [] if ended[row] else tokens[: tokens.index(stop_token) if stopped else left]
+            at = next((i for i, token in enumerate(tokens[:left]) if token in stop_tokens), None)
+            stopped = at is not None
+            kept = [] if ended[row] else tokens[: at if stopped else left]
             finish = None
             if not ended[row] and (stopped or left <= len(tokens)):
                 finish, ended[row] = ("stop" if stopped else reasons[row]), True
@@ -100,13 +101,13 @@ class _Programs(NamedTuple):
 
 
 @lru_cache(maxsize=16)
-def _programs(config: ModelConfig, sampler: Sampler, stop_token: int | None) -> _Programs:
-    """The two compiled functions, shared by all calls with the same model, sampler and stop token."""
+def _programs(config: ModelConfig, sampler: Sampler, stop_tokens: tuple[int, ...]) -> _Programs:
+    """The two compiled functions, shared by all calls with the same model, sampler and stop tokens."""
     model = Model(config)
 
     def choose(hidden: Array, decoder, count: Array, key: PRNGKeyArray, done: Array) -> tuple[Array, Array]:
         token = sampler.sample(decoder.logits(hidden), jax.random.fold_in(key, count))
-        return token, done | (token == stop_token) if stop_token is not None else done
+        return token, done | jnp.isin(token, jnp.asarray(stop_tokens, jnp.int32))
 
     @jax.jit
     def prefill(params: Params, tokens: Array, lengths: Array, state: PyTree, key: PRNGKeyArray) -> Progress:

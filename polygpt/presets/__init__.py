@@ -15,6 +15,8 @@ from polygpt.presets import core, experts, gpt2, small
 
 Fields = dict[str, Any]
 
+# What an open vocabulary is counted with where no tokenizer is at hand: GPT-2's.
+PRESET_VOCAB = 50257
 PRESETS: dict[str, Callable[[], Fields]] = {
     "gpt": core.gpt,
     "vgpt": core.vgpt,

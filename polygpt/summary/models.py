@@ -9,12 +9,9 @@ from typing import Any
 from polygpt.config import dotted_to_nested, merge, read_yaml, validate
 from polygpt.errors import RequestError, suggest
 from polygpt.model import Model, ModelConfig
-from polygpt.presets import PRESETS, preset
+from polygpt.presets import PRESET_VOCAB, PRESETS, preset
 from polygpt.recipes import load_recipe, model_fields, recipe_names
 from polygpt.training import read_config
-
-# What an open vocabulary is counted with where no tokenizer is at hand: GPT-2's.
-PRESET_VOCAB = 50257
 
 
 def resolve_model(name: str, overrides: Mapping[str, Any] | None = None) -> tuple[ModelConfig, bool]:

@@ -193,7 +193,9 @@ class Tokenizer:
 
 
 def _start(tokenizer: hf.Tokenizer) -> tuple[int, ...]:
-    encoding = tokenizer.encode("", add_special_tokens=True)  # of an empty text what is added, before and after, is left
+    encoding = tokenizer.encode(
+        "", add_special_tokens=True
+    )  # of an empty text what is added, before and after, is left
     pair = tokenizer.encode("\n", add_special_tokens=True)
     before = pair.special_tokens_mask.index(0) if 0 in pair.special_tokens_mask else 0
     return tuple(encoding.ids[:before])

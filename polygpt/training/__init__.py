@@ -16,13 +16,10 @@ from polygpt.training.events import (
 from polygpt.training.interrupt import Interrupted
 from polygpt.training.loop import train
 from polygpt.training.optimizers import OptimizerConfig, ScheduleConfig
-from polygpt.training.run_folder import CHECKPOINTS, CONFIG, TOKENIZER, Run, open_run, read_config
+from polygpt.training.run_folder import Run, open_run, read_config
 from polygpt.training.step import Batch, Trainer, TrainState
 
 __all__ = [
-    "CHECKPOINTS",
-    "CONFIG",
-    "TOKENIZER",
     "Batch",
     "Evaluated",
     "Event",

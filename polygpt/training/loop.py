@@ -20,6 +20,7 @@ from polygpt import checkpoint
 from polygpt.data import Loader
 from polygpt.errors import RequestError
 from polygpt.language_model import LanguageModel
+from polygpt.loading import CHECKPOINTS
 from polygpt.model import Model
 from polygpt.training.config import RunConfig
 from polygpt.training.events import (
@@ -36,7 +37,7 @@ from polygpt.training.events import (
 from polygpt.training.interrupt import Interrupted, InterruptFlag
 from polygpt.training.listeners import standard_listeners
 from polygpt.training.meter import Meter
-from polygpt.training.run_folder import CHECKPOINTS, Run, check_prompts, create_run, open_run, write_config
+from polygpt.training.run_folder import Run, check_prompts, create_run, open_run, write_config
 from polygpt.training.step import Batch, Trainer, TrainState, nll_sums
 
 

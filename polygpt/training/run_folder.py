@@ -21,13 +21,14 @@ from polygpt.config import read_yaml, to_yaml, validate
 from polygpt.data import Shards, is_prepared, open_shards, open_source, prepare, training_texts
 from polygpt.errors import RequestError
 from polygpt.files import new_folder, write_text
+from polygpt.loading import CONFIG, TOKENIZER
 from polygpt.model import ModelConfig
 from polygpt.process import command_line
 from polygpt.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
 from polygpt.training.config import RunConfig
 
-CONFIG, TOKENIZER, DATA, CHECKPOINTS = "config.yaml", "tokenizer.json", "data", "checkpoints"
-METRICS, SAMPLES, RESULT = "metrics.jsonl", "samples.jsonl", "result.json"
+DATA = "data"
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ REQUESTS = {
     ),
     "to go on with a truncated shard": (["train", "--resume", "--out", "run-cut"], "train-00000.tokens: has"),
     "to go on with an edited shard": (["train", "--resume", "--out", "run-edited"], "train-00000.tokens: changed"),
-    "to generate from no run": (["generate", "none", "--prompt", "a"], "no run or preset 'none'"),
+    "to generate from no run": (["generate", "none", "--prompt", "a"], "no model 'none'"),
     "to generate from a file": (["generate", "text.txt", "--prompt", "a"], "text.txt: no run here"),
     "to generate without a checkpoint": (
         ["generate", "run-empty", "--prompt", "a"],

@@ -89,7 +89,7 @@ def test_the_end_of_the_context_is_a_stated_reason(model, params, uncached):
 def test_the_stop_token_ends_a_row_and_is_not_given(model, params, uncached):
     expected = uncached([1, 2, 3], 30)
     stop = expected[5]
-    rows, reasons = run(model, params, [[1, 2, 3]], max_new_tokens=30, stop_token=stop)
+    rows, reasons = run(model, params, [[1, 2, 3]], max_new_tokens=30, stop_tokens=(stop,))
     assert rows[0] == expected[: expected.index(stop)]
     assert reasons == ["stop"]
 

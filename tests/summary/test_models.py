@@ -3,8 +3,8 @@
 import pytest
 
 from polygpt.errors import RequestError
-from polygpt.presets import PRESETS, preset
-from polygpt.summary import PRESET_VOCAB, preset_summaries, resolve_model, summary
+from polygpt.presets import PRESET_VOCAB, PRESETS, preset
+from polygpt.summary import preset_summaries, resolve_model, summary
 
 # Presets of which, in training, a token's output depends on later tokens.
 LATE = {"tiny_moe", "tiny_moe_2", "tiny_moe_3"}

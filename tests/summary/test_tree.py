@@ -4,8 +4,8 @@ import jax
 import pytest
 
 from polygpt.model import Model
-from polygpt.presets import PRESETS, preset
-from polygpt.summary import PRESET_VOCAB, model_tree, served_layers
+from polygpt.presets import PRESET_VOCAB, PRESETS, preset
+from polygpt.summary import model_tree, served_layers
 
 
 def tree(name="gpt2", **changes):

@@ -39,7 +39,7 @@ def open_huggingface(folder: Path) -> ForeignModel:
     Raises:
         RequestError: the architecture, a setting or a tensor is unknown or does not fit; it is named.
     """
-    settings = Settings(read_json(folder / CONFIG), str(folder / CONFIG))
+    settings = Settings(_flattened(read_json(folder / CONFIG)), str(folder / CONFIG))
     family = find_family(settings)
     source = SafetensorsFolder(folder)
     fields = read_fields(family, settings)
@@ -61,6 +61,15 @@ def open_huggingface(folder: Path) -> ForeignModel:
         read_chat_template(folder),
         {"format": "huggingface", "architecture": family.architecture, "source": str(folder)},
     )
+
+
+def _flattened(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings as usual, from a file in which those of the shape lie below `model` (ONNX Runtime's tools write so)."""
+    inner = values.get("model")
+    if not isinstance(inner, dict) or "type" not in inner:
+        return values
+    rest = {name: value for name, value in values.items() if name != "model"}
+    return {"model_type": inner["type"], **inner, **rest}
 
 
 def find_family(settings: Settings) -> Family:

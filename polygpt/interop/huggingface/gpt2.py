@@ -44,8 +44,8 @@ def _read(settings: Settings) -> dict[str, Any]:
     settings.require("add_cross_attention", False, "there is nothing to attend to across")
     # Of the summary head, which no language model has, and what conversion tools have left in small test models.
     settings.ignore("reorder_and_upcast_attn", "n_ctx", *(name for name in settings.values if name[:8] == "summary_"))
-    settings.ignore("model", "attention_probs_dropout_prob", "hidden_dropout_prob", "hidden_act", "type_vocab_size")
-    settings.ignore("intermediate_size")
+    settings.ignore("type", "decoder", "past_names", "present_names", "hidden_size", "intermediate_size", "hidden_act")
+    settings.ignore("attention_probs_dropout_prob", "hidden_dropout_prob", "type_vocab_size")
     return shared_fields(settings, tied=True) | {
         "context_length": settings.take("n_positions", int, 1024),
         "embed_dim": width,

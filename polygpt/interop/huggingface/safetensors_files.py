@@ -106,7 +106,7 @@ def _opened(path: Path) -> Any:
 
 
 def write_safetensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes tensors in files of at most `shard_bytes` (a tensor is never cut), with an index where there are several."""
+    """Writes tensors in files of at most `shard_bytes` (a tensor is never cut); several get an index."""
     shards: list[tuple[Path, list[str]]] = []
     held: dict[str, np.ndarray] = {}
     total = 0

@@ -9,9 +9,10 @@ from typing import Any
 
 from polygpt.errors import PolygptError
 from polygpt.files import write_text
+from polygpt.loading import RESULT
 from polygpt.training.events import Evaluated, Event, Finished, Sampled, Saved, Started, Stepped
 from polygpt.training.listeners.report import write_report
-from polygpt.training.run_folder import METRICS, RESULT, SAMPLES, read_lines
+from polygpt.training.run_folder import METRICS, SAMPLES, read_lines
 
 
 class RunFiles:

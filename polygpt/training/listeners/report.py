@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from polygpt.config import read_yaml, to_yaml
 from polygpt.files import write_text
+from polygpt.loading import CONFIG, RESULT
 from polygpt.model import Model
 from polygpt.training.events import Stepped
-from polygpt.training.run_folder import CONFIG, METRICS, RESULT, SAMPLES, read_config, read_lines
+from polygpt.training.run_folder import METRICS, SAMPLES, read_config, read_lines
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

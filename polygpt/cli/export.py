@@ -1,0 +1,51 @@
+"""`polygpt export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from polygpt.cli.output import json_option, print_json, print_result, reading
+
+_TYPES = {"hf": ("float32", "bfloat16", "float16"), "gguf": ("f32", "f16", "bf16", "q8_0")}
+
+
+@click.command()
+@click.argument("model", metavar="MODEL")
+@click.option("--format", "form", type=click.Choice(list(_TYPES)), required=True, help="A folder, or a GGUF file.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The new folder or file.")
+@click.option("--dtype", help="Of the weights: float32, bfloat16, float16; for gguf f32, f16, bf16, q8_0.")
+@json_option
+def export(model: str, form: str, out: Path, dtype: str | None, as_json: bool) -> None:
+    """Write a model so that others can open it: transformers (hf) or llama.cpp (gguf).
+
+    What has no counterpart there is refused, and named.
+    """
+    from polygpt import interop
+    from polygpt.errors import RequestError, suggest
+
+    if dtype is not None and dtype not in _TYPES[form]:
+        raise RequestError(f"--dtype {dtype}: not a type of --format {form}; {suggest(dtype, _TYPES[form])}")
+    if out.exists():
+        raise RequestError(f"{out}: exists already; choose another --out")
+    lm = reading(model, None, {})
+    tokenizer = lm.tokenizer if lm.has_tokenizer else None
+    write = interop.export_huggingface if form == "hf" else interop.export_gguf
+    architecture = write(
+        out,
+        lm.config,
+        lm.params,
+        tokenizer,
+        dtype=dtype,
+        stop_tokens=lm.origin.stop_tokens,
+        chat_template=lm.origin.chat_template,
+        facts=lm.origin.facts,
+    )
+    size = sum(path.stat().st_size for path in ([out] if out.is_file() else out.iterdir()))
+    facts = {"out": str(out), "format": form, "architecture": architecture, "parameters": lm.num_parameters}
+    facts["bytes"] = size
+    if as_json:
+        print_json(facts)
+        return
+    print_result((key, f"{value:,}" if isinstance(value, int) else str(value)) for key, value in facts.items())

@@ -1,0 +1,90 @@
+"""`hf:owner/name[@revision]`: the files of a model on a Hugging Face hub, through the library's own cache.
+
+The library's settings hold: HF_HUB_OFFLINE reads the cache alone, HF_ENDPOINT names another hub, HF_TOKEN opens private
+models, HF_HOME says where the cache lies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from polygpt.errors import PolygptError, RequestError
+
+PREFIX = "hf:"
+# What a model is opened from: no code and no pickles.
+_WANTED = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer.json")
+_WANTED += ("tokenizer_config.json", "vocab.json", "merges.txt", "chat_template.jinja")
+_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+LIMIT_VARIABLE, LIMIT_GB = "POLYGPT_MAX_DOWNLOAD_GB", 100.0
+
+
+def fetch(name: str) -> Path:
+    """The folder that holds the files of `hf:owner/name[@revision]`, downloaded where they are not yet in the cache.
+
+    Raises:
+        RequestError: the name is not of this form, there is no such model, it is too large, or the hub is no https
+            address (or, for tests, one of this machine).
+        PolygptError: the hub cannot be reached, or a file does not match the SHA-256 that the hub gives.
+    """
+    match = _NAME.fullmatch(name.removeprefix(PREFIX))
+    if match is None:
+        raise RequestError(f"'{name}' is not of the form hf:owner/name or hf:owner/name@revision")
+    _check_endpoint()
+    import huggingface_hub as hub
+    from huggingface_hub import errors
+
+    wanted = {"repo_id": match["repo"], "revision": match["revision"], "allow_patterns": list(_WANTED)}
+    try:
+        if not hub.constants.HF_HUB_OFFLINE:
+            planned = [file for file in hub.snapshot_download(**wanted, dry_run=True) if file.will_download]
+            _check_size(name, sum(file.file_size or 0 for file in planned))
+        folder = Path(hub.snapshot_download(**wanted))
+    except errors.RevisionNotFoundError:
+        raise RequestError(f"{name}: the model has no revision '{match['revision']}'") from None
+    except errors.RepositoryNotFoundError:
+        raise RequestError(f"{name}: no such model on the hub, or it is private (set HF_TOKEN)") from None
+    except errors.GatedRepoError:
+        raise RequestError(f"{name}: its owner must grant access first; then set HF_TOKEN") from None
+    except errors.LocalEntryNotFoundError:
+        raise PolygptError(f"{name}: not in the cache, and the hub cannot be reached (HF_HUB_OFFLINE?)") from None
+    except (errors.HfHubHTTPError, errors.IncompleteSnapshotError, OSError) as error:
+        raise PolygptError(f"{name}: the hub cannot be read ({str(error).splitlines()[0]})") from None
+    if not hub.constants.HF_HUB_OFFLINE:
+        for file in planned:
+            _check_hash(folder / file.filename)
+    if not (folder / "config.json").is_file():
+        raise RequestError(f"{name}: it has no config.json, so it is no model of the transformers library")
+    return folder
+
+
+def _check_endpoint() -> None:
+    endpoint = urlsplit(os.environ.get("HF_ENDPOINT", "https://"))
+    if endpoint.scheme != "https" and endpoint.hostname not in ("localhost", "127.0.0.1", "::1"):
+        raise RequestError(f"HF_ENDPOINT={endpoint.geturl()}: only https is read, so that nobody between can change it")
+
+
+def _check_size(name: str, size: int) -> None:
+    value = os.environ.get(LIMIT_VARIABLE, LIMIT_GB)
+    try:
+        limit = float(value)
+    except ValueError:
+        raise RequestError(f"{LIMIT_VARIABLE}={value} is not a number (of gigabytes)") from None
+    if size > limit * 1e9:
+        raise RequestError(f"{name}: {size / 1e9:,.1f} GB to download, more than {limit:g}; raise {LIMIT_VARIABLE}")
+
+
+def _check_hash(path: Path) -> None:
+    """Large files lie in the cache under the SHA-256 that the hub gave: what came must have it."""
+    stored = path.resolve()
+    if not re.fullmatch("[0-9a-f]{64}", stored.name):
+        return
+    with stored.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != stored.name:
+        stored.unlink()
+        path.unlink(missing_ok=True)
+        raise PolygptError(f"{path.name}: what came does not match the SHA-256 that the hub gives; try again")
