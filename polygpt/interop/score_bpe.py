@@ -1,0 +1,105 @@
+"""SentencePiece's BPE from pieces and scores, as one `tokenizer.json`.
+
+SentencePiece merges, again and again, the two neighbours that together are the piece of the best score (Kudo &
+Richardson 2018). The `tokenizers` library merges by rank: a rank for each way of cutting a piece in two, the best
+score first, chooses the same. (Where two cuts of one piece overlap in a run of one character, SentencePiece takes the
+left one and the library the one of the better rank.)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from enum import IntEnum
+
+import tokenizers as hf
+
+from polygpt.errors import RequestError
+
+SPACE = "▁"  # what a space is written as
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+
+
+class PieceKind(IntEnum):
+    """What a piece is; the numbers are those of SentencePiece and of GGUF."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+def score_bpe(
+    pieces: Sequence[str],
+    scores: Sequence[float],
+    kinds: Sequence[int],
+    *,
+    space_prefix: bool = True,
+    start: int | None = None,
+) -> hf.Tokenizer:
+    """The tokenizer of `pieces`, whose places are their ids.
+
+    Args:
+        pieces: distinct; spaces are written as `SPACE`, the byte 10 as `<0x0A>`.
+        scores: of the same length.
+        kinds: a `PieceKind` each; only normal pieces come of merging.
+        space_prefix: a text is encoded as if it began with one more space, and decoded without it.
+        start: the id put before a text.
+
+    Raises:
+        RequestError: the pieces make no tokenizer.
+    """
+    unknown = next((piece for piece, kind in zip(pieces, kinds, strict=True) if kind == PieceKind.UNKNOWN), None)
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    bytes_too = sum(_BYTE.fullmatch(piece) is not None for piece in pieces) == 256
+    try:
+        model = hf.models.BPE(
+            vocab, _merges(pieces, scores, kinds), unk_token=unknown, fuse_unk=True, byte_fallback=bytes_too
+        )
+    except Exception as error:  # the library raises plain Exceptions
+        raise RequestError(f"the pieces make no tokenizer ({str(error).splitlines()[0]})") from None
+    made = hf.Tokenizer(model)
+    prefix = [hf.normalizers.Prepend(SPACE)] if space_prefix else []
+    made.normalizer = hf.normalizers.Sequence([*prefix, hf.normalizers.Replace(" ", SPACE)])
+    strip = [hf.decoders.Strip(" ", 1, 0)] if space_prefix else []
+    steps = [hf.decoders.Replace(SPACE, " "), hf.decoders.ByteFallback(), hf.decoders.Fuse(), *strip]
+    made.decoder = hf.decoders.Sequence(steps)
+    add_tokens(made, pieces, kinds)
+    if start is not None:
+        begin_with(made, pieces[start], start)
+    return made
+
+
+def add_tokens(made: hf.Tokenizer, pieces: Sequence[str], kinds: Sequence[int]) -> None:
+    """Tells the tokenizer which of its tokens are special and which stand for their own text wherever it occurs."""
+    special = [p for p, kind in zip(pieces, kinds, strict=True) if kind in (PieceKind.UNKNOWN, PieceKind.CONTROL)]
+    own = [p for p, kind in zip(pieces, kinds, strict=True) if kind == PieceKind.USER_DEFINED]
+    made.add_special_tokens([hf.AddedToken(p, special=True, normalized=False) for p in special if p])
+    made.add_tokens([hf.AddedToken(p, special=False, normalized=False) for p in own if p])
+
+
+def begin_with(made: hf.Tokenizer, piece: str, number: int) -> None:
+    """Puts the token `piece`, whose id is `number`, before every text.
+
+    Raises:
+        RequestError: the library's templates cannot spell it.
+    """
+    try:
+        made.post_processor = hf.processors.TemplateProcessing(
+            single=[piece, "$A"], pair=[piece, "$A", piece, "$B:1"], special_tokens=[(piece, number)]
+        )
+    except Exception:  # the library raises plain Exceptions
+        raise RequestError(f"the token {piece!r} cannot begin a text: its name has a colon or a dollar") from None
+
+
+def _merges(pieces: Sequence[str], scores: Sequence[float], kinds: Sequence[int]) -> list[tuple[str, str]]:
+    """Every way of cutting a normal piece into two normal ones, the best scores first."""
+    normal = {p: i for i, (p, kind) in enumerate(zip(pieces, kinds, strict=True)) if kind == PieceKind.NORMAL}
+    ranked = []
+    for piece, number in normal.items():
+        for cut in range(1, len(piece)):
+            if piece[:cut] in normal and piece[cut:] in normal:
+                ranked.append((-scores[number], number, -cut, piece))
+    return [(piece[:-cut], piece[-cut:]) for _, _, cut, piece in sorted(ranked)]
