@@ -92,7 +92,9 @@ class LanguageModel:
             RequestError: the model has none.
         """
         if self._tokenizer is None:
-            raise RequestError("this model has no tokenizer (a preset of random weights has none, nor has a folder without tokenizer.json)")
+            raise RequestError(
+                "this model has no tokenizer: a preset has none, nor has a folder without tokenizer.json"
+            )
         return self._tokenizer
 
     @property

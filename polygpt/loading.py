@@ -20,7 +20,7 @@ from polygpt.errors import RequestError, suggest
 from polygpt.files import new_folder, write_text
 from polygpt.interop import HUB, ForeignModel, fetch, is_huggingface, open_huggingface, read_json
 from polygpt.language_model import LanguageModel, Origin
-from polygpt.model import Model, ModelConfig, Params
+from polygpt.model import Model, ModelConfig, ParameterInfo, Params
 from polygpt.presets import PRESET_VOCAB, PRESETS, preset
 from polygpt.process import command_line
 from polygpt.tokenizers import Tokenizer, load_tokenizer
@@ -68,6 +68,7 @@ def load(
     """
     found = find(name, warn)
     config = adapted(found.config, dtype, overrides or {})
+    check_shapes(found.config, config, str(name))
     params = found.read(config, on_progress)
     origin = Origin(found.stop_tokens, found.chat_template, dict(found.facts))
     return LanguageModel(config, params, found.tokenizer, origin)
@@ -113,6 +114,29 @@ def adapted(config: ModelConfig, dtype: str | None, overrides: Mapping[str, Any]
             raise RequestError(f"model.vocab_size={wanted}: this model has {tokens:,} ids, and none can be left out")
         fields["vocab_padding"] = wanted - tokens
     return validate(ModelConfig, fields)
+
+
+def check_shapes(stored: ModelConfig, wanted: ModelConfig, name: str) -> None:
+    """Refuses a configuration for which weights of another cannot serve: only padding and fewer positions can differ.
+
+    Raises:
+        RequestError: the first parameter of another shape is named.
+    """
+    there, here = (_shapes(config) for config in (stored, wanted))
+    for path in sorted(there.keys() | here.keys()):
+        theirs, ours = there.get(path), here.get(path)
+        if theirs is None or ours is None or not all(map(_serves, theirs.shape, ours.shape, ours.axes)):
+            had, asked = ("no such parameter" if i is None else list(i.shape) for i in (theirs, ours))
+            raise RequestError(f"{name}: {path} is {had} there, {asked} in the model asked for; change what does that")
+
+
+def _serves(stored: int, wanted: int, axis: str) -> bool:
+    return stored == wanted or (axis == "vocab" and stored < wanted) or (axis == "position" and stored > wanted)
+
+
+def _shapes(config: ModelConfig) -> dict[str, ParameterInfo]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(Model(config).parameters)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): info for path, info in leaves}
 
 
 def save(lm: LanguageModel, folder: Path) -> None:
@@ -165,7 +189,7 @@ def _open_own(folder: Path, warn: Warn) -> ForeignModel:
 
     def read(wanted: ModelConfig, on_progress: Callable[[int], None]) -> Params:
         like = jax.eval_shape(lambda: Model(config).init(0))
-        return _converted(checkpoint.restore(saved, "params", like), config, wanted)
+        return _converted(checkpoint.restore(saved, "params", like), wanted)
 
     facts = {**origin.facts, **_figures(folder)}
     return ForeignModel(config, read, tokenizer, origin.stop_tokens, origin.chat_template, facts)
@@ -178,13 +202,13 @@ def _figures(folder: Path) -> dict[str, Any]:
     return {key: value for key, value in read_json(path).items() if key in wanted} if path.is_file() else {}
 
 
-def _converted(params: Params, config: ModelConfig, wanted: ModelConfig) -> Params:
-    """Parameters for a configuration that differs in types and in the padding of the vocabulary."""
-    extra = wanted.vocab_size - config.vocab_size
+def _converted(params: Params, wanted: ModelConfig) -> Params:
+    """Parameters for a configuration of other types, with more padding of the vocabulary, or with fewer positions."""
 
-    def convert(leaf: jax.Array, info: Any) -> jax.Array:
-        if extra:
-            leaf = jnp.pad(leaf, [(0, extra * (axis == "vocab")) for axis in info.axes])
+    def convert(leaf: jax.Array, info: ParameterInfo) -> jax.Array:
+        if leaf.shape != info.shape:
+            leaf = jnp.pad(leaf, [(0, max(n - m, 0)) for n, m in zip(info.shape, leaf.shape, strict=True)])
+            leaf = leaf[tuple(slice(n) for n in info.shape)]
         return leaf.astype(info.dtype)
 
     return jax.tree.map(convert, params, Model(wanted).parameters)

@@ -77,7 +77,8 @@ def read_params(
 ) -> Params:
     """The parameters of `model`, filled tensor by tensor: beside them only the tensors in hand are in memory.
 
-    `on_progress` is given the number of weights after each tensor. Padding of the vocabulary is 0.
+    The model may have more ids than the tensors (padding, which is 0) and fewer learned positions. `on_progress` is
+    given the number of weights after each tensor.
     """
     infos = flatten_dict(model.parameters)
     whole = {path: _empty(info.shape, info.dtype, model.config.vocab_padding) for path, info in infos.items()}
@@ -85,7 +86,8 @@ def read_params(
     def fill(tensor: ForeignTensor) -> int:
         values = source.read(tensor.name)
         for piece, own in tensor.split(values):
-            piece.within(whole[piece.path])[...] = own
+            place = piece.within(whole[piece.path])
+            place[...] = own[tuple(slice(size) for size in place.shape)]
         return values.size
 
     # Two at a time: copying and turning a matrix leave Python's lock to others.

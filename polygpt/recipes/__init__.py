@@ -9,6 +9,7 @@ from typing import Any
 
 from polygpt.config import dotted_to_nested, merge, parse_yaml, read_yaml, validate
 from polygpt.errors import RequestError, suggest
+from polygpt.loading import adapted, find
 from polygpt.presets import PRESETS, preset_fields
 from polygpt.training import RunConfig, read_config
 
@@ -21,14 +22,20 @@ def recipe_names() -> list[str]:
 def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> RunConfig:
     """The run that a recipe or a YAML file describes, with dotted `overrides` laid over it.
 
-    `model.preset` names a preset whose fields the rest of `model` changes.
+    `model.preset` names a preset whose fields the rest of `model` changes. With `training.initial` they change that
+    model, whose tokenizer is taken as well.
 
     Raises:
         RequestError: no such recipe or file, a mistake in it or in an override, or shapes that do not fit.
     """
     fields = merge(_read(name), dotted_to_nested(overrides or {}))
+    training = fields.get("training")
+    initial = training.get("initial") if isinstance(training, Mapping) else None
     if isinstance(fields.get("model"), Mapping):
         fields["model"] = model_fields(fields["model"])
+    if isinstance(initial, str):
+        fields["model"] = _initial_fields(initial, fields.get("model") or {})
+        fields.setdefault("tokenizer", {"kind": "initial"})
     return validate(RunConfig, fields)
 
 
@@ -51,6 +58,11 @@ def model_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     fields = dict(fields)
     name = fields.pop("preset", None)
     return fields if name is None else merge(preset_fields(str(name)), fields)
+
+
+def _initial_fields(initial: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of the model to start from, with `changes`."""
+    return adapted(find(initial).config, None, changes).to_dict()
 
 
 def _read(name: str) -> dict[str, Any]:

@@ -12,9 +12,9 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 class TokenizerConfig(Config):
-    """A tokenizer to train (`char`, `byte`, `bpe`), or one to read from a `file`."""
+    """A tokenizer to train (`char`, `byte`, `bpe`), to read from a `file`, or that of the model a run starts from."""
 
-    kind: Literal["char", "byte", "bpe", "file"] = "bpe"
+    kind: Literal["char", "byte", "bpe", "file", "initial"] = "bpe"
     vocab_size: int = Field(4096, ge=1)
     """Of `bpe` only, special tokens included; a text too small for it gives fewer ids."""
     path: str | None = None
@@ -27,10 +27,10 @@ class TokenizerConfig(Config):
         if self.kind == "file":
             if self.path is None:
                 raise ValueError("kind 'file' needs path: a tokenizer.json, or a folder that holds one")
-            if self.special_tokens is not None:
-                raise ValueError("special_tokens: a tokenizer of kind 'file' has its own; leave them out")
         elif self.path is not None:
-            raise ValueError(f"path is for kind 'file'; a tokenizer of kind '{self.kind}' is trained on text")
+            raise ValueError(f"path is for kind 'file', not for kind '{self.kind}'")
+        if self.kind in ("file", "initial") and self.special_tokens is not None:
+            raise ValueError(f"special_tokens: a tokenizer of kind '{self.kind}' has its own; leave them out")
         specials = self.specials
         if len(set(specials)) < len(specials) or "" in specials:
             raise ValueError(f"special_tokens must be distinct and not empty, not {list(specials)}")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from polygpt.config import Config, Seed, slot
+from polygpt.config import Config, Seed, Tuple, slot
 from polygpt.data import DataConfig
+from polygpt.evaluation import EVALUATIONS, EvaluationConfig
 from polygpt.model import ModelConfig
 from polygpt.tokenizers import TokenizerConfig
 from polygpt.training.optimizers import (
@@ -35,6 +36,7 @@ class TrainingConfig(Config):
     """How a model is trained.
 
     Attributes:
+        initial: a MODEL whose weights training starts from; None draws new ones.
         steps: optimizer steps.
         batch_size: windows a step; a step sees batch_size · context_length tokens.
         optimizer, schedule: chosen by `kind`.
@@ -47,8 +49,10 @@ class TrainingConfig(Config):
         keep: how many of the newest checkpoints stay.
         log_every: steps whose metrics are fetched from the device together.
         samples: text sampled along the way.
+        evaluations: what else the model is evaluated by along the way and at the end, each chosen by `kind`.
     """
 
+    initial: str | None = None
     steps: Annotated[int, Field(gt=0, lt=2**31)]
     batch_size: PositiveInt
     optimizer: slot(OptimizerConfig, OPTIMIZERS, default="adamw") = AdamWConfig()
@@ -61,12 +65,35 @@ class TrainingConfig(Config):
     keep: PositiveInt = 2
     log_every: PositiveInt = 10
     samples: SamplingConfig = SamplingConfig()
+    evaluations: Tuple[slot(EvaluationConfig, EVALUATIONS)] = ()
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> TrainingConfig:
+        titles = [evaluation.title for evaluation in self.evaluations]
+        twice = next((title for index, title in enumerate(titles) if title in titles[:index]), None)
+        if twice is not None:
+            raise ValueError(f"evaluations: two are called '{twice}'; give one of them another name (name: ...)")
+        return self
 
 
 class RunConfig(Config):
-    """Everything a run is: from text to a trained model."""
+    """Everything a run is: from text to a trained model.
+
+    With `training.initial` the recipe need not name model and tokenizer: they are the initial model's.
+    """
 
     model: ModelConfig
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig = DataConfig()
     training: TrainingConfig
+
+    @model_validator(mode="after")
+    def _tokenizer_of_initial(self) -> RunConfig:
+        initial = self.training.initial
+        if (self.tokenizer.kind == "initial") != (initial is not None):
+            raise ValueError(
+                "tokenizer.kind=initial is that of training.initial, which is not given"
+                if initial is None
+                else f"training.initial={initial} brings its own tokenizer; leave tokenizer out (kind initial)"
+            )
+        return self

@@ -55,6 +55,14 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What one of `training.evaluations` found after `step` steps; `metrics` by name, as in `hellaswag/acc`."""
+
+    step: int
+    metrics: dict[str, float | None]
+
+
+@dataclass(frozen=True)
 class Sampled:
     """Text the model wrote after `step` steps."""
 
@@ -92,5 +100,5 @@ class RunResult:
     compile_seconds: float
 
 
-Event = Note | Started | Stepped | Evaluated | Sampled | Saved | Finished
+Event = Note | Started | Stepped | Evaluated | Measured | Sampled | Saved | Finished
 Listener = Callable[[Event], None]

@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import numpy as np
 from polygpt import checkpoint
 from polygpt.data import Loader
 from polygpt.errors import RequestError
+from polygpt.evaluation import EvaluationConfig, Ready
 from polygpt.language_model import LanguageModel
 from polygpt.loading import CHECKPOINTS
 from polygpt.model import Model
@@ -28,12 +30,14 @@ from polygpt.training.events import (
     Event,
     Finished,
     Listener,
+    Measured,
     Note,
     RunResult,
     Sampled,
     Saved,
     Started,
 )
+from polygpt.training.initial import initial_params
 from polygpt.training.interrupt import Interrupted, InterruptFlag
 from polygpt.training.listeners import standard_listeners
 from polygpt.training.meter import Meter
@@ -65,6 +69,10 @@ def train(
     emit = _emitter(standard_listeners() if listeners is None else listeners)
     if config is None and not resume:
         raise RequestError("a configuration is needed (such as polygpt.load_recipe('demo')), or resume=True")
+    # What can be known of them now is: the data may take long to prepare.
+    for index, evaluation in enumerate(config.training.evaluations if config is not None else ()):
+        with _naming(index):
+            evaluation.check()
     if resume:
         run = open_run(out)
         if config is not None:
@@ -116,9 +124,28 @@ def _first_difference(mine: Any, theirs: Any, key: str) -> tuple[str, Any, Any]:
 def _check(run: Run) -> None:
     """Refuses a run whose data is shorter than a window or whose model cannot be built, before it is written."""
     _loaders(run)
+    _evaluations(run)
     model = Model(run.config.model)
     model.check()
     model.attention_implementation()  # refuses one that cannot run here
+
+
+def _evaluations(run: Run) -> list[tuple[EvaluationConfig, Ready]]:
+    """What `training.evaluations` asks for, its data read and found to fit the run's model."""
+    found = []
+    for index, evaluation in enumerate(run.config.training.evaluations):
+        with _naming(index):
+            found.append((evaluation, evaluation.prepare(run.tokenizer, run.config.model.context_length)))
+    return found
+
+
+@contextmanager
+def _naming(index: int) -> Iterator[None]:
+    """Names the evaluation that a refusal is about."""
+    try:
+        yield
+    except RequestError as error:
+        raise RequestError(f"training.evaluations.{index}: {error}") from None
 
 
 def _loaders(run: Run) -> tuple[Loader, Loader]:
@@ -143,6 +170,7 @@ class _Loop:
         self.folder, self.tokenizer, self.emit = run.folder, run.tokenizer, emit
         self.config, self.training = run.config, run.config.training
         self.train_loader, self.validation_loader = _loaders(run)
+        self.evaluations = _evaluations(run)
         self.tokens_per_byte = run.shards.validation.tokens / run.shards.validation.bytes
         self.model = Model(run.config.model)
         self.trainer = Trainer(self.model, self.training)
@@ -152,7 +180,7 @@ class _Loop:
     def run(self, resume: bool) -> RunResult:
         """The whole of it: from the newest checkpoint, if resuming, to the last step's."""
         with InterruptFlag() as interrupt:
-            state = self._restore() if resume else self.trainer.init()
+            state = self._restore() if resume else self._start()
             write_config(self.folder, self.config)  # a resumed run may go on for more steps
             self.emit(Started(self.config, self.folder, int(state.step), self.model.num_parameters, self._facts()))
             compile_seconds = 0.0
@@ -163,6 +191,7 @@ class _Loop:
                 self.emit(Note(f"compiled in {compile_seconds:.1f} s"))
                 state = self._steps(state, step_function, interrupt)
             evaluated = self._evaluate(state, full=True)
+            self._measure(state)
         result = RunResult(
             run=str(self.folder),
             steps=int(state.step),
@@ -186,6 +215,8 @@ class _Loop:
                 self.meter.flush()
             if _due(step, self.training.eval_every) and not last:
                 self._evaluate(state)
+            if not last:
+                self._measure(state, step)
             if _due(step, self.training.samples.every) or (last and self.training.samples.every):
                 self._sample(state, step)
             if interrupt.raised or last or _due(step, self.training.save_every):
@@ -213,6 +244,19 @@ class _Loop:
         self.meter.restart()
         return event
 
+    def _measure(self, state: TrainState, step: int | None = None) -> None:
+        """What `training.evaluations` asks for at `step`; all of it at the end (None)."""
+        due = [(asked, ready) for asked, ready in self.evaluations if step is None or _due(step, asked.every)]
+        if not due:
+            return
+        self.meter.flush()
+        lm = LanguageModel(self.config.model, state.params, self.tokenizer)
+        for asked, ready in due:
+            outcome = ready(lm, lambda done, total: None)
+            metrics = {f"{asked.title}/{name}": value for name, value in outcome.metrics.items()}
+            self.emit(Measured(int(state.step), metrics))
+        self.meter.restart()
+
     def _sample(self, state: TrainState, step: int) -> None:
         self.meter.flush()
         settings = self.training.samples
@@ -237,11 +281,18 @@ class _Loop:
         self.emit(Saved(step, saved.folder))
         self.meter.restart()
 
+    def _start(self) -> TrainState:
+        """The state before the first step: new weights, or those of `training.initial`."""
+        if self.training.initial is None:
+            return self.trainer.init()
+        self.emit(Note(f"weights: from {self.training.initial}"))
+        return self.trainer.init(initial_params(self.config))
+
     def _restore(self) -> TrainState:
         saved = checkpoint.newest(self.folder / CHECKPOINTS, lambda text: self.emit(Note(text, warning=True)))
         if saved is None:
             self.emit(Note("no checkpoint yet: starting from the first step"))
-            return self.trainer.init()
+            return self._start()
         if saved.info["data"] != self.train_loader.fingerprint:
             raise RequestError(
                 f"{self.folder}: the checkpoint was trained on other batches (data, batch_size, context_length, "

@@ -21,11 +21,12 @@ from polygpt.config import read_yaml, to_yaml, validate
 from polygpt.data import Shards, is_prepared, open_shards, open_source, prepare, training_texts
 from polygpt.errors import RequestError
 from polygpt.files import new_folder, write_text
-from polygpt.loading import CONFIG, TOKENIZER
+from polygpt.loading import CONFIG, TOKENIZER, write_origin
 from polygpt.model import ModelConfig
 from polygpt.process import command_line
 from polygpt.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
 from polygpt.training.config import RunConfig
+from polygpt.training.initial import check_prepared, initial_origin, initial_tokenizer
 
 DATA = "data"
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
@@ -54,6 +55,8 @@ def create_run(config: RunConfig, folder: Path, tell: Callable[[str], None], che
         tokenizer, shards = _prepare(config, partial, tell)
         model = resolve_vocabulary(config.model, tokenizer)
         run = Run(partial, config.replace(model=model.to_dict()), tokenizer, shards)
+        if config.training.initial is not None:
+            write_origin(partial, initial_origin(config))
         check_prompts(run)
         check(run)
         tokenizer.save(partial / TOKENIZER)
@@ -142,6 +145,8 @@ def _prepare(config: RunConfig, partial: Path, tell: Callable[[str], None]) -> t
         folder = Path(config.data.paths[0]).expanduser()
         wanted = config.tokenizer
         path = wanted.path if wanted.kind == "file" else folder / TOKENIZER
+        if wanted.kind == "initial":
+            check_prepared(config, folder)
         tell(f"data: prepared shards in {folder}, with their own tokenizer")
         tokenizer = load_tokenizer(path)
         return tokenizer, open_shards(folder, tokenizer)
@@ -150,7 +155,8 @@ def _prepare(config: RunConfig, partial: Path, tell: Callable[[str], None]) -> t
     # An alphabet is no knowledge of the held-out text, and a character outside it could not be encoded at all.
     whole = config.tokenizer.kind == "char"
     texts = (document.text for document in source) if whole else training_texts(source, config.data)
-    tokenizer = train_tokenizer(config.tokenizer, texts)
+    initial = config.tokenizer.kind == "initial"
+    tokenizer = initial_tokenizer(config) if initial else train_tokenizer(config.tokenizer, texts)
     tell(f"tokenizer: {config.tokenizer.kind}, {tokenizer.vocab_size} ids, {tokenizer.fingerprint[:12]}")
     shards = prepare(source, tokenizer, partial / DATA, config.data)
     if source.invalid.documents:

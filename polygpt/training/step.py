@@ -56,9 +56,9 @@ class Trainer:
         self.learning_rate = config.schedule.build(config.optimizer.learning_rate, config.steps)
         self.optimizer = config.optimizer.build(model, self.learning_rate)
 
-    def init(self) -> TrainState:
-        """The state before the first step."""
-        params = self.place(self.model.init(self.config.seed))
+    def init(self, params: Params | None = None) -> TrainState:
+        """The state before the first step, with freshly drawn parameters where none are given."""
+        params = self.place(self.model.init(self.config.seed) if params is None else params)
         return TrainState(params, jax.jit(self.optimizer.init)(params), jnp.zeros((), jnp.int32))
 
     def place(self, params: Params) -> Params:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,75 +25,25 @@ ACTIVATIONS = {
     "tanh": "tanh",
 }
 # What says nothing of the logits: bookkeeping, generation, training, how transformers runs it.
-WITHOUT_EFFECT = frozenset(
-    [
-        "_name_or_path",
-        "architectures",
-        "auto_map",
-        "bad_words_ids",
-        "begin_suppress_tokens",
-        "bos_token_id",
-        "chunk_size_feed_forward",
-        "cross_attention_hidden_size",
-        "decoder_start_token_id",
-        "diversity_penalty",
-        "do_sample",
-        "dtype",
-        "early_stopping",
-        "encoder_no_repeat_ngram_size",
-        "eos_token_id",
-        "exponential_decay_length_penalty",
-        "finetuning_task",
-        "forced_bos_token_id",
-        "forced_eos_token_id",
-        "gradient_checkpointing",
-        "id2label",
-        "initializer_range",
-        "is_decoder",
-        "is_encoder_decoder",
-        "is_llama_config",
-        "keys_to_ignore_at_inference",
-        "label2id",
-        "length_penalty",
-        "max_length",
-        "min_length",
-        "model_type",
-        "no_repeat_ngram_size",
-        "num_beam_groups",
-        "num_beams",
-        "num_return_sequences",
-        "output_attentions",
-        "output_hidden_states",
-        "output_router_logits",
-        "output_scores",
-        "pad_token_id",
-        "polygpt",
-        "prefix",
-        "pretraining_tp",
-        "problem_type",
-        "remove_invalid_values",
-        "repetition_penalty",
-        "return_dict",
-        "return_dict_in_generate",
-        "rope_interleaved",
-        "sep_token_id",
-        "suppress_tokens",
-        "task_specific_params",
-        "temperature",
-        "tf_legacy_loss",
-        "tokenizer_class",
-        "top_k",
-        "top_p",
-        "torch_dtype",
-        "torchscript",
-        "transformers.js_config",
-        "transformers_version",
-        "typical_p",
-        "use_bfloat16",
-        "use_cache",
-        "_attn_implementation_autoset",
-    ]
+WITHOUT_EFFECT = (
+    # What the model is called, and tasks it is not opened for.
+    *("architectures", "model_type", "auto_map", "transformers_version", "transformers.js_config"),
+    *("tokenizer_class", "finetuning_task", "task_specific_params", "problem_type", "id2label", "label2id", "polygpt"),
+    # How generation was set up, before it had a file of its own.
+    *("do_sample", "early_stopping", "temperature", "top_k", "top_p", "typical_p", "num_beams", "num_beam_groups"),
+    *("max_length", "min_length", "length_penalty", "repetition_penalty", "diversity_penalty", "num_return_sequences"),
+    *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "prefix"),
+    *("begin_suppress_tokens", "exponential_decay_length_penalty", "remove_invalid_values"),
+    # What a call returns and how it is run.
+    *("output_attentions", "output_hidden_states", "output_scores", "output_router_logits", "return_dict"),
+    *("return_dict_in_generate", "keys_to_ignore_at_inference", "use_cache", "use_bfloat16", "torchscript", "dtype"),
+    *("torch_dtype", "chunk_size_feed_forward", "gradient_checkpointing", "pretraining_tp", "tf_legacy_loss"),
+    *("cross_attention_hidden_size", "is_decoder", "is_encoder_decoder"),
+    # Drawing new weights, and the mark of a tool that turned other layouts into this one.
+    *("initializer_range", "is_llama_config", "rope_interleaved"),
 )
+# Ids of special tokens (the tokenizer and generation have their own), and what a tool notes for itself.
+NOTES = re.compile(r".*_token_ids?|_.*")
 
 
 @dataclass(frozen=True)

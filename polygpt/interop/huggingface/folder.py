@@ -9,7 +9,7 @@ from typing import Any
 from polygpt.config import validate
 from polygpt.errors import RequestError, suggest
 from polygpt.interop.checkpoint import ForeignModel
-from polygpt.interop.huggingface.families import WITHOUT_EFFECT, Family
+from polygpt.interop.huggingface.families import NOTES, WITHOUT_EFFECT, Family
 from polygpt.interop.huggingface.gpt2 import GPT2
 from polygpt.interop.huggingface.llama import FAMILIES
 from polygpt.interop.huggingface.safetensors_files import SafetensorsFolder
@@ -47,11 +47,11 @@ def open_huggingface(folder: Path) -> ForeignModel:
     dtype = _DTYPES.get(_commonest_dtype(source), "float32")
     config = validate(ModelConfig, fields | {"param_dtype": dtype, "compute_dtype": dtype}, settings.where)
     _check_tied_head(source, family, config)
-    check(source, tensors_of(Model(config), family, source), ignored=rf"{family.ignored}|{_HEAD}")
+    wanted = tensors_of(Model(config), family, source)
+    check(source, wanted, ignored=rf"{family.ignored}|{_HEAD}")
 
     def read(config: ModelConfig, on_progress: Callable[[int], None]) -> Params:
-        model = Model(config)
-        return read_params(model, source, tensors_of(model, family, source), on_progress)
+        return read_params(Model(config), source, wanted, on_progress)
 
     return ForeignModel(
         config,
@@ -98,7 +98,7 @@ def read_fields(family: Family, settings: Settings) -> dict[str, Any]:
         RequestError: a setting is unknown, missing, or asks for what there is not here.
     """
     fields = family.read(settings)
-    settings.ignore(*WITHOUT_EFFECT)
+    settings.ignore(*WITHOUT_EFFECT, *filter(NOTES.fullmatch, settings.values))
     settings.finish()
     return fields
 

@@ -10,7 +10,7 @@ from typing import Any
 from polygpt.errors import PolygptError
 from polygpt.files import write_text
 from polygpt.loading import RESULT
-from polygpt.training.events import Evaluated, Event, Finished, Sampled, Saved, Started, Stepped
+from polygpt.training.events import Evaluated, Event, Finished, Measured, Sampled, Saved, Started, Stepped
 from polygpt.training.listeners.report import write_report
 from polygpt.training.run_folder import METRICS, SAMPLES, read_lines
 
@@ -32,12 +32,16 @@ class RunFiles:
                 self.folder = folder
                 kept = [_cut_after(folder / name, step) for name in (METRICS, SAMPLES)]
                 self.evaluated = next((line for line in reversed(kept[0]) if "val_loss" in line), None)
+                self.measured = [line for line in kept[0] if "loss" not in line and "val_loss" not in line]
             case Stepped():
                 line = {k: v for k, v in dataclasses.asdict(event).items() if v is not None and k != "extra"}
                 self._write(METRICS, event.extra | line)
             case Evaluated():
                 # A finished run that is resumed ends with the evaluation that it already has.
                 if (line := dataclasses.asdict(event)) != self.evaluated:
+                    self._write(METRICS, line)
+            case Measured(step=step, metrics=metrics):
+                if (line := {"step": step, **metrics}) not in self.measured:
                     self._write(METRICS, line)
             case Sampled():
                 self._write(SAMPLES, dataclasses.asdict(event))

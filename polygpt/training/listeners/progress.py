@@ -8,7 +8,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from polygpt.training.events import Evaluated, Event, Finished, Listener, Note, Sampled, Saved, Started, Stepped
+from polygpt.training.events import (
+    Evaluated,
+    Event,
+    Finished,
+    Listener,
+    Measured,
+    Note,
+    Sampled,
+    Saved,
+    Started,
+    Stepped,
+)
 
 # Seconds between two plain lines.
 PLAIN_INTERVAL = 5.0
@@ -31,6 +42,9 @@ def describe(event: Event) -> str | None:
         case Evaluated(step=step, val_loss=loss, val_bits_per_byte=bits, full=full):
             part = "" if full else " (part of the held-out text)"
             return f"step {step}: validation loss {loss:.4f}, {bits:.4f} bits per byte{part}"
+        case Measured(step=step, metrics=metrics):
+            known = (f"{escape(name)} {value:.4f}" for name, value in metrics.items() if value is not None)
+            return f"step {step}: {', '.join(known)}"
         case Sampled(step=step, prompt=prompt, text=text):
             return f"step {step}: [cyan]{escape(_short(prompt))}[/cyan]{escape(_short(text))}"
         case Saved(step=step, folder=folder):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from importlib import metadata, resources
 from pathlib import Path
@@ -47,6 +47,7 @@ def write_report(run: Path, baselines: Sequence[Baseline] = ()) -> Path:
     if baselines:
         own = Baseline("this model", result["val_bits_per_byte"])
         bars = _svg(_baseline_figure([own, *baselines]))
+    measured = _measured(lines)
     page = _template().render(
         name=run.name,
         result=result,
@@ -54,6 +55,9 @@ def write_report(run: Path, baselines: Sequence[Baseline] = ()) -> Path:
         curve=_svg(curve),
         speed=_svg(_speed_figure(lines)),
         parts=_svg(_parts_figure(lines)) if _extra_names(lines) else None,
+        measured=measured,
+        measured_names=_measured_names(measured),
+        measures=_svg(_measured_figure(measured)) if _measured_names(measured) else None,
         caveat=Model(read_config(run).model).training_caveat,
         bars=bars,
         baselines=baselines,
@@ -132,15 +136,43 @@ def _extra_names(lines: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _parts_figure(lines: Sequence[dict[str, Any]]) -> Figure:
-    """Auxiliary losses and metrics of the model's parts, a panel each: they differ in size."""
-    names = _extra_names(lines)
-    figure, all_axes = _figure(1.8 * len(names), rows=len(names))
-    steps = [line for line in lines if "loss" in line]
-    for name, axes in zip(names, all_axes, strict=True):
-        values = [line[name] for line in steps]
-        x = [line["step"] for line in steps]
+    """Auxiliary losses and metrics of the model's parts."""
+
+    def draw(axes: Any, x: list[int], values: list[float]) -> None:
         axes.plot(x, values, color=BLUE, alpha=0.25, linewidth=0.8)
         axes.plot(x, _smooth(values), color=BLUE, linewidth=1.4)
+
+    return _panels(_extra_names(lines), [line for line in lines if "loss" in line], draw)
+
+
+def _measured(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What `training.evaluations` found: a line a step, the metrics of all of them together."""
+    by_step: dict[int, dict[str, Any]] = {}
+    for line in lines:
+        if "loss" not in line and "val_loss" not in line:
+            by_step.setdefault(line["step"], {}).update(line)
+    return list(by_step.values())
+
+
+def _measured_figure(rows: Sequence[dict[str, Any]]) -> Figure:
+    def draw(axes: Any, x: list[int], values: list[float]) -> None:
+        axes.plot(x, values, color=ORANGE, marker="o", markersize=4)
+
+    return _panels(_measured_names(rows), rows, draw)
+
+
+def _measured_names(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Metrics in the order they came, the standard errors left out."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return [name for name in names if name != "step" and "_stderr" not in name]
+
+
+def _panels(names: Sequence[str], rows: Sequence[dict[str, Any]], draw: Callable[..., None]) -> Figure:
+    """A panel for each of `names`, one below the other: they differ in size."""
+    figure, all_axes = _figure(1.8 * len(names), rows=len(names))
+    for name, axes in zip(names, all_axes, strict=True):
+        known = [row for row in rows if row.get(name) is not None]
+        draw(axes, [row["step"] for row in known], [row[name] for row in known])
         axes.set_ylabel(name.replace("_", " "))
     all_axes[-1].set_xlabel("step")
     return figure

@@ -1,0 +1,58 @@
+"""Starting from a model that exists: its weights, its tokenizer, and what came with it."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+from polygpt.data import open_shards
+from polygpt.errors import RequestError
+from polygpt.interop import ForeignModel
+from polygpt.language_model import Origin
+from polygpt.loading import check_shapes, find
+from polygpt.model import Params
+from polygpt.tokenizers import Tokenizer
+from polygpt.training.config import RunConfig
+
+
+@lru_cache(maxsize=1)
+def _found(initial: str) -> ForeignModel:
+    return find(initial)
+
+
+def initial_params(config: RunConfig) -> Params:
+    """The weights of `training.initial` for the run's model.
+
+    Raises:
+        RequestError: it cannot be read, or it does not fit the run's model; the first difference is named.
+    """
+    found = _found(config.training.initial)
+    check_shapes(found.config, config.model, f"training.initial={config.training.initial}")
+    return found.read(config.model, int)
+
+
+def initial_tokenizer(config: RunConfig) -> Tokenizer:
+    """The tokenizer of `training.initial`.
+
+    Raises:
+        RequestError: it has none.
+    """
+    tokenizer = _found(config.training.initial).tokenizer
+    if tokenizer is None:
+        raise RequestError(f"training.initial={config.training.initial}: it has no tokenizer to prepare text with")
+    return tokenizer
+
+
+def initial_origin(config: RunConfig) -> Origin:
+    """What came with `training.initial`, and its name."""
+    found = _found(config.training.initial)
+    return Origin(found.stop_tokens, found.chat_template, {**found.facts, "source": config.training.initial})
+
+
+def check_prepared(config: RunConfig, folder: Path) -> None:
+    """Refuses shards that were prepared with another tokenizer than the initial model's.
+
+    Raises:
+        RequestError: they were.
+    """
+    open_shards(folder, initial_tokenizer(config))
