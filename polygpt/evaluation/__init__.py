@@ -1,5 +1,58 @@
-"""Evaluation: what a model's likelihood is measured against."""
+"""Evaluation: how well a model predicts text, what it chooses, and what its likelihood is measured against.
+
+`EVALUATIONS` is the menu of what `polygpt eval` and `training.evaluations` do; the functions behind it work on any
+`LanguageModel`.
+"""
 
 from polygpt.evaluation.baselines import bigram_bits_per_byte, gzip_bits_per_byte, held_out_text, xz_bits_per_byte
+from polygpt.evaluation.hellaswag import (
+    Choice,
+    HellaSwagResult,
+    Question,
+    choose_endings,
+    encode_questions,
+    read_questions,
+)
+from polygpt.evaluation.perplexity import PerplexityResult, Text, encode_text, perplexity, read_text
+from polygpt.evaluation.progress import progress
+from polygpt.evaluation.scoring import Row, Score, Tell, score_continuations, score_rows
+from polygpt.evaluation.tasks import (
+    EVALUATIONS,
+    EvaluationConfig,
+    HarnessConfig,
+    HellaSwagConfig,
+    Outcome,
+    PerplexityConfig,
+    Ready,
+)
 
-__all__ = ["bigram_bits_per_byte", "gzip_bits_per_byte", "held_out_text", "xz_bits_per_byte"]
+__all__ = [
+    "EVALUATIONS",
+    "Choice",
+    "EvaluationConfig",
+    "HarnessConfig",
+    "HellaSwagConfig",
+    "HellaSwagResult",
+    "Outcome",
+    "PerplexityConfig",
+    "PerplexityResult",
+    "Question",
+    "Ready",
+    "Row",
+    "Score",
+    "Tell",
+    "Text",
+    "bigram_bits_per_byte",
+    "choose_endings",
+    "encode_questions",
+    "encode_text",
+    "gzip_bits_per_byte",
+    "held_out_text",
+    "perplexity",
+    "progress",
+    "read_questions",
+    "read_text",
+    "score_continuations",
+    "score_rows",
+    "xz_bits_per_byte",
+]

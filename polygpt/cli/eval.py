@@ -1,0 +1,104 @@
+"""`polygpt eval`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from polygpt.cli.output import json_option, print_json, print_result
+
+# What each task takes beside the model; anything else is a task of lm-evaluation-harness.
+SETTINGS = {
+    "perplexity": ("data", "stride", "context", "start"),
+    "hellaswag": ("data", "limit"),
+    "lm_eval": ("limit", "num_fewshot", "include_path"),
+}
+UNITS = {"perplexity": "windows", "hellaswag": "questions", "lm_eval": "requests"}
+
+
+@click.command()
+@click.argument("model", metavar="MODEL")
+@click.option("--task", required=True, help="perplexity, hellaswag, or a task of lm-evaluation-harness.")
+@click.option("--data", help="The text, or HellaSwag's .jsonl.")
+@click.option("--stride", type=int, help="perplexity: tokens between windows.  [default: half of the context]")
+@click.option("--context", type=int, help="perplexity: tokens a window.  [default: the model's context]")
+@click.option("--no-start", "start", flag_value=False, default=None, help="perplexity: no end-of-text before the text.")
+@click.option("--limit", type=int, help="Only the first so many examples.")
+@click.option("--num-fewshot", type=int, help="lm-evaluation-harness: solved examples before each question.")
+@click.option("--include-path", help="lm-evaluation-harness: a folder of more tasks.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write a line of JSON for each example here.")
+@json_option
+def eval(model: str, task: str, out: Path | None, as_json: bool, **settings: Any) -> None:
+    """Measure a model.
+
+    MODEL is a run's folder or anything else that `polygpt generate` takes.
+
+    \b
+    polygpt eval runs/demo --task perplexity --data book.txt
+    polygpt eval runs/demo --task hellaswag --data hellaswag_val.jsonl --out choices.jsonl
+    polygpt eval runs/demo --task arc_easy --limit 100
+    """
+    from polygpt.evaluation import progress
+    from polygpt.files import new_file
+    from polygpt.loading import load
+
+    config = _configured(task, settings)
+    config.check()
+    _check_out(out, task, config.kind)
+    lm = load(model, warn=lambda line: click.echo(f"warning: {line}", err=True))
+    ready = config.prepare(lm.tokenizer, lm.config.context_length)
+    with progress(task, UNITS[config.kind]) as tell:
+        outcome = ready(lm, tell)
+    if out is not None:
+        with new_file(out) as partial:
+            partial.write_text("".join(json.dumps(row) + "\n" for row in outcome.rows), encoding="utf-8")
+    found = {**outcome.metrics, **outcome.facts}
+    if as_json:
+        asked = {"model": model, "task": task, "data": settings["data"], "parameters": lm.num_parameters}
+        print_json(asked | found | ({"out": str(out)} if out is not None else {}))
+        return
+    print_result([(name.replace("_", " "), _shown(value)) for name, value in found.items()])
+
+
+def _configured(task: str, settings: dict[str, Any]) -> Any:
+    """The evaluation that the options describe; one that the task does not know is refused rather than left out."""
+    from polygpt.config import validate
+    from polygpt.errors import RequestError
+    from polygpt.evaluation import EVALUATIONS
+
+    kind = task if task in ("perplexity", "hellaswag") else "lm_eval"
+    given = {name: value for name, value in settings.items() if value is not None}
+    for name in given:
+        if name not in SETTINGS[kind]:
+            option = "--no-start" if name == "start" else "--" + name.replace("_", "-")
+            raise RequestError(f"{option} does not go with --task {task}; it is of {_takers(name)}")
+    if kind == "lm_eval":
+        return validate(EVALUATIONS[kind], {"task": task, **given})
+    if "data" not in given:
+        what = "the text" if task == "perplexity" else "HellaSwag's .jsonl"
+        raise RequestError(f"--task {task} needs --data FILE: {what}")
+    return validate(EVALUATIONS[kind], {("path" if name == "data" else name): value for name, value in given.items()})
+
+
+def _takers(name: str) -> str:
+    takers = [kind for kind, names in SETTINGS.items() if name in names]
+    return " and ".join("lm-evaluation-harness' tasks" if kind == "lm_eval" else kind for kind in takers)
+
+
+def _check_out(out: Path | None, task: str, kind: str) -> None:
+    """Refuses an --out that cannot be given or taken, before hours have gone into scoring."""
+    from polygpt.errors import RequestError
+
+    if out is not None and kind == "perplexity":
+        raise RequestError(f"--out does not go with --task {task}, which has no examples")
+    if out is not None and out.exists():
+        raise RequestError(f"{out}: exists already; choose another --out")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,125 @@
+"""lm-evaluation-harness (Gao et al. 2021), an optional package: its tasks on a polygpt model.
+
+The model it sees is in `harness_lm.py`, which imports the package and is imported only where it is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import sys
+from typing import TYPE_CHECKING, Any
+
+from polygpt.errors import PolygptError, RequestError, suggest
+from polygpt.evaluation.scoring import Tell, quiet
+from polygpt.language_model import LanguageModel
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+# The name under which lm-evaluation-harness knows the model.
+MODEL_NAME = "polygpt"
+
+
+def require_harness() -> None:
+    """Refuses where lm-evaluation-harness is not installed.
+
+    Raises:
+        RequestError: it is not.
+    """
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise RequestError(
+            "tasks of lm-evaluation-harness need a package that is not installed here; "
+            f'install it with: pip install "polygpt[eval]" ({error})'
+        ) from None
+
+
+def task_manager(task: str, include_path: str | None = None) -> TaskManager:
+    """The harness's index of tasks, with those of the folder `include_path`.
+
+    Raises:
+        RequestError: it is not installed, or has no task, group or tag of this name.
+    """
+    require_harness()
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=include_path)
+    if task not in manager.all_tasks:
+        raise RequestError(
+            f"no task '{task}'; {_nearest(task, ['perplexity', 'hellaswag', *manager.all_tasks])} "
+            "(polygpt's own: perplexity, hellaswag; the rest are lm-evaluation-harness')"
+        )
+    return manager
+
+
+def _nearest(task: str, names: list[str]) -> str:
+    told = suggest(task, names)
+    return told if told.startswith("did you mean") else "`lm-eval ls tasks` lists them"
+
+
+def run_harness(
+    lm: LanguageModel,
+    task: str,
+    manager: TaskManager,
+    *,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    tell: Tell = quiet,
+) -> dict[str, Any]:
+    """What `lm_eval.simple_evaluate` gives for one task (or group, or tag), its samples included.
+
+    Raises:
+        PolygptError: the harness fails, as it does where a task's data is neither here nor can be downloaded.
+    """
+    from lm_eval import simple_evaluate
+
+    from polygpt.evaluation.harness_lm import HarnessLM
+
+    logging.getLogger("lm_eval").setLevel(logging.WARNING)
+    try:
+        # Standard output is the command's own.
+        with contextlib.redirect_stdout(sys.stderr):
+            return simple_evaluate(
+                HarnessLM(lm, tell=tell),
+                tasks=[task],
+                task_manager=manager,
+                limit=limit,
+                num_fewshot=num_fewshot,
+                bootstrap_iters=0,
+            )
+    except PolygptError:
+        raise
+    except Exception as error:  # tasks are programs of their own, and fail in any way
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        raise PolygptError(f"{task}: lm-evaluation-harness failed: {type(error).__name__}: {reason}") from error
+
+
+def metrics_of(results: dict[str, Any], task: str) -> dict[str, float | None]:
+    """The numbers of `run_harness` by name: `acc`, `acc_stderr`; of a group's members `member/acc`.
+
+    A filter other than the harness's `none` is part of the name, as in `exact_match,strict-match`.
+    """
+    found: dict[str, float | None] = {}
+    for name, values in results["results"].items():
+        for key, value in values.items():
+            metric, _, chosen = key.partition(",")
+            if metric in ("alias", "name", "sample_len", "sample_count"):
+                continue
+            key = metric if chosen in ("", "none") else key
+            number = float(value) if isinstance(value, int | float) and abs(value) < float("inf") else None
+            found[key if name == task else f"{name}/{key}"] = number
+    return found
+
+
+def samples_of(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """A line for each example: the task, its number in it, the target, and what the model said."""
+    kept = ("doc_id", "target", "filtered_resps")
+    lines = [
+        {"task": task, **{key: sample.get(key) for key in kept}}
+        for task, samples in results.get("samples", {}).items()
+        for sample in samples
+    ]
+    return json.loads(json.dumps(lines, default=str))

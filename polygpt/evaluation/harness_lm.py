@@ -1,0 +1,170 @@
+"""A polygpt model as lm-evaluation-harness sees one; agrees with the harness's own `hf` on the same weights.
+
+The only file that imports the package at its top: import it where `harness.require_harness` has been asked.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from polygpt.errors import RequestError
+from polygpt.evaluation.pairs import check_continuation
+from polygpt.evaluation.scoring import Tell, quiet, row_of, score_continuations, score_rows
+from polygpt.generation import Sampler, generate_tokens
+from polygpt.language_model import LanguageModel
+
+# Rows that are generated together.
+GENERATED_TOGETHER = 16
+# What a task may ask of the generation beside greedy decoding; anything else is refused rather than left out.
+_KNOWN = {"do_sample", "temperature", "top_p", "top_k", "min_p"}
+
+
+class HarnessLM(TemplateLM):
+    """`loglikelihood`, `loglikelihood_rolling` and `generate_until` of a `LanguageModel`.
+
+    Context and continuation are divided by the harness's own `_encode_pair`. As in its `hf`, special tokens written in
+    a text are themselves, an empty context is the end-of-text token, and what is too long is cut from the left.
+    """
+
+    def __init__(self, lm: LanguageModel, tell: Tell = quiet):
+        super().__init__()
+        self.lm, self._tell = lm, tell
+
+    @property
+    def max_length(self) -> int:
+        """The model's context length."""
+        return self.lm.config.context_length
+
+    @property
+    def max_gen_toks(self) -> int:
+        """What is generated where a task does not say; the harness's own."""
+        return 256
+
+    @property
+    def eot_token_id(self) -> int:
+        """The end-of-text id.
+
+        Raises:
+            RequestError: the tokenizer has none.
+        """
+        found = self.lm.tokenizer.end_of_text
+        if found is None:
+            raise RequestError("this task scores text from its very beginning; the tokenizer has no end-of-text token")
+        return found
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What names cached requests."""
+        return self.lm.tokenizer.fingerprint
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **ignored: Any) -> list[int]:
+        """The ids of a text; nothing is put before it."""
+        return self.lm.tokenizer.encode(string, special=True)
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], **ignored: Any
+    ) -> list[tuple[float, bool]]:
+        for text, _, continuation in requests:
+            check_continuation(continuation, self.max_length, f"{text!r:.80}")
+        pairs = [(context, continuation) for _, context, continuation in requests]
+        scores = score_continuations(self.lm.model, self.lm.params, pairs, self._tell)
+        answers = [(score.log_likelihood, score.greedy) for score in scores]
+        for (text, _, _), answer in zip(requests, answers, strict=True):
+            self.cache_hook.add_partial("loglikelihood", text, answer)
+        return answers
+
+    def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Σ ln p of each text, in the harness's windows: disjoint, but for the last, which has full context."""
+        rows, owners = [], []
+        for number, request in enumerate(requests):
+            windows = get_rolling_token_windows(
+                self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, context_len=1
+            )
+            for window in windows:
+                rows.append(row_of(*make_disjoint_window(window), self.max_length))
+                owners.append(number)
+        sums = [0.0] * len(requests)
+        for owner, score in zip(owners, score_rows(self.lm.model, self.lm.params, rows, self._tell), strict=True):
+            sums[owner] += score.log_likelihood
+        for request, total in zip(requests, sums, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return sums
+
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
+        """The continuation of each context, up to the first of its stop strings."""
+        by_settings: dict[str, list[int]] = defaultdict(list)
+        for number, request in enumerate(requests):
+            by_settings[repr(request.args[1])].append(number)
+        texts: dict[int, str] = {}
+        for numbers in by_settings.values():
+            settings = normalize_gen_kwargs(requests[numbers[0]].args[1], self.max_gen_toks)
+            prompts = {number: self._prompt(requests[number].args[0], settings["max_gen_toks"]) for number in numbers}
+            numbers.sort(key=lambda number: -len(prompts[number]))
+            for start in range(0, len(numbers), GENERATED_TOGETHER):
+                batch = numbers[start : start + GENERATED_TOGETHER]
+                texts |= zip(batch, self._generate([prompts[number] for number in batch], dict(settings)), strict=True)
+                self._tell(len(texts), len(requests))
+        for number, request in enumerate(requests):
+            self.cache_hook.add_partial("generate_until", request.args, texts[number])
+        return [texts[number] for number in range(len(requests))]
+
+    def _prompt(self, text: str, new_tokens: int) -> list[int]:
+        """The ids of a context, cut from the left to leave room for `new_tokens`."""
+        room = self.max_length - new_tokens
+        if room < 1:
+            raise RequestError(
+                f"this task generates up to {new_tokens} tokens; the model's context holds {self.max_length} in all"
+            )
+        return (self.tok_encode(text) or [self.prefix_token_id])[-room:]
+
+    def _generate(self, prompts: Sequence[Sequence[int]], settings: dict[str, Any]) -> list[str]:
+        """The continuations of `prompts`, decoded together until each has met a stop string or its end."""
+        new_tokens = settings.pop("max_gen_toks")
+        end = self.lm.tokenizer.end_of_text
+        stop = handle_stop_sequences(
+            settings.pop("until", None), None if end is None else self.lm.tokenizer.decode([end])
+        )
+        unknown = [name for name in settings if name not in _KNOWN and settings[name] is not None]
+        if unknown:
+            raise RequestError(f"generation_kwargs.{unknown[0]}: polygpt does not know it; known: {sorted(_KNOWN)}")
+        sampled = settings.pop("do_sample", None)
+        chosen = {name: value for name, value in settings.items() if value is not None} if sampled else {}
+        sampler = Sampler(**({"temperature": 1.0} | chosen if sampled else {"temperature": 0.0}))
+        chunks = generate_tokens(
+            self.lm.model, self.lm.params, prompts, sampler, max_new_tokens=new_tokens, stop_token=end
+        )
+        tokens: list[list[int]] = [[] for _ in prompts]
+        open_rows = set(range(len(prompts)))
+        for chunk in chunks:
+            for row, (new, reason) in enumerate(chunk):
+                if row in open_rows:
+                    tokens[row] += new
+                    if reason or any(word in self._text(tokens[row]) for word in stop if word):
+                        open_rows.discard(row)
+            if not open_rows:
+                break
+        return [postprocess_generated_text(self._text(row), stop, None) for row in tokens]
+
+    def _text(self, ids: Sequence[int]) -> str:
+        special = set(self.lm.tokenizer.special_tokens.values())
+        return self.lm.tokenizer.decode([token for token in ids if token not in special])
+
+
+def register(load: Callable[[str], LanguageModel], name: str) -> None:
+    """Makes `name` known to the harness as a model of one argument: `model`, which `load` opens."""
+    from lm_eval.api.registry import register_model
+
+    class Named(HarnessLM):
+        """A model by its name, as the harness's command line gives it."""
+
+        def __init__(self, model: str, batch_size: Any = None, max_batch_size: Any = None, device: Any = None):
+            super().__init__(load(model))
+
+    register_model(name)(Named)

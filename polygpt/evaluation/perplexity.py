@@ -1,0 +1,150 @@
+"""Perplexity and bits per byte of a text, window by window."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from polygpt.data import open_bytes
+from polygpt.errors import RequestError
+from polygpt.evaluation.scoring import Row, Tell, quiet, score_rows
+from polygpt.language_model import LanguageModel
+from polygpt.tokenizers import Tokenizer
+
+# Beyond it e^x is no float64.
+_LARGEST = 700.0
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """How well a text is predicted.
+
+    Attributes:
+        nats_per_token: mean -ln p over the scored tokens.
+        perplexity: e to that; None where it exceeds a float.
+        bits_per_byte: Σ -log2 p over the bytes of the whole text, comparable across tokenizers.
+        tokens: how many were scored: all of them, or without a start token all but the first.
+        bytes: of the text in UTF-8.
+        context, stride: input tokens a window at most, and tokens between the starts of windows.
+        start_token: the id put before the text, from which its first token is predicted; None: there was none.
+        seconds: of scoring.
+    """
+
+    nats_per_token: float
+    perplexity: float | None
+    bits_per_byte: float
+    tokens: int
+    bytes: int
+    context: int
+    stride: int
+    start_token: int | None
+    seconds: float
+
+
+class Text(NamedTuple):
+    """A text in ids, with the start token before them if there is one."""
+
+    ids: np.ndarray
+    bytes: int
+    start_token: int | None
+
+
+def read_text(path: Path) -> str:
+    """The whole of a UTF-8 file (.gz and .zst are decompressed).
+
+    Raises:
+        RequestError: it is missing, empty, or not UTF-8.
+    """
+    with open_bytes(path) as stream:
+        data = stream.read()
+    if not data:
+        raise RequestError(f"{path}: is empty; there is nothing to score")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{path}: not UTF-8 text (byte {error.start})") from None
+
+
+def encode_text(text: str, tokenizer: Tokenizer, where: str, start: bool = True) -> Text:
+    """`text` in ids; the end-of-text token stands before it, as before every document in training.
+
+    Without `start`, or where the tokenizer has no such token, nothing does. `<|endoftext|>` written in the text is
+    ordinary text.
+
+    Raises:
+        RequestError: there is no token to predict, or the tokenizer cannot hold the text.
+    """
+    try:
+        ids = tokenizer.encode_batch([text])[0]
+    except RequestError as error:
+        raise RequestError(f"{where}: {error}") from None
+    start_token = tokenizer.end_of_text if start else None
+    if start_token is not None:
+        ids = np.concatenate([[start_token], ids]).astype(np.int32)
+    if len(ids) < 2:
+        told = "one token" if len(ids) else "no tokens"
+        raise RequestError(f"{where}: the text is {told} and nothing stands before it: there is nothing to predict")
+    return Text(ids, len(text.encode()), start_token)
+
+
+def check_windows(context: int | None, stride: int | None, context_length: int) -> tuple[int, int]:
+    """The window and stride that are meant: by default the model's context, and half of the window.
+
+    Raises:
+        RequestError: the window exceeds the model's context, the stride the window, or one is not positive.
+    """
+    window = context_length if context is None else context
+    if not 0 < window <= context_length:
+        raise RequestError(f"context={window} must lie in 1..{context_length}, the model's context_length")
+    step = max(window // 2, 1) if stride is None else stride
+    if not 0 < step <= window:
+        raise RequestError(f"stride={step} must lie in 1..{window}, the context: every token is to be scored once")
+    return window, step
+
+
+def windows(ids: np.ndarray, context: int, stride: int) -> Iterator[Row]:
+    """Window k reads ids k·stride … k·stride + context - 1 and scores what no window before it did.
+
+    The first thus scores all it can, and every other one `stride` tokens from `context - stride` or more before them;
+    with stride = context windows are disjoint. Every id but the first is scored exactly once.
+    """
+    scored = 0  # ids up to this one are
+    for begin in range(0, len(ids), stride):
+        end = min(begin + context, len(ids) - 1)
+        if end > scored:
+            yield Row(ids[begin:end], ids[scored + 1 : end + 1])
+            scored = end
+
+
+def perplexity(
+    lm: LanguageModel, text: Text, context: int | None = None, stride: int | None = None, tell: Tell = quiet
+) -> PerplexityResult:
+    """Scores every token of `text` once, from at most `context` tokens before it.
+
+    Raises:
+        RequestError: as `check_windows`.
+        PolygptError: a likelihood is not a number.
+    """
+    started = time.perf_counter()
+    context, stride = check_windows(context, stride, lm.config.context_length)
+    rows = list(windows(text.ids, context, stride))
+    nats = -math.fsum(score.log_likelihood for score in score_rows(lm.model, lm.params, rows, tell))
+    tokens = len(text.ids) - 1
+    mean = nats / tokens
+    return PerplexityResult(
+        nats_per_token=mean,
+        perplexity=math.exp(mean) if mean < _LARGEST else None,
+        bits_per_byte=nats / math.log(2) / text.bytes,
+        tokens=tokens,
+        bytes=text.bytes,
+        context=context,
+        stride=stride,
+        start_token=text.start_token,
+        seconds=time.perf_counter() - started,
+    )
