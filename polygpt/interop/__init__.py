@@ -1,7 +1,9 @@
 """Checkpoints of other people's, in and out. Name maps live here; the model knows nothing of them."""
 
 from polygpt.interop.checkpoint import ForeignModel
+from polygpt.interop.gguf import is_gguf, open_gguf
 from polygpt.interop.huggingface import HUB, export_huggingface, fetch, is_huggingface, open_huggingface
+from polygpt.interop.llama2c import open_llama2c
 from polygpt.interop.settings import read_json
 
 __all__ = [
@@ -9,7 +11,10 @@ __all__ = [
     "ForeignModel",
     "export_huggingface",
     "fetch",
+    "is_gguf",
     "is_huggingface",
+    "open_gguf",
     "open_huggingface",
+    "open_llama2c",
     "read_json",
 ]

@@ -1,5 +1,6 @@
 """llama2.c's first format: a published model, its layout value by value, and damage of every kind."""
 
+import itertools
 import struct
 
 import jax
@@ -85,7 +86,7 @@ def merge_best(text: str, scores: dict[str, float], ids: dict[str, int]) -> list
     """llama2.c's `encode`, as slow and as plain as it is there."""
     parts = [char if char in ids else byte for char in f"▁{text}".replace(" ", "▁") for byte in _or_bytes(char, ids)]
     while True:
-        found = [(-scores.get(a + b, -np.inf), i) for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False))]
+        found = [(-scores.get(a + b, -np.inf), i) for i, (a, b) in enumerate(itertools.pairwise(parts))]
         cost, place = min(found, default=(np.inf, 0))
         if cost == np.inf:
             return [ids[part] for part in parts]
@@ -163,7 +164,7 @@ def test_a_file_cut_off_is_refused(write, size):
 def test_a_longer_file_is_refused(write):
     path = write()
     path.write_bytes(path.read_bytes() + b"1234")
-    with pytest.raises(RequestError, match="not of llama2.c's first format"):
+    with pytest.raises(RequestError, match=r"not of llama2\.c's first format"):
         open_llama2c(path)
 
 

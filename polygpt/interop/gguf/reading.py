@@ -1,0 +1,122 @@
+"""A GGUF file, opened: its metadata decide the model, its tensors fill it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from polygpt.config import validate
+from polygpt.errors import RequestError, suggest
+from polygpt.interop.checkpoint import ForeignModel
+from polygpt.interop.gguf.architectures import ARCHITECTURES, LLAMA, LLAMA_EXPERTS, ROPE_FREQS, Architecture
+from polygpt.interop.gguf.container import DTYPES, MAGIC, GGUFFile
+from polygpt.interop.gguf.experts import Unstacked
+from polygpt.interop.gguf.tokenizer_in import read_text
+from polygpt.interop.names import foreign_tensors
+from polygpt.interop.settings import Settings
+from polygpt.interop.weights import TensorInfo, check, read_params
+from polygpt.model import Model, ModelConfig, Params
+
+_HEAD, _EMBEDDING = "output.weight", "token_embd.weight"
+_ROPE_FREQS_LIMIT = 1 << 12
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether `path` is a file that begins as GGUF does."""
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == MAGIC
+    except OSError:
+        return False
+
+
+def open_gguf(path: Path) -> ForeignModel:
+    """The model in a GGUF file; names, shapes and types of all tensors are checked, none but the smallest is read.
+
+    Parameters and activations are float32 whatever the file's types are: quantised values are spelled out.
+
+    Raises:
+        RequestError: the architecture, a setting, a tensor or the tokenizer is unknown or damaged; it is named.
+    """
+    file = GGUFFile(path)
+    architecture = _find(file)
+    source = Unstacked(file)
+    tensors = dict(source.tensors)
+    if _HEAD in tensors and _same(file, _HEAD, _EMBEDDING):
+        del tensors[_HEAD]  # older converters write a tied head once more
+    extras = {ROPE_FREQS: _rope_freqs(file)} if ROPE_FREQS in tensors else {}
+    fields = read_fields(architecture, settings_of(file.metadata, architecture, file.where), tensors, extras)
+    config = validate(ModelConfig, fields, file.where)
+    check(source, foreign_tensors(Model(config), architecture.names, architecture.layout), _ignored(fields), DTYPES)
+    text = read_text(file.metadata, file.where)
+    if text.tokenizer is not None and text.tokenizer.vocab_size > config.vocab_size:
+        raise RequestError(
+            f"{path}: {text.tokenizer.vocab_size} tokens, where {_EMBEDDING} has {config.vocab_size} rows"
+        )
+
+    def read(config: ModelConfig, on_progress: Callable[[int], None]) -> Params:
+        model = Model(config)
+        wanted = foreign_tensors(model, architecture.names, architecture.layout)
+        return read_params(model, source, wanted, on_progress)
+
+    facts = {"format": "gguf", "architecture": architecture.name, "source": str(path)}
+    name = file.metadata.get("general.name")
+    facts |= {"name": name} if isinstance(name, str) else {}
+    return ForeignModel(config, read, *text, facts)
+
+
+def _find(file: GGUFFile) -> Architecture:
+    name = file.metadata.get("general.architecture")
+    known = {architecture.name for architecture in ARCHITECTURES}
+    if not isinstance(name, str) or name not in known:
+        hint = suggest(str(name), known)
+        raise RequestError(f"{file.where}: the architecture {name!r} is not known; {hint}")
+    if file.metadata.get("split.count", 1) not in (0, 1):
+        raise RequestError(f"{file.where}: it is one of {file.metadata['split.count']} files of a model; merge them")
+    if name == LLAMA.name:
+        return LLAMA_EXPERTS if file.metadata.get("llama.expert_count") else LLAMA
+    return next(architecture for architecture in ARCHITECTURES if architecture.name == name)
+
+
+def settings_of(metadata: Mapping[str, Any], architecture: Architecture, where: str) -> Settings:
+    """The keys below the architecture's name."""
+    prefix = f"{architecture.name}."
+    own = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+    return Settings(own, where, prefix)
+
+
+def read_fields(
+    architecture: Architecture, settings: Settings, tensors: Mapping[str, TensorInfo], extras: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+    """The fields of a `ModelConfig` that the file says.
+
+    Raises:
+        RequestError: a setting is unknown, missing, or asks for what there is not here.
+    """
+    fields = architecture.read(settings, tensors, extras)
+    settings.finish()
+    return fields
+
+
+def _same(file: GGUFFile, first: str, second: str) -> bool:
+    """Whether two tensors are the same, type and bytes."""
+    if file.tensors[first] != file.tensors.get(second):
+        return False
+    one, other = file.raw(first), file.raw(second)
+    return np.array_equal(one[:4096], other[:4096]) and np.array_equal(one, other)
+
+
+def _rope_freqs(file: GGUFFile) -> np.ndarray:
+    info = file.tensors[ROPE_FREQS]
+    if len(info.shape) != 1 or info.shape[0] > _ROPE_FREQS_LIMIT or info.dtype != "F32":
+        raise RequestError(f"{file.where}: the tensor {ROPE_FREQS} is {info.dtype} {list(info.shape)}, not F32 [H/2]")
+    return file.read(ROPE_FREQS)
+
+
+def _ignored(fields: Mapping[str, Any]) -> str:
+    """A pattern of tensors that hold no weights: rotary factors, and what belongs to a tied head."""
+    angles = r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd|blk\.\d+\.attn\.rot_embd"
+    return rf"{angles}|output\.weight" if fields["head"] == "tied" else angles
