@@ -30,6 +30,7 @@ ROOMS = [
     "generation",
     "language_model",
     "loading",
+    "harness",
     "evaluation",
     "training",
     "recipes",

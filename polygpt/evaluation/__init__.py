@@ -5,6 +5,7 @@
 """
 
 from polygpt.evaluation.baselines import bigram_bits_per_byte, gzip_bits_per_byte, held_out_text, xz_bits_per_byte
+from polygpt.evaluation.harness import register_harness_model
 from polygpt.evaluation.hellaswag import (
     Choice,
     HellaSwagResult,
@@ -52,6 +53,7 @@ __all__ = [
     "progress",
     "read_questions",
     "read_text",
+    "register_harness_model",
     "score_continuations",
     "score_rows",
     "xz_bits_per_byte",

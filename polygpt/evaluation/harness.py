@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from polygpt.errors import PolygptError, RequestError, suggest
@@ -35,6 +36,18 @@ def require_harness() -> None:
             "tasks of lm-evaluation-harness need a package that is not installed here; "
             f'install it with: pip install "polygpt[eval]" ({error})'
         ) from None
+
+
+def register_harness_model(load: Callable[[str], LanguageModel]) -> None:
+    """Makes `polygpt` a model of the harness's own command; its argument `model` is what `load` opens.
+
+    Raises:
+        RequestError: the harness is not installed.
+    """
+    require_harness()
+    from polygpt.evaluation.harness_lm import register
+
+    register(load, MODEL_NAME)
 
 
 def task_manager(task: str, include_path: str | None = None) -> TaskManager:
@@ -88,7 +101,6 @@ def run_harness(
                 task_manager=manager,
                 limit=limit,
                 num_fewshot=num_fewshot,
-                bootstrap_iters=0,
             )
     except PolygptError:
         raise

@@ -138,7 +138,7 @@ class HarnessLM(TemplateLM):
         chosen = {name: value for name, value in settings.items() if value is not None} if sampled else {}
         sampler = Sampler(**({"temperature": 1.0} | chosen if sampled else {"temperature": 0.0}))
         chunks = generate_tokens(
-            self.lm.model, self.lm.params, prompts, sampler, max_new_tokens=new_tokens, stop_token=end
+            self.lm.model, self.lm.params, prompts, sampler, max_new_tokens=new_tokens, stop_tokens=self.lm.stop_tokens
         )
         tokens: list[list[int]] = [[] for _ in prompts]
         open_rows = set(range(len(prompts)))
