@@ -30,12 +30,12 @@ ROOMS = [
     "generation",
     "language_model",
     "loading",
-    "harness",
     "evaluation",
     "training",
     "recipes",
     "demo",
     "summary",
+    "harness",
     "cli",
     "__main__",
 ]

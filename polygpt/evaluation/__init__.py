@@ -4,6 +4,7 @@
 `LanguageModel`.
 """
 
+from polygpt.evaluation.bar import progress
 from polygpt.evaluation.baselines import bigram_bits_per_byte, gzip_bits_per_byte, held_out_text, xz_bits_per_byte
 from polygpt.evaluation.harness import register_harness_model
 from polygpt.evaluation.hellaswag import (
@@ -15,7 +16,6 @@ from polygpt.evaluation.hellaswag import (
     read_questions,
 )
 from polygpt.evaluation.perplexity import PerplexityResult, Text, encode_text, perplexity, read_text
-from polygpt.evaluation.progress import progress
 from polygpt.evaluation.scoring import Row, Score, Tell, score_continuations, score_rows
 from polygpt.evaluation.tasks import (
     EVALUATIONS,
