@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INPUTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow install dev lint format docs build clean lab bench bench-growth
+.PHONY: help demo test test-slow test-llamacpp install dev lint format docs build clean lab bench bench-growth
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -17,10 +17,14 @@ demo: install ## train, evaluate and sample on text that is always there; writes
 	$(BIN)/polygpt demo $(ARGS)
 
 test: dev ## the test suite
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not slow and not gpu and not parity" $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not slow and not gpu and not parity and not llamacpp" $(ARGS)
 
 test-slow: dev ## the tests that take longer
-	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -m "slow and not gpu and not llamacpp" $(ARGS)
+
+test-llamacpp: dev ## what is written as GGUF, run by llama.cpp (which is installed, and may be compiled for that)
+	$(PIP) install --quiet --constraint constraints.txt llama-cpp-python
+	$(BIN)/python -m pytest -m llamacpp tests/llamacpp $(ARGS)
 
 install: $(VENV)/installed ## .venv with what running needs
 

@@ -74,10 +74,11 @@ def score_bpe(
 
 def add_tokens(made: hf.Tokenizer, pieces: Sequence[str], kinds: Sequence[int]) -> None:
     """Tells the tokenizer which of its tokens are special and which stand for their own text wherever it occurs."""
-    special = [p for p, kind in zip(pieces, kinds, strict=True) if kind in (PieceKind.UNKNOWN, PieceKind.CONTROL)]
-    own = [p for p, kind in zip(pieces, kinds, strict=True) if kind == PieceKind.USER_DEFINED]
-    made.add_special_tokens([hf.AddedToken(p, special=True, normalized=False) for p in special if p])
-    made.add_tokens([hf.AddedToken(p, special=False, normalized=False) for p in own if p])
+    for piece, kind in zip(pieces, kinds, strict=True):  # in order: those that are not in the vocabulary get ids by it
+        if piece and kind in (PieceKind.UNKNOWN, PieceKind.CONTROL):
+            made.add_special_tokens([hf.AddedToken(piece, special=True, normalized=False)])
+        elif piece and kind == PieceKind.USER_DEFINED:
+            made.add_tokens([hf.AddedToken(piece, special=False, normalized=False)])
 
 
 def begin_with(made: hf.Tokenizer, piece: str, number: int) -> None:

@@ -1,5 +1,6 @@
 """GGUF, llama.cpp's files, both ways."""
 
+from polygpt.interop.gguf.export import choose_architecture, export_gguf
 from polygpt.interop.gguf.reading import is_gguf, open_gguf
 
-__all__ = ["is_gguf", "open_gguf"]
+__all__ = ["choose_architecture", "export_gguf", "is_gguf", "open_gguf"]

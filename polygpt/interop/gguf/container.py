@@ -7,6 +7,7 @@ file has shown that it is long enough to hold it. Quantised values are the packa
 
 from __future__ import annotations
 
+import itertools
 import math
 import struct
 from pathlib import Path
@@ -180,7 +181,7 @@ class _Reader:
         if kind == GGUFValueType.STRING:
             return [self.text(key) for _ in range(count)]
         numbers = self.numbers(_SCALARS[kind], count, key)
-        return [_shortest(v) for v in numbers] if kind == GGUFValueType.FLOAT32 else list(numbers)
+        return [shortest(v) for v in numbers] if kind == GGUFValueType.FLOAT32 else list(numbers)
 
     def _value_kind(self, key: str) -> GGUFValueType:
         number = self.number("I", key)
@@ -204,7 +205,7 @@ class _Reader:
         return name, shape, kind, self.number("Q", name)
 
 
-def _shortest(value: float) -> float:
+def shortest(value: float) -> float:
     """The number whose decimals were meant: 1e-5 and not 9.999999747378752e-06. In float32 they are one."""
     return float(str(np.float32(value)))
 
@@ -227,7 +228,7 @@ def _placed(path: Path, found: list, alignment: tuple[int, int], file_size: int)
         if end > file_size:
             raise RequestError(f"{path}: the tensor {name} ends at byte {end:,} of {file_size:,}; the file is cut off")
     ordered = sorted(stored.items(), key=lambda item: item[1].place)
-    for (name, before), (other, after) in zip(ordered, ordered[1:], strict=False):
+    for (name, before), (other, after) in itertools.pairwise(ordered):
         if before.place + before.size > after.place:
             raise RequestError(f"{path}: the tensors {name} and {other} lie over each other")
     return stored

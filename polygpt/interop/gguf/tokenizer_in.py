@@ -19,7 +19,8 @@ PREFIX = "tokenizer.ggml."
 # llama.cpp wants merges where there are none, too: this one never applies, as no character has these names.
 NO_MERGE = "<none> <none>"
 PADDING = "[PAD{}]"  # a token for ids that have none
-_ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
+ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
+_ADDED = (PieceKind.UNKNOWN, PieceKind.CONTROL, PieceKind.USER_DEFINED)
 _BYTE_LEVEL = hf.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 
 
@@ -52,7 +53,7 @@ def read_text(metadata: Mapping[str, Any], where: str) -> Text:
     settings.ignore("remove_extra_whitespaces")  # of byte-level BPE
     settings.ignore(*(name for name in own if name.endswith("_token_id")))
     settings.finish()
-    ends = (settings.take(name, int, None) for name in _ENDS)
+    ends = (settings.take(name, int, None) for name in ENDS)
     stops = dict.fromkeys(number for number in ends if number is not None and 0 <= number < len(vocabulary.tokens))
     try:
         return Text(Tokenizer(made), tuple(stops), template)
@@ -140,9 +141,14 @@ def _byte_level(settings: Settings, vocabulary: _Vocabulary) -> hf.Tokenizer:
 
 
 def _bpe(vocabulary: _Vocabulary, merges: Sequence[tuple[str, str]], pre: PreTokenizer) -> hf.Tokenizer:
-    vocab = {token: i for i, token in enumerate(vocabulary.tokens)}
+    # Special tokens at the end are added to the vocabulary, as they are where a tokenizer is trained.
+    inner = (i for i, (token, kind) in enumerate(zip(*vocabulary, strict=True)) if not token or kind not in _ADDED)
+    size = max(inner, default=-1) + 1
+    vocab = {token: i for i, token in enumerate(vocabulary.tokens[:size])}
     made = hf.Tokenizer(hf.models.BPE(vocab, list(merges), ignore_merges=pre.ignore_merges))
     pre.apply(made)
+    if not merges:  # wherever it is cut; our kind `byte` does without
+        made.pre_tokenizer = _BYTE_LEVEL
     made.decoder = hf.decoders.ByteLevel()
     return made
 

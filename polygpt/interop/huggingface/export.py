@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from polygpt.config import validate
 from polygpt.errors import RequestError
 from polygpt.files import new_folder
+from polygpt.interop.biases import with_biases, with_zero_biases
 from polygpt.interop.huggingface.card import model_card
 from polygpt.interop.huggingface.families import Family
 from polygpt.interop.huggingface.folder import ARCHITECTURES, CONFIG, read_fields, tensors_of
@@ -58,7 +57,7 @@ def export_huggingface(
     if folder.exists():
         raise RequestError(f"{folder}: exists already; choose another --out")
     family = choose_family(config)
-    config, params = _complete(config, params) if family.zero_biases else (config, params)
+    config, params = with_zero_biases(config, params) if family.zero_biases else (config, params)
     dtype = dtype or config.param_dtype
     settings = family.write(config)
     settings |= {"architectures": [family.architecture], "model_type": family.model_type, "torch_dtype": dtype}
@@ -88,20 +87,24 @@ def choose_family(config: ModelConfig) -> Family:
     Raises:
         RequestError: there is none; what the nearest lacks is named.
     """
+    if not config.num_layers:
+        raise RequestError("no Hugging Face architecture computes this model: num_layers=0 has no counterpart")
     wanted = computation(config)
     nearest: tuple[int, str] | None = None
     for family in ARCHITECTURES.values():
         found = _read_back(family, config)
         if found is None:
             continue
-        own = computation(_with_biases(config)) if family.zero_biases else wanted
+        own = computation(with_biases(config)) if family.zero_biases else wanted
         differing = differences(own, found)
         if not differing:
             return family
         key, ours, theirs = differing[0]
         reason = f"{key}={ours} has no counterpart; {family.architecture}, the nearest, has {theirs}"
-        if nearest is None or len(differing) < nearest[0]:
-            nearest = len(differing), reason
+        # A part of another kind may differ in everything: it counts for several settings.
+        distance = sum(5 if key.endswith(".kind") else 1 for key, *_ in differing)
+        if nearest is None or distance < nearest[0]:
+            nearest = distance, reason
     raise RequestError(f"no Hugging Face architecture computes this model: {nearest[1] if nearest else 'none is near'}")
 
 
@@ -111,28 +114,3 @@ def _read_back(family: Family, config: ModelConfig) -> dict[str, Any] | None:
         return computation(validate(ModelConfig, fields))
     except RequestError:  # its own parts do not fit this model's shape
         return None
-
-
-def _with_biases(config: ModelConfig) -> ModelConfig:
-    """The configuration with a bias wherever there may be one."""
-
-    def biased(value: Any) -> Any:
-        if isinstance(value, list):
-            return [biased(entry) for entry in value]
-        if not isinstance(value, dict):
-            return value
-        return {key: True if key == "bias" else biased(entry) for key, entry in value.items()}
-
-    return validate(ModelConfig, biased(config.to_dict()))
-
-
-def _complete(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
-    """The same model with zeros for the biases that it has not."""
-    full = _with_biases(config)
-    held = flatten_dict(params)
-    missing = {
-        path: np.zeros(info.shape, info.dtype)
-        for path, info in flatten_dict(Model(full).parameters).items()
-        if path not in held
-    }
-    return full, unflatten_dict(held | missing)

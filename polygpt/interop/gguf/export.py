@@ -1,0 +1,221 @@
+"""A model of ours as a GGUF file, or the reason why llama.cpp computes nothing the same."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType as Kind
+
+from polygpt.config import validate
+from polygpt.errors import RequestError, suggest
+from polygpt.files import new_file
+from polygpt.interop.biases import with_biases, with_zero_biases
+from polygpt.interop.gguf.architectures import ARCHITECTURES, Architecture
+from polygpt.interop.gguf.container import shortest
+from polygpt.interop.gguf.experts import stack, stacked_name
+from polygpt.interop.gguf.reading import read_fields
+from polygpt.interop.gguf.tokenizer_out import write_text
+from polygpt.interop.names import ForeignTensor, foreign_tensors
+from polygpt.interop.same import computation, differences
+from polygpt.interop.settings import Settings
+from polygpt.interop.weights import TensorInfo, written
+from polygpt.model import Model, ModelConfig, Params
+from polygpt.tokenizers import Tokenizer
+
+# Our word for a type -> of matrices, and the number by which `general.file_type` names it.
+DTYPES = {
+    "f32": (Kind.F32, gguf.LlamaFileType.ALL_F32),
+    "f16": (Kind.F16, gguf.LlamaFileType.MOSTLY_F16),
+    "bf16": (Kind.BF16, gguf.LlamaFileType.MOSTLY_BF16),
+    "q8_0": (Kind.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
+}
+# llama.cpp adds and compares these without converting them first.
+_ALWAYS_F32 = ("position_embd.weight", "ffn_gate_inp.weight")
+
+
+def export_gguf(
+    path: Path,
+    config: ModelConfig,
+    params: Params,
+    tokenizer: Tokenizer | None = None,
+    *,
+    dtype: str = "f32",
+    stop_tokens: tuple[int, ...] = (),
+    chat_template: str | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> str:
+    """Writes a file that llama.cpp runs with the same logits; gives the architecture's name.
+
+    Biases that the architecture has and the model has not are written as zeros. Padding of the vocabulary is left out.
+
+    Args:
+        path: a new file.
+        config: of the model.
+        params: of the model.
+        tokenizer: goes along, if there is one.
+        dtype: of matrices: f32, f16, bf16 or q8_0 (rows that are no multiple of 32 long then stay f16). Vectors,
+            learned positions and routers are f32 always.
+        stop_tokens: ids at which generation ends, beside the tokenizer's own; the first is the end of text.
+        chat_template: goes along.
+        facts: training figures and origin; texts and numbers among them are kept under `polygpt.`.
+
+    Raises:
+        RequestError: there is something at `path`, or a part has no counterpart in llama.cpp; it is named.
+    """
+    if path.exists():
+        raise RequestError(f"{path}: exists already; choose another name")
+    if dtype not in DTYPES:
+        raise RequestError(f"the type '{dtype}' is not known for GGUF; {suggest(dtype, DTYPES)}")
+    architecture = choose_architecture(config)
+    config, params = with_zero_biases(config, params) if architecture.zero_biases else (config, params)
+    settings, extras = architecture.write(config)
+    metadata = _general(path.stem, dtype, facts or {})
+    metadata |= {f"{architecture.name}.{name}": value for name, value in settings.items()}
+    metadata |= write_text(tokenizer, config.vocab_size - config.vocab_padding, stop_tokens, chat_template)
+    tensors = foreign_tensors(Model(config), architecture.names, architecture.layout)
+    shapes = {name: values.shape for name, values in extras.items()} | _shapes(tensors)
+    values = [*extras.items()], stack(written(tensors, params, np.dtype(np.float32)))
+    with new_file(path) as partial:
+        _write(
+            partial, architecture.name, metadata, shapes, DTYPES[dtype][0], (pair for part in values for pair in part)
+        )
+    return architecture.name
+
+
+def choose_architecture(config: ModelConfig) -> Architecture:
+    """The architecture whose metadata, read back, compute what `config` does.
+
+    Raises:
+        RequestError: there is none; what the nearest lacks is named.
+    """
+    nearest: tuple[int, str] | None = None
+    for architecture in ARCHITECTURES if config.layers else ():
+        full = with_biases(config) if architecture.zero_biases else config
+        found = _read_back(architecture, full)
+        if found is None:
+            continue
+        differing = differences(computation(full), found)
+        if not differing:
+            if _tensors(architecture, full) is None:
+                continue
+            return architecture
+        key, ours, theirs = differing[0]
+        reason = f"{key}={ours} has no counterpart; {architecture.name}, the nearest, has {theirs}"
+        if nearest is None or len(differing) < nearest[0]:
+            nearest = len(differing), reason
+    raise RequestError(f"llama.cpp has no architecture for this model: {nearest[1] if nearest else 'none is near'}")
+
+
+def _read_back(architecture: Architecture, config: ModelConfig) -> dict[str, Any] | None:
+    try:
+        settings, extras = architecture.write(config)
+        stored = {name: shortest(v) if isinstance(v, float) else v for name, v in settings.items()}
+        tensors = {name: TensorInfo(shape, "F32") for name, shape in _named(architecture, config).items()}
+        where = Settings(stored, architecture.name)
+        return computation(validate(ModelConfig, read_fields(architecture, where, tensors, extras)))
+    except RequestError:  # its own parts do not fit this model's shape
+        return None
+
+
+def _named(architecture: Architecture, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The tensors that the architecture would have; of a model with parameters that it cannot have, the tables."""
+    tensors = _tensors(architecture, config)
+    if tensors is not None:
+        return {tensor.name: tensor.shape for tensor in tensors}
+    tables = ["token_embd.weight", *(["output.weight"] if config.head == "untied" else [])]
+    return dict.fromkeys(tables, (config.vocab_size - config.vocab_padding, config.width))
+
+
+def _tensors(architecture: Architecture, config: ModelConfig) -> list[ForeignTensor] | None:
+    """What the architecture holds the model in; None where it has no name for a parameter."""
+    try:
+        return foreign_tensors(Model(config), architecture.names, architecture.layout)
+    except (KeyError, ValueError):
+        return None
+
+
+def _general(name: str, dtype: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in facts.items() if type(value) in (str, int, float)}
+    return {
+        "general.type": "model",
+        "general.name": str(facts.get("name", name)),
+        "general.file_type": int(DTYPES[dtype][1]),
+        "general.quantization_version": gguf.GGML_QUANT_VERSION,
+        **{f"polygpt.{key}": str(value) if type(value) is int else value for key, value in kept.items()},
+    }
+
+
+def _shapes(tensors: Sequence[ForeignTensor]) -> dict[str, tuple[int, ...]]:
+    """Of the tensors as they are written, a layer's experts in one."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for tensor in tensors:
+        name = stacked_name(tensor.name)
+        if name == tensor.name:
+            shapes[name] = tensor.shape
+        else:
+            shapes[name] = (shapes.get(name, (0,))[0] + 1, *tensor.shape)
+    return shapes
+
+
+def _kind(name: str, shape: tuple[int, ...], wanted: Kind) -> Kind:
+    """What a tensor is stored as."""
+    if len(shape) < 2 or name.endswith(_ALWAYS_F32):
+        return Kind.F32
+    block = gguf.GGML_QUANT_SIZES[wanted][0]
+    return wanted if shape[-1] % block == 0 else Kind.F16
+
+
+def _write(
+    path: Path,
+    architecture: str,
+    metadata: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    wanted: Kind,
+    tensors: Iterable[tuple[str, np.ndarray]],
+) -> None:
+    """The file: header first, then one tensor after another."""
+    writer = gguf.GGUFWriter(path, architecture)
+    try:
+        for key, value in metadata.items():
+            _add(writer, key, value)
+        for name, shape in shapes.items():
+            kind = _kind(name, shape, wanted)
+            block, size = gguf.GGML_QUANT_SIZES[kind]
+            writer.add_tensor_info(name, shape, np.dtype(np.float32), math.prod(shape) // block * size, kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for name, values in _in_order(shapes, tensors):
+            writer.write_tensor_data(_encoded(name, values, _kind(name, values.shape, wanted)))
+    finally:
+        writer.close()
+
+
+def _in_order(
+    shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[tuple[str, np.ndarray]]
+) -> Iterator[tuple[str, np.ndarray]]:
+    for expected, (name, values) in zip(shapes, tensors, strict=True):
+        assert (name, values.shape) == (expected, shapes[expected]), f"{name} {values.shape} written out of turn"
+        yield name, values
+
+
+def _encoded(name: str, values: np.ndarray, kind: Kind) -> np.ndarray:
+    if kind in (Kind.F16, Kind.Q8_0) and values.size:
+        # Q8_0 has its blocks' scales, the largest value / 127, in 16 bits.
+        largest = float(np.abs(values).max()) / (127 if kind == Kind.Q8_0 else 1)
+        if not largest <= np.finfo(np.float16).max:
+            raise RequestError(f"the tensor {name} has values too large for {kind.name.lower()}; choose bf16 or f32")
+    return np.ascontiguousarray(gguf.quantize(values, kind))
+
+
+def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    if isinstance(value, list):
+        writer.add_array(key, value)
+    else:
+        kinds[type(value)](key, value)
