@@ -48,6 +48,10 @@ class Settings:
             raise self.error(f"'{name}' is {value!r}, where {_KINDS[kind]} is needed")
         return value
 
+    def lay_under(self, defaults: Mapping[str, Any]) -> None:
+        """Values of keys that are absent; one that is null stays null."""
+        self.values = {**defaults, **self.values}
+
     def require(self, name: str, expected: Any, why: str) -> None:
         """Refuses any value but `expected` (or none).
 

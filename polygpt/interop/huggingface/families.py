@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -57,6 +58,7 @@ class Family:
         prefix: what the names begin with; files of the bare model leave it out.
         read: config.json -> the fields of a `ModelConfig`.
         write: a `ModelConfig` -> config.json, as nearly as this architecture can say it.
+        defaults: what its class takes where config.json leaves a key out (null is not left out).
         layout: how tensors are stored.
         ignored: a pattern of tensors that hold no weights.
         zero_biases: it has biases everywhere; a model without some is written with zeros in their place.
@@ -68,6 +70,7 @@ class Family:
     prefix: str
     read: Callable[[Settings], dict[str, Any]]
     write: Callable[[ModelConfig], dict[str, Any]]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     layout: Layout = field(default_factory=Layout)
     ignored: str = r"(?!)"
     zero_biases: bool = False
@@ -88,14 +91,13 @@ def foreign_activation(ours: str) -> str:
     return preferred.get(ours) or next(theirs for theirs, name in ACTIVATIONS.items() if name == ours)
 
 
-def read_rope(settings: Settings, fraction: float | None = None) -> dict[str, Any]:
+def read_rope(settings: Settings, partial: bool = False) -> dict[str, Any]:
     """The fields of our rotary position, from `rope_parameters` or, as older files have it, from three settings.
 
-    `fraction` is the architecture's default for the share of a head that turns; None: it turns all, whatever is said.
+    `partial`: in this architecture a share of each head may turn; in others all of it, whatever is said.
     """
     theta = settings.take("rope_theta", float, 10000.0)
-    partial, fraction = fraction is not None, 1.0 if fraction is None else fraction
-    fraction = settings.take("partial_rotary_factor", float, fraction)
+    fraction = settings.take("partial_rotary_factor", float, 1.0)
     scaling = settings.part("rope_parameters") or settings.part("rope_scaling")
     settings.ignore("rope_parameters", "rope_scaling")
     fields = {"kind": "rope", "theta": theta, "fraction": fraction}
@@ -124,10 +126,17 @@ def _read_scaling(kind: str, scaling: Settings, settings: Settings) -> dict[str,
         names = ("low_freq_factor", "high_freq_factor")
         return fields | {name: scaling.take(name, float) for name in names}
     scaling.require("truncate", True, "only the ramp between whole indices is known")
-    for name in ("mscale", "mscale_all_dim"):
-        scaling.require(name, 1.0, "yarn's attention_factor is not computed from it here")
-    own = {"beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": None}
+    own = {"beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": _attention_factor(fields["factor"], scaling)}
     return fields | {name: scaling.take(name, float, default) for name, default in own.items()}
+
+
+def _attention_factor(factor: float, scaling: Settings) -> float | None:
+    """What DeepSeek's two settings say of yarn's magnitude; None: the paper's own rule."""
+    scales = [scaling.take(name, float, None) for name in ("mscale", "mscale_all_dim")]
+    if not all(scales):
+        return None
+    above, below = (0.1 * scale * math.log(max(factor, 1.0)) + 1.0 for scale in scales)
+    return above / below
 
 
 def write_rope(model: ModelConfig) -> dict[str, Any]:
@@ -147,11 +156,11 @@ def write_rope(model: ModelConfig) -> dict[str, Any]:
     return settings
 
 
-def shared_fields(settings: Settings, tied: bool) -> dict[str, Any]:
-    """What config.json says alike for every architecture; `tied` is the architecture's default."""
+def shared_fields(settings: Settings) -> dict[str, Any]:
+    """What config.json says alike for every architecture."""
     return {
         "vocab_size": settings.take("vocab_size", int),
-        "head": "tied" if settings.take("tie_word_embeddings", bool, tied) else "untied",
+        "head": "tied" if settings.take("tie_word_embeddings", bool, False) else "untied",
     }
 
 

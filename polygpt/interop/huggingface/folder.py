@@ -11,16 +11,17 @@ from polygpt.errors import RequestError, suggest
 from polygpt.interop.checkpoint import ForeignModel
 from polygpt.interop.huggingface.families import NOTES, WITHOUT_EFFECT, Family
 from polygpt.interop.huggingface.gpt2 import GPT2
-from polygpt.interop.huggingface.llama import FAMILIES
+from polygpt.interop.huggingface.llama import LLAMA
 from polygpt.interop.huggingface.safetensors_files import SafetensorsFolder
 from polygpt.interop.huggingface.text_files import read_chat_template, read_stop_tokens, read_tokenizer
+from polygpt.interop.huggingface.variants import VARIANTS
 from polygpt.interop.names import ForeignTensor, foreign_tensors
 from polygpt.interop.settings import Settings, read_json
 from polygpt.interop.weights import TensorSource, check, read_params
 from polygpt.model import Model, ModelConfig, Params
 
 CONFIG = "config.json"
-ARCHITECTURES: dict[str, Family] = {family.architecture: family for family in (GPT2, *FAMILIES)}
+ARCHITECTURES: dict[str, Family] = {family.architecture: family for family in (GPT2, LLAMA, *VARIANTS)}
 _TYPES = {family.model_type: family for family in ARCHITECTURES.values()}
 _HEAD = "lm_head.weight"
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -97,6 +98,7 @@ def read_fields(family: Family, settings: Settings) -> dict[str, Any]:
     Raises:
         RequestError: a setting is unknown, missing, or asks for what there is not here.
     """
+    settings.lay_under(family.defaults)
     fields = family.read(settings)
     settings.ignore(*WITHOUT_EFFECT, *filter(NOTES.fullmatch, settings.values))
     settings.finish()

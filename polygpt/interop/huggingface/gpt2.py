@@ -46,7 +46,7 @@ def _read(settings: Settings) -> dict[str, Any]:
     settings.ignore("reorder_and_upcast_attn", "n_ctx", *(name for name in settings.values if name[:8] == "summary_"))
     settings.ignore("type", "decoder", "past_names", "present_names", "hidden_size", "intermediate_size", "hidden_act")
     settings.ignore("attention_probs_dropout_prob", "hidden_dropout_prob", "type_vocab_size")
-    return shared_fields(settings, tied=True) | {
+    return shared_fields(settings) | {
         "context_length": settings.take("n_positions", int, 1024),
         "embed_dim": width,
         "num_layers": settings.take("n_layer", int, 12),
@@ -93,6 +93,7 @@ GPT2 = Family(
     prefix="transformer.",
     read=_read,
     write=_write,
+    defaults={"tie_word_embeddings": True},
     layout=Layout(inputs_first=r".*\.(c_attn|c_proj|c_fc)\.weight"),
     ignored=r".*\.attn\.(bias|masked_bias)",  # the causal mask
     zero_biases=True,

@@ -1,7 +1,4 @@
-"""Llama and the architectures that vary it: Mistral, Qwen 2 and 3, Mixtral, Gemma 2, Phi-3, StableLM, Starcoder 2.
-
-Each is Llama's table of names with some lines changed, and Llama's settings with some more.
-"""
+"""Llama: its table of names and its settings, on which other architectures build (`variants.py`)."""
 
 from __future__ import annotations
 
@@ -17,91 +14,66 @@ from polygpt.interop.huggingface.families import (
     shared_settings,
     write_rope,
 )
+from polygpt.interop.names import NameTable
 from polygpt.interop.settings import Settings
 from polygpt.model import ModelConfig
 
 Fields = dict[str, Any]
-_LAYER = "model.layers.{layer}."
+LAYER = "model.layers.{layer}."
 
 
-def _projection(theirs: str, ours: str) -> dict[str, str]:
+def projection(theirs: str, ours: str) -> dict[str, str]:
     """A matrix and its bias."""
-    return {f"{_LAYER}{theirs}.weight": f"blocks.{ours}", f"{_LAYER}{theirs}.bias": f"blocks.{ours}_bias"}
+    return {f"{LAYER}{theirs}.weight": f"blocks.{ours}", f"{LAYER}{theirs}.bias": f"blocks.{ours}_bias"}
 
 
-_EMBEDDING = {
+EMBEDDING = {
     "model.embed_tokens.weight": "embedding",
     "model.norm.weight": "final_norm.gain",
     "lm_head.weight": "head",
 }
-_ATTENTION = {
-    f"{_LAYER}input_layernorm.weight": "blocks.attention_norm.gain",
-    **_projection("self_attn.q_proj", "attention.query"),
-    **_projection("self_attn.k_proj", "attention.key"),
-    **_projection("self_attn.v_proj", "attention.value"),
-    **_projection("self_attn.o_proj", "attention.out"),
+ATTENTION = {
+    f"{LAYER}input_layernorm.weight": "blocks.attention_norm.gain",
+    **projection("self_attn.q_proj", "attention.query"),
+    **projection("self_attn.k_proj", "attention.key"),
+    **projection("self_attn.v_proj", "attention.value"),
+    **projection("self_attn.o_proj", "attention.out"),
 }
-_QK_NORM = {
-    f"{_LAYER}self_attn.q_norm.weight": "blocks.attention.query_norm",
-    f"{_LAYER}self_attn.k_norm.weight": "blocks.attention.key_norm",
+FEEDFORWARD_NORM = {f"{LAYER}post_attention_layernorm.weight": "blocks.feedforward_norm.gain"}
+GLU = {
+    **projection("mlp.gate_proj", "feedforward.gate"),
+    **projection("mlp.up_proj", "feedforward.up"),
+    **projection("mlp.down_proj", "feedforward.down"),
 }
-_FEEDFORWARD_NORM = {f"{_LAYER}post_attention_layernorm.weight": "blocks.feedforward_norm.gain"}
-_GLU = {
-    **_projection("mlp.gate_proj", "feedforward.gate"),
-    **_projection("mlp.up_proj", "feedforward.up"),
-    **_projection("mlp.down_proj", "feedforward.down"),
-}
-_LLAMA = {**_EMBEDDING, **_ATTENTION, **_FEEDFORWARD_NORM, **_GLU}
-_EXPERTS = {
-    f"{_LAYER}block_sparse_moe.gate.weight": "blocks.feedforward.router",
-    f"{_LAYER}block_sparse_moe.experts.{{expert}}.w1.weight": "blocks.feedforward.gate",
-    f"{_LAYER}block_sparse_moe.experts.{{expert}}.w3.weight": "blocks.feedforward.up",
-    f"{_LAYER}block_sparse_moe.experts.{{expert}}.w2.weight": "blocks.feedforward.down",
-}
-_FUSED = {
-    f"{_LAYER}self_attn.qkv_proj.weight": tuple(f"blocks.attention.{part}" for part in ("query", "key", "value")),
-    f"{_LAYER}self_attn.o_proj.weight": "blocks.attention.out",
-    f"{_LAYER}mlp.gate_up_proj.weight": ("blocks.feedforward.gate", "blocks.feedforward.up"),
-    f"{_LAYER}mlp.down_proj.weight": "blocks.feedforward.down",
-}
-_SANDWICH = {
-    f"{_LAYER}post_attention_layernorm.weight": "blocks.attention_out_norm.gain",
-    f"{_LAYER}pre_feedforward_layernorm.weight": "blocks.feedforward_norm.gain",
-    f"{_LAYER}post_feedforward_layernorm.weight": "blocks.feedforward_out_norm.gain",
-}
-_NORM_BIASES = {
-    "model.norm.bias": "final_norm.bias",
-    f"{_LAYER}input_layernorm.bias": "blocks.attention_norm.bias",
-    f"{_LAYER}post_attention_layernorm.bias": "blocks.feedforward_norm.bias",
-}
-_MLP = {**_projection("mlp.c_fc", "feedforward.up"), **_projection("mlp.c_proj", "feedforward.down")}
+NAMES = {**EMBEDDING, **ATTENTION, **FEEDFORWARD_NORM, **GLU}
 
 
-def _read(
-    settings: Settings, *, tied: bool = False, kv_heads: int | None = None, fraction: float | None = None
-) -> Fields:
-    """What all of them say alike; the caller adds norm and feed-forward, and changes what differs."""
+def read_shared(settings: Settings, *, partial: bool = False) -> Fields:
+    """What all of them say alike; the caller adds norm and feed-forward, and changes what differs.
+
+    `partial`: a share of each head may turn.
+    """
     heads = settings.take("num_attention_heads", int)
     width = settings.take("hidden_size", int)
     attention: Fields = {
         "kind": "softmax",
         "num_heads": heads,
-        "num_kv_heads": settings.take("num_key_value_heads", int, heads if kv_heads is None else kv_heads),
+        "num_kv_heads": settings.take("num_key_value_heads", int, heads),
         "dropout": settings.take("attention_dropout", float, 0.0),
     }
     head_dim = settings.take("head_dim", int, None)
     if head_dim is not None and head_dim * heads != width:
         attention["head_dim"] = head_dim
-    return shared_fields(settings, tied) | {
-        "context_length": settings.take("max_position_embeddings", int, 2048),
+    return shared_fields(settings) | {
+        "context_length": settings.take("max_position_embeddings", int),
         "embed_dim": width,
         "num_layers": settings.take("num_hidden_layers", int),
-        "position": read_rope(settings, fraction),
+        "position": read_rope(settings, partial),
         "attention": attention,
     }
 
 
-def _write(model: ModelConfig) -> Fields:
+def write_shared(model: ModelConfig) -> Fields:
     """The settings that all of them share."""
     layer = model.layers[0]
     attention, norm = layer.attention, layer.norm
@@ -125,17 +97,17 @@ def _write(model: ModelConfig) -> Fields:
     return settings
 
 
-def _rmsnorm(settings: Settings, eps: float = 1e-6) -> Fields:
-    return {"kind": "rmsnorm", "eps": settings.take("rms_norm_eps", float, eps)}
+def rmsnorm(settings: Settings) -> Fields:
+    return {"kind": "rmsnorm", "eps": settings.take("rms_norm_eps", float, 1e-6)}
 
 
-def _glu(settings: Settings) -> Fields:
+def glu(settings: Settings) -> Fields:
     hidden = settings.take("intermediate_size", int)
     return {"kind": "glu", "mlp_dim": hidden, "activation": activation(settings, "hidden_act", default="silu")}
 
 
 def _read_llama(settings: Settings) -> Fields:
-    fields = _read(settings) | {"norm": _rmsnorm(settings), "feedforward": _glu(settings)}
+    fields = read_shared(settings) | {"norm": rmsnorm(settings), "feedforward": glu(settings)}
     fields["attention"]["bias"] = settings.take("attention_bias", bool, False)
     fields["feedforward"]["bias"] = settings.take("mlp_bias", bool, False)
     return fields
@@ -144,260 +116,15 @@ def _read_llama(settings: Settings) -> Fields:
 def _write_llama(model: ModelConfig) -> Fields:
     layer = model.layers[0]
     biases = {"attention_bias": getattr(layer.attention, "bias", False) is True}
-    return _write(model) | biases | {"mlp_bias": bool(getattr(layer.feedforward, "bias", False))}
+    return write_shared(model) | biases | {"mlp_bias": bool(getattr(layer.feedforward, "bias", False))}
 
 
-def _windowed(read: Callable[[Settings], Fields]) -> Callable[[Settings], Fields]:
-    """`sliding_window` for every layer."""
-
-    def windowed(settings: Settings) -> Fields:
-        fields = read(settings)
-        fields["attention"]["window"] = settings.take("sliding_window", int, None)
-        return fields
-
-    return windowed
+def family(
+    architecture: str, model_type: str, names: NameTable, read: Callable, write: Callable, **defaults: Any
+) -> Family:
+    """A `Family` whose tensors are called as Llama's are, with the defaults of its class."""
+    # Older checkpoints of some carry the angles' frequencies along.
+    return Family(architecture, model_type, names, "model.", read, write, defaults, ignored=r".*rotary_emb\.inv_freq")
 
 
-def _write_windowed(model: ModelConfig) -> Fields:
-    return _write(model) | {"sliding_window": getattr(model.layers[0].attention, "window", None)}
-
-
-def _read_mistral(settings: Settings) -> Fields:
-    return _read(settings, kv_heads=8) | {"norm": _rmsnorm(settings), "feedforward": _glu(settings)}
-
-
-def _read_qwen(settings: Settings) -> Fields:
-    """Qwen 2 and 3: with `use_sliding_window`, the layers from `max_window_layers` on have one."""
-    fields = _read(settings) | {"norm": _rmsnorm(settings), "feedforward": _glu(settings)}
-    window = settings.take("sliding_window", int, None)
-    used = settings.take("use_sliding_window", bool, False)
-    first, layers = settings.take("max_window_layers", int, 0), fields["num_layers"]
-    kinds = settings.get("layer_types") or [
-        "sliding_attention" if used and i >= first else "full_attention" for i in range(layers)
-    ]
-    return fields | _pattern(settings, kinds, window if used else None, layers)
-
-
-def _pattern(settings: Settings, kinds: Any, window: int | None, layers: int) -> Fields:
-    """The shortest pattern of windows that `layer_types` repeats."""
-    known = {"full_attention": None, "sliding_attention": window}
-    if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= known.keys():
-        raise settings.error(f"'layer_types' must name full_attention or sliding_attention for each of {layers} layers")
-    windows = [known[kind] for kind in kinds]
-    if len(set(windows)) == 1:
-        return {} if windows[0] is None else {"pattern": [{"attention": {"window": windows[0]}}]}
-    period = next(n for n in range(1, layers + 1) if all(windows[i] == windows[i % n] for i in range(layers)))
-    return {"pattern": [{"attention": {"window": window}} for window in windows[:period]]}
-
-
-def _layer_types(model: ModelConfig) -> Fields:
-    windows = [getattr(layer.attention, "window", None) for layer in model.layers]
-    kinds = ["full_attention" if window is None else "sliding_attention" for window in windows]
-    return {"layer_types": kinds, "sliding_window": next((w for w in windows if w is not None), None)}
-
-
-def _read_qwen2(settings: Settings) -> Fields:
-    fields = _read_qwen(settings)
-    fields["attention"]["bias"] = "qkv"
-    return fields
-
-
-def _read_qwen3(settings: Settings) -> Fields:
-    fields = _read_qwen(settings)
-    fields["attention"]["bias"] = settings.take("attention_bias", bool, False)
-    # transformers' own default, where a file leaves it out
-    heads = fields["attention"]["num_heads"]
-    if settings.get("head_dim") is None and 128 * heads != fields["embed_dim"]:
-        fields["attention"]["head_dim"] = 128
-    return _with_qk_norm(fields)
-
-
-def _with_qk_norm(fields: Fields) -> Fields:
-    fields["attention"] |= {"qk_norm": True, "qk_norm_eps": fields["norm"]["eps"]}
-    return fields
-
-
-def _write_qwen(model: ModelConfig) -> Fields:
-    types = _layer_types(model)
-    used = types["sliding_window"] is not None
-    bias = getattr(model.layers[0].attention, "bias", False) is True
-    return _write(model) | types | {"use_sliding_window": used, "max_window_layers": 0, "attention_bias": bias}
-
-
-def _write_qwen2(model: ModelConfig) -> Fields:
-    settings = _write_qwen(model)
-    del settings["attention_bias"]
-    del settings["head_dim"]
-    return settings
-
-
-def _read_mixtral(settings: Settings) -> Fields:
-    hidden, act = settings.take("intermediate_size", int), activation(settings, "hidden_act", default="silu")
-    experts = {
-        "kind": "moe",
-        "mlp_dim": hidden,
-        "activation": act,
-        "num_experts": settings.take("num_local_experts", int, 8),
-        "top_k": settings.take("num_experts_per_tok", int, 2),
-        "normalize_weights": True,
-        "dispatch": "dropless",
-        "load_balance_loss": settings.take("router_aux_loss_coef", float, 1e-3),
-        "z_loss": 0.0,
-        "router_noise": settings.take("router_jitter_noise", float, 0.0),
-    }
-    return _read(settings, kv_heads=8) | {"norm": _rmsnorm(settings, 1e-5), "feedforward": experts}
-
-
-def _write_mixtral(model: ModelConfig) -> Fields:
-    experts = model.layers[0].feedforward
-    return _write_windowed(model) | {
-        "num_local_experts": getattr(experts, "num_experts", 1),
-        "num_experts_per_tok": getattr(experts, "top_k", 1),
-        "router_aux_loss_coef": getattr(experts, "load_balance_loss", 0.0),
-        "router_jitter_noise": getattr(experts, "router_noise", 0.0),
-    }
-
-
-def _read_gemma2(settings: Settings) -> Fields:
-    fields = _read(settings, tied=True, kv_heads=4)
-    heads, layers = fields["attention"]["num_heads"], fields["num_layers"]
-    if settings.get("head_dim") is None and 256 * heads != fields["embed_dim"]:
-        fields["attention"]["head_dim"] = 256
-    settings.require("use_bidirectional_attention", False, "only causal attention is known here")
-    hidden_act = activation(settings, "hidden_activation", "hidden_act", default="gelu_pytorch_tanh")
-    settings.ignore("hidden_act", "cache_implementation")
-    fields["attention"] |= {
-        "bias": settings.take("attention_bias", bool, False),
-        "scale": settings.take("query_pre_attn_scalar", float, 256.0) ** -0.5,
-        "softcap": settings.take("attn_logit_softcapping", float, None),
-    }
-    kinds = settings.get("layer_types") or [("sliding_attention", "full_attention")[i % 2] for i in range(layers)]
-    window = settings.take("sliding_window", int, 4096)
-    glu = {"kind": "glu", "mlp_dim": settings.take("intermediate_size", int), "activation": hidden_act}
-    return (
-        fields
-        | _pattern(settings, kinds, window, layers)
-        | {
-            "norm": {**_rmsnorm(settings), "unit_offset": True},
-            "feedforward": glu,
-            "block": {"kind": "sandwich"},
-            "embed_scale": "sqrt",
-            "logit_softcap": settings.take("final_logit_softcapping", float, None),
-        }
-    )
-
-
-def _write_gemma2(model: ModelConfig) -> Fields:
-    attention = model.layers[0].attention
-    settings = _write(model) | _layer_types(model)
-    settings["hidden_activation"] = {"gelu_new": "gelu_pytorch_tanh"}.get(
-        settings["hidden_act"], settings.pop("hidden_act")
-    )
-    scale = getattr(attention, "scale", None)
-    if hasattr(attention, "num_heads"):
-        settings["query_pre_attn_scalar"] = attention.size(model) if scale is None else _whole(scale**-2)
-    return settings | {
-        "attention_bias": getattr(attention, "bias", False) is True,
-        "attn_logit_softcapping": getattr(attention, "softcap", None),
-        "final_logit_softcapping": model.logit_softcap,
-    }
-
-
-def _whole(value: float) -> float | int:
-    """The whole number that rounding has missed, if it is one."""
-    return round(value) if abs(value - round(value)) < 1e-6 * value else value
-
-
-def _read_phi3(settings: Settings) -> Fields:
-    settings.ignore("original_max_position_embeddings")
-    fields = _read(settings, fraction=1.0) | {"norm": _rmsnorm(settings, 1e-5), "feedforward": _glu(settings)}
-    return fields | {
-        "dropout": settings.take("resid_pdrop", float, 0.0),
-        "embed_dropout": settings.take("embd_pdrop", float, 0.0),
-    }
-
-
-def _write_phi3(model: ModelConfig) -> Fields:
-    dropouts = {"resid_pdrop": model.dropout, "embd_pdrop": model.embed_dropout}
-    # The class's defaults lie outside a small vocabulary, which transformers warns of.
-    settings = _write_windowed(model) | dropouts | {"pad_token_id": None}
-    return settings | {"original_max_position_embeddings": model.context_length}
-
-
-def _layernorm(settings: Settings, name: str) -> Fields:
-    return {"kind": "layernorm", "eps": settings.take(name, float, 1e-5)}
-
-
-def _read_stablelm(settings: Settings) -> Fields:
-    settings.require("qk_layernorm", False, "only RMS norms of queries and keys are known here")
-    settings.require("use_parallel_residual", False, "its one norm has no counterpart here")
-    fields = _read(settings, fraction=0.25) | {"norm": _layernorm(settings, "layer_norm_eps")}
-    fields["attention"]["bias"] = "qkv" if settings.take("use_qkv_bias", bool, False) else False
-    return fields | {"feedforward": _glu(settings), "dropout": settings.take("hidden_dropout", float, 0.0)}
-
-
-def _write_stablelm(model: ModelConfig) -> Fields:
-    settings = _write(model)
-    eps, bias = settings.pop("rms_norm_eps", None), getattr(model.layers[0].attention, "bias", False)
-    settings |= {"layer_norm_eps": eps, "use_qkv_bias": bias == "qkv", "hidden_dropout": model.dropout}
-    del settings["head_dim"]
-    return {"partial_rotary_factor": 1.0} | settings
-
-
-def _read_starcoder2(settings: Settings) -> Fields:
-    fields = _read(settings, tied=True, kv_heads=2) | {"norm": _layernorm(settings, "norm_epsilon")}
-    bias = settings.take("use_bias", bool, True)
-    fields["attention"]["bias"] = bias
-    act = activation(settings, "hidden_act", default="gelu_pytorch_tanh")
-    mlp = {"kind": "mlp", "mlp_dim": settings.take("intermediate_size", int), "activation": act, "bias": bias}
-    dropouts = {"dropout": "residual_dropout", "embed_dropout": "embedding_dropout"}
-    settings.ignore("mlp_type", "norm_type")
-    return fields | {"feedforward": mlp} | {ours: settings.take(name, float, 0.0) for ours, name in dropouts.items()}
-
-
-def _write_starcoder2(model: ModelConfig) -> Fields:
-    settings = _write_windowed(model)
-    settings["hidden_act"] = {"gelu_new": "gelu_pytorch_tanh"}.get(settings["hidden_act"], settings["hidden_act"])
-    settings["norm_epsilon"] = settings.pop("rms_norm_eps", None)
-    del settings["head_dim"]
-    bias = getattr(model.layers[0].attention, "bias", False) is True
-    return settings | {"use_bias": bias, "residual_dropout": model.dropout, "embedding_dropout": model.embed_dropout}
-
-
-# Older checkpoints of some carry the angles' frequencies along.
-_IGNORED = r".*rotary_emb\.inv_freq"
-
-
-def _family(architecture: str, model_type: str, names: dict, read: Callable, write: Callable) -> Family:
-    return Family(architecture, model_type, names, "model.", read, write, ignored=_IGNORED)
-
-
-FAMILIES = (
-    _family("LlamaForCausalLM", "llama", _LLAMA, _read_llama, _write_llama),
-    _family("MistralForCausalLM", "mistral", _LLAMA, _windowed(_read_mistral), _write_windowed),
-    _family("Qwen2ForCausalLM", "qwen2", _LLAMA, _read_qwen2, _write_qwen2),
-    _family("Qwen3ForCausalLM", "qwen3", _LLAMA | _QK_NORM, _read_qwen3, _write_qwen),
-    _family(
-        "MixtralForCausalLM",
-        "mixtral",
-        {**_EMBEDDING, **_ATTENTION, **_FEEDFORWARD_NORM, **_EXPERTS},
-        _windowed(_read_mixtral),
-        _write_mixtral,
-    ),
-    _family("Gemma2ForCausalLM", "gemma2", _LLAMA | _SANDWICH, _read_gemma2, _write_gemma2),
-    _family(
-        "Phi3ForCausalLM",
-        "phi3",
-        {**_EMBEDDING, f"{_LAYER}input_layernorm.weight": "blocks.attention_norm.gain", **_FEEDFORWARD_NORM, **_FUSED},
-        _windowed(_read_phi3),
-        _write_phi3,
-    ),
-    _family("StableLmForCausalLM", "stablelm", _LLAMA | _NORM_BIASES, _read_stablelm, _write_stablelm),
-    _family(
-        "Starcoder2ForCausalLM",
-        "starcoder2",
-        {**_EMBEDDING, **_ATTENTION, **_FEEDFORWARD_NORM, **_NORM_BIASES, **_MLP},
-        _windowed(_read_starcoder2),
-        _write_starcoder2,
-    ),
-)
+LLAMA = family("LlamaForCausalLM", "llama", NAMES, _read_llama, _write_llama, max_position_embeddings=2048)
