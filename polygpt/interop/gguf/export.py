@@ -106,8 +106,10 @@ def choose_architecture(config: ModelConfig) -> Architecture:
             return architecture
         key, ours, theirs = differing[0]
         reason = f"{key}={ours} has no counterpart; {architecture.name}, the nearest, has {theirs}"
-        if nearest is None or len(differing) < nearest[0]:
-            nearest = len(differing), reason
+        # A part of another kind may differ in everything: it counts for several settings.
+        distance = sum(5 if key.endswith(".kind") else 1 for key, *_ in differing)
+        if nearest is None or distance < nearest[0]:
+            nearest = distance, reason
     raise RequestError(f"llama.cpp has no architecture for this model: {nearest[1] if nearest else 'none is near'}")
 
 
@@ -208,7 +210,7 @@ def _encoded(name: str, values: np.ndarray, kind: Kind) -> np.ndarray:
     if kind in (Kind.F16, Kind.Q8_0) and values.size:
         # Q8_0 has its blocks' scales, the largest value / 127, in 16 bits.
         largest = float(np.abs(values).max()) / (127 if kind == Kind.Q8_0 else 1)
-        if not largest <= np.finfo(np.float16).max:
+        if not largest <= float(np.finfo(np.float16).max):
             raise RequestError(f"the tensor {name} has values too large for {kind.name.lower()}; choose bf16 or f32")
     return np.ascontiguousarray(gguf.quantize(values, kind))
 

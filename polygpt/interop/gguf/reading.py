@@ -49,6 +49,7 @@ def open_gguf(path: Path) -> ForeignModel:
         del tensors[_HEAD]  # older converters write a tied head once more
     extras = {ROPE_FREQS: _rope_freqs(file)} if ROPE_FREQS in tensors else {}
     fields = read_fields(architecture, settings_of(file.metadata, architecture, file.where), tensors, extras)
+    _check_counts(file, source, fields)
     config = validate(ModelConfig, fields, file.where)
     check(source, foreign_tensors(Model(config), architecture.names, architecture.layout), _ignored(fields), DTYPES)
     text = read_text(file.metadata, file.where)
@@ -66,6 +67,14 @@ def open_gguf(path: Path) -> ForeignModel:
     name = file.metadata.get("general.name")
     facts |= {"name": name} if isinstance(name, str) else {}
     return ForeignModel(config, read, *text, facts)
+
+
+def _check_counts(file: GGUFFile, source: Unstacked, fields: Mapping[str, Any]) -> None:
+    """Refuses more layers or experts than there are tensors, before anything is made for each of them."""
+    counts = {"layers": fields["num_layers"], "experts": fields["feedforward"].get("num_experts", 0)}
+    for what, count in counts.items():
+        if count > len(source.tensors):
+            raise RequestError(f"{file.where}: {count:,} {what}, with {len(source.tensors)} tensors; it is damaged")
 
 
 def _find(file: GGUFFile) -> Architecture:

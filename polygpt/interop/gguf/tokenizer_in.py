@@ -142,8 +142,10 @@ def _byte_level(settings: Settings, vocabulary: _Vocabulary) -> hf.Tokenizer:
 
 def _bpe(vocabulary: _Vocabulary, merges: Sequence[tuple[str, str]], pre: PreTokenizer) -> hf.Tokenizer:
     # Special tokens at the end are added to the vocabulary, as they are where a tokenizer is trained.
-    inner = (i for i, (token, kind) in enumerate(zip(*vocabulary, strict=True)) if not token or kind not in _ADDED)
-    size = max(inner, default=-1) + 1
+    merged = {"", *(part for first, second in merges for part in (first, second, first + second))}
+    size = len(vocabulary.tokens)
+    while size and vocabulary.kinds[size - 1] in _ADDED and vocabulary.tokens[size - 1] not in merged:
+        size -= 1
     vocab = {token: i for i, token in enumerate(vocabulary.tokens[:size])}
     made = hf.Tokenizer(hf.models.BPE(vocab, list(merges), ignore_merges=pre.ignore_merges))
     pre.apply(made)
