@@ -17,6 +17,7 @@ import tokenizers as hf
 from polygpt.errors import RequestError
 
 SPACE = "▁"  # what a space is written as
+_LONGEST = 256  # characters of a piece; SentencePiece's own limit is 16, and each place is tried
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -51,6 +52,11 @@ def score_bpe(
     Raises:
         RequestError: the pieces make no tokenizer.
     """
+    longest = max(map(len, pieces), default=0)
+    if longest > _LONGEST:
+        raise RequestError(
+            f"the pieces make no tokenizer (one has {longest:,} characters; at most {_LONGEST} are read)"
+        )
     unknown = next((piece for piece, kind in zip(pieces, kinds, strict=True) if kind == PieceKind.UNKNOWN), None)
     vocab = {piece: i for i, piece in enumerate(pieces)}
     bytes_too = sum(_BYTE.fullmatch(piece) is not None for piece in pieces) == 256

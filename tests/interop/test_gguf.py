@@ -174,6 +174,7 @@ def test_a_tokenizer_comes_back_as_it_was(tmp_path, kind):
         ({"embed_scale": "sqrt"}, "embed_scale=8.0"),
         ({"block": {"kind": "parallel"}}, "block.kind=parallel"),
         ({"num_layers": 0}, "none is near"),
+        ({"context_length": 2**32}, "none is near"),
     ],
 )
 def test_a_model_that_llama_cpp_does_not_compute_is_refused_by_its_part(tmp_path, changes, reason):
@@ -199,6 +200,14 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path):
     with pytest.raises(RequestError, match="exists already"):
         export_gguf(tmp_path / "model.gguf", config, params)
     assert (tmp_path / "model.gguf").read_bytes() == b"mine"
+
+
+def test_facts_that_32_bits_cannot_hold_are_kept_as_text(tmp_path):
+    facts = {"tokens": 2**40, "loss": 1e300, "source": "half \ud800", "list": [1]}
+    export_gguf(tmp_path / "model.gguf", model("llama"), lively(model("llama")), facts=facts)
+    found = GGUFFile(tmp_path / "model.gguf").metadata
+    kept = {key: value for key, value in found.items() if key.startswith("polygpt.")}
+    assert kept == {"polygpt.tokens": str(2**40), "polygpt.loss": "1e+300", "polygpt.source": "half ?"}
 
 
 def test_gpt2_is_found_with_and_without_biases():
@@ -452,6 +461,7 @@ def tokens_of(**changes):
         ({"add_bos_token": 1}, "'tokenizer.ggml.add_bos_token' is 1"),
         ({"invented": 1}, "'tokenizer.ggml.invented'"),
         ({"model": "llama"}, "'tokenizer.ggml.scores' is missing"),
+        ({"model": "llama", "scores": [0.0] * 8, "tokens": [*"abcdefg", "h" * 300]}, "one has 300 characters"),
         ({"model": "llama", "scores": [float("nan")] * 8}, "'tokenizer.ggml.scores'"),
         ({"model": "llama", "scores": [0.0] * 8, "precompiled_charsmap": [1]}, "precompiled_charsmap"),
         ({"tokens": [*"abcdefghi"], "token_type": [1] * 9, "merges": ["a b"]}, "9 tokens|do not fit"),

@@ -9,7 +9,7 @@ import pytest
 from gguf_zoo import MODELS, TEXT, lively, model, tokenizer
 
 from polygpt.generation import Sampler, generate_tokens
-from polygpt.interop import export_gguf, open_gguf
+from polygpt.interop import export_gguf, open_gguf, open_llama2c
 from polygpt.model import Model
 
 pytestmark = pytest.mark.llamacpp
@@ -112,3 +112,16 @@ def test_texts_have_the_same_ids(opened, kind):
         assert ids == tokens.encode(text), repr(text)
         assert engine.tokenize(text.encode(), add_bos=True, special=False) == [*tokens.start, *ids]
     assert engine.token_eos() == tokens.end_of_text
+
+
+def test_a_published_model_tells_the_same_story(opened, shared_data):
+    found = open_llama2c(shared_data / "stories260K" / "stories260K.bin")
+    params = found.read(found.config, int)
+    engine = opened(found.config, params, found.tokenizer)
+    for text in [*TEXTS, "Once upon a time"]:
+        ids = engine.tokenize(text.encode(), add_bos=True, special=False)
+        assert ids == [*found.tokenizer.start, *found.tokenizer.encode(text)], repr(text)
+    chunks = generate_tokens(Model(found.config), params, [ids], Sampler(temperature=0.0), max_new_tokens=56)
+    story = found.tokenizer.decode(ids[1:] + [token for chunk in chunks for token in chunk[0][0]])
+    out = engine.create_completion("Once upon a time", max_tokens=56, temperature=0.0)
+    assert "Once upon a time" + out["choices"][0]["text"] == story

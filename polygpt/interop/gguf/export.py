@@ -116,12 +116,19 @@ def choose_architecture(config: ModelConfig) -> Architecture:
 def _read_back(architecture: Architecture, config: ModelConfig) -> dict[str, Any] | None:
     try:
         settings, extras = architecture.write(config)
-        stored = {name: shortest(v) if isinstance(v, float) else v for name, v in settings.items()}
+        stored = {name: _stored(name, value) for name, value in settings.items()}
         tensors = {name: TensorInfo(shape, "F32") for name, shape in _named(architecture, config).items()}
         where = Settings(stored, architecture.name)
         return computation(validate(ModelConfig, read_fields(architecture, where, tensors, extras)))
     except RequestError:  # its own parts do not fit this model's shape
         return None
+
+
+def _stored(name: str, value: Any) -> Any:
+    """What is left of a setting in 32 bits."""
+    if type(value) is int and not 0 <= value < 1 << 32:
+        raise RequestError(f"{name}={value} is too large for GGUF")
+    return shortest(value) if isinstance(value, float) else value
 
 
 def _named(architecture: Architecture, config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -143,12 +150,16 @@ def _tensors(architecture: Architecture, config: ModelConfig) -> list[ForeignTen
 
 def _general(name: str, dtype: str, facts: Mapping[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in facts.items() if type(value) in (str, int, float)}
+    largest = float(np.finfo(np.float32).max)
     return {
         "general.type": "model",
         "general.name": str(facts.get("name", name)),
         "general.file_type": int(DTYPES[dtype][1]),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
-        **{f"polygpt.{key}": str(value) if type(value) is int else value for key, value in kept.items()},
+        **{
+            f"polygpt.{key}": value if type(value) is float and abs(value) <= largest else str(value)
+            for key, value in kept.items()
+        },
     }
 
 
@@ -216,8 +227,10 @@ def _encoded(name: str, values: np.ndarray, kind: Kind) -> np.ndarray:
 
 
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
-    kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
-    if isinstance(value, list):
+    kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
+    if isinstance(value, str):
+        writer.add_string(key, value.encode("utf-8", "replace").decode())  # half of a surrogate pair has no bytes
+    elif isinstance(value, list):
         writer.add_array(key, value)
     else:
         kinds[type(value)](key, value)
