@@ -153,8 +153,10 @@ class HarnessLM(TemplateLM):
         return [postprocess_generated_text(self._text(row), stop, None) for row in tokens]
 
     def _text(self, ids: Sequence[int]) -> str:
-        special = set(self.lm.tokenizer.special_tokens.values())
-        return self.lm.tokenizer.decode([token for token in ids if token not in special])
+        """The text of `ids` as `hf` gives it: special tokens, and ids that the tokenizer lacks, leave none."""
+        tokenizer = self.lm.tokenizer
+        special = set(tokenizer.special_tokens.values())
+        return tokenizer.decode([token for token in ids if token < tokenizer.vocab_size and token not in special])
 
 
 def register(load: Callable[[str], LanguageModel], name: str) -> None:
