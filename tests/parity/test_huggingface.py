@@ -14,6 +14,8 @@ import families
 import torch
 import transformers
 from families import MODELS, Foreign, build, logits, opened, tokens
+from make_references import REFERENCES, make
+from safetensors.numpy import load_file
 from zoo import compiler_options, lively, shrunk
 
 from polygpt.config import validate
@@ -114,6 +116,18 @@ def test_a_padded_vocabulary_gives_the_same_logits(tmp_path):
     assert (jax.nn.softmax(got)[..., families.VOCAB :] == 0).all()
     export_huggingface(tmp_path / "ours", config, params)
     assert np.array_equal(logits(opened(tmp_path / "ours")), logits(model))
+
+
+def test_the_stored_references_are_what_the_script_makes(tmp_path):
+    make(tmp_path)
+    assert {path.name for path in REFERENCES.iterdir()} == MODELS.keys()
+    for name in MODELS:
+        stored, made = (load_file(folder / name / "model.safetensors") for folder in (REFERENCES, tmp_path))
+        assert stored.keys() == made.keys()
+        assert all(np.array_equal(stored[key], made[key]) for key in stored)
+        stored, made = (np.load(folder / name / "expected.npz") for folder in (REFERENCES, tmp_path))
+        assert np.array_equal(stored["tokens"], made["tokens"])
+        assert error(made["logits"], stored["logits"]) < 1e-5
 
 
 # --- Settings: none is passed over that changes logits, and what is left out means what it means there ----------
