@@ -1,4 +1,4 @@
-"""`training.evaluations`: metrics along the way and at the end, and what is wrong with them told before anything else."""
+"""`training.evaluations`: metrics along the way and at the end; what is wrong with them is told before anything else."""
 
 import json
 
@@ -36,7 +36,7 @@ BOTH = [
 
 def test_they_are_lines_of_the_metrics_and_of_the_report(asked, workdir, capsys):
     train(asked(BOTH), "run")
-    lines = [line for line in read_lines(workdir / "run/metrics.jsonl") if "loss" not in line and "val_loss" not in line]
+    lines = [line for line in read_lines(workdir / "run/metrics.jsonl") if not {"loss", "val_loss"} & set(line)]
     book = {"step", "book/nats_per_token", "book/perplexity", "book/bits_per_byte"}
     questions = {"step", *(f"hellaswag/{name}" for name in ("acc", "acc_norm", "acc_stderr", "acc_norm_stderr"))}
     assert [(line["step"], set(line)) for line in lines] == [(4, book), (6, book), (6, questions)]
