@@ -1,4 +1,4 @@
-"""`training.evaluations`: metrics along the way and at the end; what is wrong with them is told before anything else."""
+"""`training.evaluations`: metrics along the way and at the end; mistakes are told before anything else."""
 
 import json
 
