@@ -122,6 +122,8 @@ def check_shapes(stored: ModelConfig, wanted: ModelConfig, name: str) -> None:
     Raises:
         RequestError: the first parameter of another shape is named.
     """
+    if stored == wanted:
+        return
     there, here = (_shapes(config) for config in (stored, wanted))
     for path in sorted(there.keys() | here.keys()):
         theirs, ours = there.get(path), here.get(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +35,7 @@ class TensorSource(Protocol):
     tensors: Mapping[str, TensorInfo]
 
     def read(self, name: str) -> np.ndarray:
-        """The values of one tensor, in a floating type."""
+        """The values of one tensor, in a floating type; memory it takes is given back with the array."""
         ...
 
 
@@ -90,9 +91,11 @@ def read_params(
             place[...] = own[tuple(slice(size) for size in place.shape)]
         return values.size
 
-    # Two at a time: copying and turning a matrix leave Python's lock to others.
+    # Two at a time: copying and turning a matrix leave Python's lock to others. The largest first, while little of
+    # the memory that they go to has been touched: so the peak is hardly above the weights.
+    ordered = sorted(wanted, key=lambda tensor: -math.prod(tensor.shape))
     with ThreadPoolExecutor(2) as pool:
-        for size in pool.map(fill, wanted):
+        for size in pool.map(fill, ordered):
             on_progress(size)
     device = jax.local_devices()[0]
     # On a CPU XLA takes over the very memory; elsewhere each leaf's is given back once it is on the device.

@@ -50,8 +50,6 @@ class Tokenizer:
         tokenizer.encode_special_tokens = True  # that is: special tokens that a user types are ordinary text
         self._plain = tokenizer
         spec = json.loads(tokenizer.to_str())
-        canonical = json.dumps(spec, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-        self.fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
         self._structure: Structure = describe_structure(spec)
         self.kind = self._structure.kind
         vocab = tokenizer.get_vocab(with_added_tokens=True)
@@ -65,6 +63,13 @@ class Tokenizer:
 
     def __repr__(self) -> str:
         return f"Tokenizer({self.kind}, {self.vocab_size} ids, {self.fingerprint[:12]})"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        canonical = json.dumps(
+            json.loads(self._plain.to_str()), sort_keys=True, separators=(",", ":"), ensure_ascii=False
+        )
+        return hashlib.sha256(canonical.encode()).hexdigest()
 
     @cached_property
     def _with_specials(self) -> hf.Tokenizer:
@@ -214,17 +219,24 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         path = path / "tokenizer.json"
     try:
         text = path.read_text(encoding="utf-8")
-        json.loads(text)
     except FileNotFoundError:
         raise RequestError(f"{path}: no such file; give a tokenizer.json, or a folder that holds one") from None
     except OSError as error:
         raise RequestError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise RequestError(f"{path}: not JSON ({str(error).splitlines()[0]})") from None
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{path}: not JSON ({error})") from None
     try:
         return Tokenizer(hf.Tokenizer.from_str(text))
     except Exception as error:  # the library raises plain Exceptions
+        _check_json(text, path)
         raise RequestError(f"{path}: not a tokenizer.json ({str(error).splitlines()[0]})") from None
+
+
+def _check_json(text: str, path: Path) -> None:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{path}: not JSON ({str(error).splitlines()[0]})") from None
 
 
 def refuse_surrogates(text: str) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from polygpt.config import validate
 from polygpt.errors import RequestError, suggest
 from polygpt.interop.checkpoint import ForeignModel
@@ -47,12 +49,13 @@ def open_huggingface(folder: Path) -> ForeignModel:
     tokenizer = read_tokenizer(folder)
     dtype = _DTYPES.get(_commonest_dtype(source), "float32")
     config = validate(ModelConfig, fields | {"param_dtype": dtype, "compute_dtype": dtype}, settings.where)
-    _check_tied_head(source, family, config)
-    wanted = tensors_of(Model(config), family, source)
+    model = Model(config)
+    wanted = tensors_of(model, family, source)
     check(source, wanted, ignored=rf"{family.ignored}|{_HEAD}")
+    _check_tied_head(source, family, config)
 
-    def read(config: ModelConfig, on_progress: Callable[[int], None]) -> Params:
-        return read_params(Model(config), source, wanted, on_progress)
+    def read(asked: ModelConfig, on_progress: Callable[[int], None]) -> Params:
+        return read_params(model if asked == config else Model(asked), source, wanted, on_progress)
 
     return ForeignModel(
         config,
@@ -131,7 +134,7 @@ def _check_tied_head(source: SafetensorsFolder, family: Family, config: ModelCon
     if embedding not in source.tensors:
         embedding = embedding.removeprefix(family.prefix)
     same = source.tensors.get(embedding) == source.tensors[_HEAD]
-    if not same or not (source.read(embedding) == source.read(_HEAD)).all():
+    if not same or not np.array_equal(source.read(embedding).view(np.uint8), source.read(_HEAD).view(np.uint8)):
         raise RequestError(
             f"{source.where}: {_HEAD} differs from {embedding}, though the configuration says that they are tied; "
             "set tie_word_embeddings to false in its config.json"

@@ -10,7 +10,6 @@ import json
 import struct
 from collections.abc import Iterable
 from pathlib import Path, PurePath
-from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -18,7 +17,7 @@ from safetensors.numpy import save_file
 
 from polygpt.errors import RequestError
 from polygpt.interop.settings import read_json, unique
-from polygpt.interop.weights import TensorInfo
+from polygpt.interop.weights import FLOATS, TensorInfo
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
@@ -28,29 +27,35 @@ _HEADER_LIMIT = 100_000_000  # the library's own
 class SafetensorsFolder:
     """A `TensorSource` over the safetensors files of a folder.
 
+    A tensor is mapped into memory for as long as what `read` gives is held, so that nothing is copied on the way.
+
     Raises:
         RequestError: there are none, or they are damaged; the file and the tensor are named.
     """
 
     def __init__(self, folder: Path):
         self.where = str(folder)
-        self.files: dict[str, Path] = {}
+        self.places: dict[str, tuple[Path, int]] = {}
         self.tensors: dict[str, TensorInfo] = {}
         listed = _listed(folder)
         for path, names in listed.items():
             found = _header(path)
+            _check_whole(path)
             if names is not None and found.keys() != names:
                 name = min(found.keys() ^ names)
                 where = "in the file but not in" if name in found else "not in the file but in"
                 raise RequestError(f"{path}: the tensor {name} is {where} {INDEX}")
-            for name, info in found.items():
+            for name, (info, start) in found.items():
                 if name in self.tensors:
-                    raise RequestError(f"{path}: the tensor {name} stands in {self.files[name].name} as well")
-                self.tensors[name], self.files[name] = info, path
-        self._open = {path: _opened(path) for path in listed}
+                    raise RequestError(f"{path}: the tensor {name} stands in {self.places[name][0].name} as well")
+                self.tensors[name], self.places[name] = info, (path, start)
 
     def read(self, name: str) -> np.ndarray:
-        return self._open[self.files[name]].get_tensor(name)
+        (shape, dtype), (path, start) = self.tensors[name], self.places[name]
+        try:
+            return np.memmap(path, FLOATS[dtype], "r", start, shape).view(np.ndarray)
+        except (OSError, ValueError) as error:  # it was there when the folder was opened
+            raise RequestError(f"{path}: the tensor {name} cannot be read ({error})") from None
 
 
 def _listed(folder: Path) -> dict[Path, set[str] | None]:
@@ -83,7 +88,8 @@ def _listed(folder: Path) -> dict[Path, set[str] | None]:
     return files
 
 
-def _header(path: Path) -> dict[str, TensorInfo]:
+def _header(path: Path) -> dict[str, tuple[TensorInfo, int]]:
+    """What a file says of its tensors, and where in it each begins."""
     try:
         with path.open("rb") as file:
             size = struct.unpack("<Q", file.read(8))[0]
@@ -91,16 +97,20 @@ def _header(path: Path) -> dict[str, TensorInfo]:
                 raise RequestError(f"{path}: no safetensors file (its header would have {size:,} bytes)")
             header = json.loads(file.read(size), object_pairs_hook=unique)
         header.pop("__metadata__", None)
-        return {name: TensorInfo(tuple(info["shape"]), info["dtype"]) for name, info in header.items()}
+        return {
+            name: (TensorInfo(tuple(info["shape"]), info["dtype"]), 8 + size + info["data_offsets"][0])
+            for name, info in header.items()
+        }
     except OSError as error:
         raise RequestError(f"{path}: cannot be read ({error.strerror})") from None
     except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RequestError(f"{path}: no safetensors file ({str(error).splitlines()[0]})") from None
 
 
-def _opened(path: Path) -> Any:
+def _check_whole(path: Path) -> None:
     try:
-        return safe_open(path, "np")
+        with safe_open(path, "np"):
+            pass
     except (SafetensorError, OSError) as error:
         raise RequestError(f"{path}: a damaged safetensors file ({error})") from None
 
