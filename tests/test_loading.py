@@ -66,7 +66,7 @@ def test_what_cannot_be_built_is_refused(config, message):
 
 @pytest.mark.parametrize("name", ["gtp2", "runs/none"])
 def test_what_is_neither_run_nor_preset_is_refused(name):
-    with pytest.raises(RequestError, match=f"no model '{name}'; (did you mean|choose from)"):
+    with pytest.raises(RequestError, match=f"no model '{name}'; (did you mean|name a run's folder)"):
         polygpt.load(name)
 
 
