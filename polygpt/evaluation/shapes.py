@@ -9,8 +9,8 @@ import jax
 
 from polygpt.model import Model
 
-# FLOPs of the time that compiling one more program takes: 1 s on a CPU (two cores: 0.6 s a plain program, 1.5 s one
-# that goes on from a state), somewhat more where a GPU's kernels are chosen.
+# FLOPs of the time that compiling one more program takes: about 1 s of CPU time on two cores (0.7 s a plain program,
+# 1.1 s one that goes on from a state, at 30 scanned layers). Those of accelerators are guesses, not measured.
 _COMPILING = {"cpu": 1.5e11, "gpu": 5e13, "tpu": 5e13}
 # Tokens a batch, what keeps the device busy; and bytes of decoding state that may be held at a time.
 _TOKENS = {"cpu": 1024, "gpu": 32768, "tpu": 32768}
