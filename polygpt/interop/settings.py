@@ -13,6 +13,7 @@ from polygpt.errors import RequestError
 T = TypeVar("T", int, float, bool, str)
 _MISSING: Any = object()
 LIMIT = 1 << 24  # bytes of a configuration file
+_LARGEST = (1 << 31) - 1
 
 
 class Settings:
@@ -42,6 +43,8 @@ class Settings:
             raise self.error(f"the setting '{name}' is missing")
         if value is default:
             return value
+        if type(value) is int and abs(value) > _LARGEST:
+            raise self.error(f"'{name}' is larger than {_LARGEST:,}")
         if kind is float and type(value) is int:
             value = float(value)
         if type(value) is not kind or (kind is float and not math.isfinite(value)):
@@ -101,7 +104,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > LIMIT:
             raise RequestError(f"{path}: {path.stat().st_size:,} bytes; a configuration has at most {LIMIT:,}")
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique, parse_constant=_refuse_constant)
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=_refuse_constant, parse_float=_finite)
     except OSError as error:
         raise RequestError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
@@ -121,10 +125,15 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     for key, value in pairs:
         if key in values:
             raise ValueError(f"the key {key!r} stands there twice")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"the value of {key!r} is not finite")
         values[key] = value
     return values
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not finite")
+    return value
 
 
 def _refuse_constant(name: str) -> None:

@@ -79,7 +79,7 @@ class Family:
 def activation(settings: Settings, *names: str, default: str) -> str:
     """Our name of the activation that the first of the settings `names` gives."""
     name = next((settings.get(key) for key in names if settings.get(key) is not None), default)
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         known = ", ".join(sorted(ACTIVATIONS))
         raise settings.error(f"'{names[0]}' is {name!r}, an activation that is not known; known: {known}")
     return ACTIVATIONS[name]

@@ -45,6 +45,7 @@ def open_huggingface(folder: Path) -> ForeignModel:
     settings = Settings(_flattened(read_json(folder / CONFIG)), str(folder / CONFIG))
     family = find_family(settings)
     source = SafetensorsFolder(folder)
+    _check_counts(settings, len(source.tensors))
     fields = read_fields(family, settings)
     tokenizer = read_tokenizer(folder)
     dtype = _DTYPES.get(_commonest_dtype(source), "float32")
@@ -124,6 +125,14 @@ def _commonest_dtype(source: TensorSource) -> str:
             count *= size
         sizes[dtype] = sizes.get(dtype, 0) + count
     return max(sizes, key=sizes.get, default="F32")
+
+
+def _check_counts(settings: Settings, tensors: int) -> None:
+    """Layers and experts are gone through one by one: there must be a tensor for each."""
+    for name in ("num_hidden_layers", "n_layer", "num_local_experts"):
+        value = settings.values.get(name)
+        if type(value) is int and value > tensors:
+            raise settings.error(f"'{name}' is {value:,}, but the folder has only {tensors:,} tensors")
 
 
 def _check_tied_head(source: SafetensorsFolder, family: Family, config: ModelConfig) -> None:

@@ -89,7 +89,7 @@ def _read_qwen(settings: Settings) -> Fields:
 def _pattern(settings: Settings, kinds: Any, window: int | None, layers: int) -> Fields:
     """The shortest pattern of windows that `layer_types` repeats."""
     known = {"full_attention": None, "sliding_attention": window}
-    if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= known.keys():
+    if not isinstance(kinds, list) or len(kinds) != layers or not all(kind in list(known) for kind in kinds):
         raise settings.error(f"'layer_types' must name full_attention or sliding_attention for each of {layers} layers")
     windows = [known[kind] for kind in kinds]
     if len(set(windows)) == 1:
@@ -166,11 +166,14 @@ def _read_gemma2(settings: Settings) -> Fields:
     fields = read_shared(settings)
     layers = fields["num_layers"]
     settings.require("use_bidirectional_attention", False, "only causal attention is known here")
+    scalar = settings.take("query_pre_attn_scalar", float)
+    if scalar <= 0:
+        raise settings.error(f"'query_pre_attn_scalar' is {scalar}; it must be greater than 0")
     hidden_act = activation(settings, "hidden_activation", default="gelu_pytorch_tanh")
     settings.ignore("hidden_act", "cache_implementation")
     fields["attention"] |= {
         "bias": settings.take("attention_bias", bool, False),
-        "scale": settings.take("query_pre_attn_scalar", float) ** -0.5,
+        "scale": scalar**-0.5,
         "softcap": settings.take("attn_logit_softcapping", float, None),
     }
     kinds = settings.get("layer_types") or [("sliding_attention", "full_attention")[i % 2] for i in range(layers)]

@@ -1,0 +1,170 @@
+"""config.json, key by key: what is unknown, of another type, or asks for what there is not here is named."""
+
+import json
+import shutil
+
+import pytest
+from make_references import REFERENCES
+
+from polygpt.errors import RequestError
+from polygpt.interop import open_huggingface
+from polygpt.interop.settings import LIMIT, Settings, read_json
+
+# reference, changes of its config.json -> what the complaint must say
+REFUSED = {
+    "an architecture": ("llama", {"architectures": ["FalconForCausalLM"]}, "the architecture FalconForCausalLM is not"),
+    "a near architecture": ("llama", {"architectures": ["LLamaForCausalLM"]}, "did you mean 'LlamaForCausalLM'?"),
+    "a model type": ("llama", {"architectures": None, "model_type": "rwkv"}, "the model type 'rwkv' is not known"),
+    "no model type": ("llama", {"architectures": None, "model_type": None}, "the model type None is not known"),
+    "architectures of numbers": ("llama", {"architectures": [3], "model_type": 4}, "the model type 4 is not known"),
+    "a setting": ("llama", {"use_magic": 2}, "the setting 'use_magic' (2) is not known for this architecture"),
+    "another's setting": ("llama", {"sliding_window": 4}, "the setting 'sliding_window' (4) is not known"),
+    "a missing setting": ("llama", {"hidden_size": None}, "the setting 'hidden_size' is missing"),
+    "a text for a number": ("llama", {"hidden_size": "16"}, "'hidden_size' is '16', where a whole number is needed"),
+    "a fraction": ("llama", {"num_hidden_layers": 2.0}, "'num_hidden_layers' is 2.0, where a whole number is needed"),
+    "true for a number": (
+        "llama",
+        {"num_attention_heads": True},
+        "'num_attention_heads' is True, where a whole number",
+    ),
+    "a number for true": ("llama", {"attention_bias": 1}, "'attention_bias' is 1, where true or false is needed"),
+    "a list": ("llama", {"vocab_size": [50]}, "'vocab_size' is [50], where a whole number is needed"),
+    "heads that do not divide": ("llama", {"num_key_value_heads": 3}, "num_kv_heads=3"),
+    "no heads": ("llama", {"num_attention_heads": 0}, "greater than 0"),
+    "negative layers": ("llama", {"num_hidden_layers": -2}, "greater than or equal to 0"),
+    "an epsilon": ("llama", {"rms_norm_eps": -1.0}, "norm.eps"),
+    "an activation": (
+        "llama",
+        {"hidden_act": "mish"},
+        "'hidden_act' is 'mish', an activation that is not known; known: ",
+    ),
+    "an activation that is none": ("llama", {"hidden_act": ["silu"]}, "'hidden_act' is ['silu'], an activation"),
+    "a scaling": (
+        "llama",
+        {"rope_parameters": {"rope_type": "longrope"}},
+        "'rope_parameters.rope_type' is 'longrope', a",
+    ),
+    "a dynamic scaling": ("llama", {"rope_scaling": {"type": "dynamic"}, "rope_parameters": None}, "is 'dynamic'"),
+    "a scaling's setting": (
+        "llama-linear",
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "low_freq_factor": 1.0}},
+        "the setting 'rope_parameters.low_freq_factor' (1.0) is not known",
+    ),
+    "a scaling without factor": (
+        "llama-linear",
+        {"rope_parameters": {"rope_type": "linear"}},
+        "the setting 'rope_parameters.factor' is missing",
+    ),
+    "rope that is a number": ("llama", {"rope_parameters": 3}, "'rope_parameters' is 3, where an object is needed"),
+    "a share of a head": ("llama", {"partial_rotary_factor": 0.5}, "'partial_rotary_factor' has no effect"),
+    "gpt2's scale": (
+        "gpt2",
+        {"scale_attn_weights": False},
+        "'scale_attn_weights' is False; attention without its scale",
+    ),
+    "gpt2's scale by layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "a scale that differs by layer"),
+    "gpt2's cross attention": ("gpt2", {"add_cross_attention": True}, "there is nothing to attend to across"),
+    "layer types": ("gemma2", {"layer_types": ["full_attention"]}, "'layer_types' must name full_attention or sliding"),
+    "a layer type": ("gemma2", {"layer_types": ["full_attention", "chunked", "x"]}, "'layer_types' must name"),
+    "layer types of lists": ("gemma2", {"layer_types": [["full_attention"]] * 3}, "'layer_types' must name"),
+    "attention both ways": ("gemma2", {"use_bidirectional_attention": True}, "only causal attention is known here"),
+    "a scalar of nothing": ("gemma2", {"query_pre_attn_scalar": 0}, "'query_pre_attn_scalar'"),
+    "phi3's scaling": (
+        "phi3",
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+        "of this architecture only plain angles are known",
+    ),
+    "stablelm's norms of heads": ("stablelm", {"qk_layernorm": True}, "only RMS norms of queries and keys"),
+    "stablelm's residual": ("stablelm", {"use_parallel_residual": True}, "its one norm has no counterpart here"),
+    "too many experts a token": ("mixtral", {"num_experts_per_tok": 9}, "top_k"),
+    "layers without end": ("qwen2", {"num_hidden_layers": 1 << 30}, "but the folder has only 26 tensors"),
+    "experts without end": ("mixtral", {"num_local_experts": 1 << 30}, "'num_local_experts' is 1,073,741,824, but"),
+    "a number without end": ("llama", {"rms_norm_eps": 10**400}, "'rms_norm_eps' is larger than"),
+    "a width without end": ("llama", {"hidden_size": 1 << 62}, "'hidden_size' is larger than 2,147,483,647"),
+    "a window of nothing": ("mistral", {"sliding_window": 0}, "window"),
+}
+
+
+@pytest.mark.parametrize(("name", "changes", "message"), REFUSED.values(), ids=REFUSED)
+def test_a_setting_is_refused_by_name(name, changes, message, tmp_path):
+    shutil.copytree(REFERENCES / name, tmp_path / "m")
+    path = tmp_path / "m/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(RequestError) as caught:
+        open_huggingface(tmp_path / "m")
+    assert message in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert len(str(caught.value).splitlines()) <= 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "not JSON"),
+        ("{", "not JSON"),
+        ("[1]", "a JSON object is needed, not list"),
+        ('{"a": 1, "a": 1}', "the key 'a' stands there twice"),
+        ('{"a": {"b": 1, "b": 2}}', "the key 'b' stands there twice"),
+        ('{"a": NaN}', "NaN is no JSON number"),
+        ('{"a": -Infinity}', "-Infinity is no JSON number"),
+        ('{"a": 1e999}', "1e999 is not finite"),
+        ('{"a": [1e999]}', "not finite"),
+        ("[" * 100_000, "not JSON"),
+        ('{"a": ' + "9" * 5000 + "}", "not JSON"),
+        ("\udcff", "not JSON"),
+    ],
+)
+def test_json_is_read_strictly(text, message, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(RequestError) as caught:
+        read_json(path)
+    assert str(path) in str(caught.value)
+    assert message in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def test_json_of_a_size_that_no_configuration_has_is_not_read(tmp_path):
+    path = tmp_path / "config.json"
+    with path.open("wb") as file:
+        file.truncate(LIMIT + 1)
+    with pytest.raises(RequestError, match="a configuration has at most"):
+        read_json(path)
+    with pytest.raises(RequestError, match="cannot be read"):
+        read_json(tmp_path)
+
+
+def test_settings_that_nobody_took_are_named_and_null_counts_as_absent():
+    settings = Settings({"a": 1, "b": None, "c": 2.5, "d": None}, "file")
+    settings.lay_under({"d": 4, "e": 5})
+    assert (settings.take("a", float), settings.take("b", int, 7), settings.take("d", int, None)) == (1.0, 7, None)
+    assert settings.take("e", int) == 5
+    with pytest.raises(RequestError, match=r"^file: the setting 'c' \(2\.5\) is not known"):
+        settings.finish()
+    settings.require("c", 2.5, "why")
+    settings.finish()
+    with pytest.raises(RequestError, match=r"'c' is 2\.5; why"):
+        settings.require("c", 3, "why")
+
+
+def test_old_spellings_mean_the_same(tmp_path):
+    new = open_huggingface(REFERENCES / "llama-llama3").config
+    shutil.copytree(REFERENCES / "llama-llama3", tmp_path / "m")
+    path = tmp_path / "m/config.json"
+    values = json.loads(path.read_text())
+    rope = values.pop("rope_parameters")
+    values |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope, "torch_dtype": values.pop("dtype")}
+    path.write_text(json.dumps(values))
+    assert open_huggingface(tmp_path / "m").config == new
+    rope["type"] = rope.pop("rope_type")
+    path.write_text(json.dumps(values))
+    assert open_huggingface(tmp_path / "m").config == new
+
+
+def test_yarns_two_scales_decide_its_magnitude(tmp_path):
+    shutil.copytree(REFERENCES / "llama-yarn", tmp_path / "m")
+    path = tmp_path / "m/config.json"
+    values = json.loads(path.read_text())
+    values["rope_parameters"] |= {"mscale": 1.0, "mscale_all_dim": 1.0}
+    path.write_text(json.dumps(values))
+    assert open_huggingface(tmp_path / "m").config.position.scaling.attention_factor == 1.0
