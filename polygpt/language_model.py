@@ -208,12 +208,23 @@ class LanguageModel:
             seed=seed,
             stop_tokens=self.stop_tokens,
         )
-        return _collect((chunk[0] for chunk in chunks), self.tokenizer, tuple(stop), on_text)
+        return _collect((chunk[0] for chunk in chunks), self._continuation(ids), tuple(stop), on_text)
+
+    def _continuation(self, prompt: list[int]) -> Callable[[list[int]], str]:
+        """The text of ids that follow `prompt`: some tokenizers drop the space before the first word of what they decode."""
+        decode = self.tokenizer.decode
+        before = decode(prompt[-4:])
+
+        def text(tokens: list[int]) -> str:
+            whole = decode([*prompt[-4:], *tokens])
+            return whole[len(before) :] if whole.startswith(before) else decode(tokens)
+
+        return text
 
 
 def _collect(
     chunks: Iterator[tuple[list[int], FinishReason | None]],
-    tokenizer: Tokenizer,
+    decode: Callable[[list[int]], str],
     stop: tuple[str, ...],
     on_text: Callable[[str], None] | None,
 ) -> Generation:
@@ -225,7 +236,7 @@ def _collect(
     for new, reason in chunks:
         tokens += new
         times.append((len(tokens), time.perf_counter()))
-        text = tokenizer.decode(tokens)
+        text = decode(tokens)
         cut = min((at for word in stop if (at := text.find(word)) >= 0), default=None)
         if cut is not None:
             text, reason = text[:cut], "stop"

@@ -163,7 +163,7 @@ def test_every_command_is_in_its_own_module():
 
     from polygpt import cli
 
-    modules = {path.stem.rstrip("_") for path in (PACKAGE / "cli").glob("*.py")} - {"__init__", "output"}
+    modules = {path.stem.removesuffix("_") for path in (PACKAGE / "cli").glob("*.py")} - {"__init_", "output"}
     assert modules == set(cli.COMMANDS)
     for name in cli.COMMANDS:
         home = f"{name}_" if keyword.iskeyword(name) else name  # `import` is no name in Python

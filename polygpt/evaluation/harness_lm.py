@@ -65,8 +65,9 @@ class HarnessLM(TemplateLM):
         return self.lm.tokenizer.fingerprint
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **ignored: Any) -> list[int]:
-        """The ids of a text; nothing is put before it."""
-        return self.lm.tokenizer.encode(string, special=True)
+        """The ids of a text after the start token, if the tokenizer has one and the text does not begin with it."""
+        start, ids = list(self.lm.tokenizer.start), self.lm.tokenizer.encode(string, special=True)
+        return ids if add_special_tokens is False or ids[: len(start)] == start else start + ids
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **ignored: Any

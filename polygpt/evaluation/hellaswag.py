@@ -80,14 +80,18 @@ def read_questions(path: Path, limit: int | None = None) -> list[Question]:
 def encode_questions(
     questions: Sequence[Question], tokenizer: Tokenizer, context_length: int, path: Path
 ) -> list[Pair]:
-    """(context, ending) ids of all endings of all questions, in order.
+    """(context, ending) ids of all endings of all questions, in order; contexts begin with the start token, if any.
 
     Raises:
         RequestError: an ending does not fit in the context, or the tokenizer cannot hold a text; the line is named.
     """
     texts = [(question.context, " " + ending) for question in questions for ending in question.endings]
     where = [f"{path} line {question.line}" for question in questions for _ in question.endings]
-    return encode_pairs(texts, tokenizer.encode_batch, context_length, where)
+
+    def encode_all(texts: Sequence[str]) -> list[list[int]]:
+        return [[*tokenizer.start, *ids.tolist()] for ids in tokenizer.encode_batch(texts)]
+
+    return encode_pairs(texts, encode_all, context_length, where)
 
 
 def choose_endings(

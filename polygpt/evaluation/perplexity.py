@@ -72,7 +72,8 @@ def read_text(path: Path) -> str:
 
 
 def encode_text(text: str, tokenizer: Tokenizer, where: str, start: bool = True) -> Text:
-    """`text` in ids; the end-of-text token stands before it, as before every document in training.
+    """`text` in ids, with what its tokenizer puts before a text: a start token, if its file names one, or else the
+    end-of-text token, which stands before every document in training here.
 
     Without `start`, or where the tokenizer has no such token, nothing does. `<|endoftext|>` written in the text is
     ordinary text.
@@ -84,7 +85,7 @@ def encode_text(text: str, tokenizer: Tokenizer, where: str, start: bool = True)
         ids = tokenizer.encode_batch([text])[0]
     except RequestError as error:
         raise RequestError(f"{where}: {error}") from None
-    start_token = tokenizer.end_of_text if start else None
+    start_token = (*tokenizer.start, tokenizer.end_of_text)[0] if start else None
     if start_token is not None:
         ids = np.concatenate([[start_token], ids]).astype(np.int32)
     if len(ids) < 2:
