@@ -74,11 +74,17 @@ class LanguageModel:
     """A decoder's weights with the tokenizer they were trained with (None for a model of random weights)."""
 
     def __init__(
-        self, config: ModelConfig, params: Params, tokenizer: Tokenizer | None = None, origin: Origin | None = None
+        self,
+        config: ModelConfig,
+        params: Params,
+        tokenizer: Tokenizer | None = None,
+        origin: Origin | None = None,
+        model: Model | None = None,
     ):
+        """`model` is the one whose layout `params` have, where that is not `config`'s (`ModelConfig.unrolled`)."""
         self.config, self.params, self._tokenizer = config, params, tokenizer
         self.origin = origin or Origin()
-        self.model = Model(config)
+        self.model = model or Model(config)
 
     @property
     def has_tokenizer(self) -> bool:

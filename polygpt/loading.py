@@ -49,6 +49,7 @@ def load(
     *,
     dtype: str | None = None,
     overrides: Mapping[str, Any] | None = None,
+    unrolled: bool = False,
     warn: Warn = warnings.warn,
     on_progress: Callable[[int], None] = int,
 ) -> LanguageModel:
@@ -60,6 +61,7 @@ def load(
         dtype: of parameters and activations; None keeps what the checkpoint has.
         overrides: fields of the model's configuration to change, nested; its parameters keep their shapes, but for a
             larger `vocab_size`, which pads the vocabulary.
+        unrolled: lay the weights out layer by layer, which compiles for longer and decodes many rows faster.
         warn: is given what is worth knowing.
         on_progress: is given the number of weights read, again and again.
 
@@ -69,9 +71,10 @@ def load(
     found = find(name, warn)
     config = adapted(found.config, dtype, overrides or {})
     check_shapes(found.config, config, str(name))
-    params = found.read(config, on_progress)
+    model = Model(config.unrolled if unrolled else config)
+    params = found.read(model.config, on_progress)
     origin = Origin(found.stop_tokens, found.chat_template, dict(found.facts))
-    return LanguageModel(config, params, found.tokenizer, origin)
+    return LanguageModel(config, params, found.tokenizer, origin, model)
 
 
 def find(name: str | Path, warn: Warn = warnings.warn) -> ForeignModel:
@@ -147,7 +150,10 @@ def save(lm: LanguageModel, folder: Path) -> None:
     Raises:
         RequestError: the folder exists.
         PolygptError: it cannot be written.
+        ValueError: the model is unrolled, which is no layout for a file.
     """
+    if lm.model.config != lm.config:
+        raise ValueError("load the model without unrolled=True to save it")
     if folder.exists():
         raise RequestError(f"{folder}: exists already; choose another --out")
     with new_folder(folder) as partial:
@@ -205,7 +211,14 @@ def _figures(folder: Path) -> dict[str, Any]:
 
 
 def _converted(params: Params, wanted: ModelConfig) -> Params:
-    """Parameters for a configuration of other types, with more padding of the vocabulary, or with fewer positions."""
+    """Parameters for a configuration of other types, more padding of the vocabulary, fewer positions, or unrolled."""
+    model, period = Model(wanted), len(params.get("blocks", {}))
+    if len(model.parameters.get("blocks", {})) != period:
+        stacks, layers = params["blocks"], {}
+        for layer in range(wanted.num_layers):
+            place = layer // period
+            layers[layer] = jax.tree.map(lambda leaf, i=place: leaf[i : i + 1], stacks[layer % period])
+        params = {**params, "blocks": layers}
 
     def convert(leaf: jax.Array, info: ParameterInfo) -> jax.Array:
         if leaf.shape != info.shape:
@@ -213,7 +226,7 @@ def _converted(params: Params, wanted: ModelConfig) -> Params:
             leaf = leaf[tuple(slice(n) for n in info.shape)]
         return leaf.astype(info.dtype)
 
-    return jax.tree.map(convert, params, Model(wanted).parameters)
+    return jax.tree.map(convert, params, model.parameters)
 
 
 def _open_file(path: Path) -> ForeignModel:

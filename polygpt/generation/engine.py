@@ -70,7 +70,7 @@ def generate_tokens(
     padded = np.zeros((len(prompts), _bucket(int(lengths.max()), context)), np.int32)
     for row, prompt in enumerate(prompts):
         padded[row, : len(prompt)] = prompt
-    state = model.init_state(len(prompts), _bucket(int((lengths + budget).max()), context))
+    state = model.init_state(len(prompts), _slots(int((lengths + budget).max()), context))
     key = jax.random.key(seed)
     progress = programs.prefill(params, padded, jnp.asarray(lengths, jnp.int32), state, key)
     first = np.asarray(progress.token)[:, None]
@@ -146,6 +146,12 @@ def _bucket(length: int, context: int) -> int:
     while size < length:
         size *= 2
     return min(size, context)
+
+
+def _slots(length: int, context: int) -> int:
+    """`length` rounded up to a quarter of a power of two: every token passes over all slots, the empty ones too."""
+    quarter = max(_bucket(length, 2 * length) // 8, CHUNK)
+    return min(-(-length // quarter) * quarter, context)
 
 
 def _check(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:

@@ -153,9 +153,8 @@ def open_llama2c(path: Path) -> ForeignModel:
     table = foreign_tensors(Model(config), _NAMES, _LAYOUT)
     check(source, table, ignored=r"freqs_(cos|sin)")
 
-    def read(config: ModelConfig, on_progress: Callable[[int], None]) -> Params:
-        model = Model(config)
-        return read_params(model, source, foreign_tensors(model, _NAMES, _LAYOUT), on_progress)
+    def read(asked: ModelConfig, on_progress: Callable[[int], None]) -> Params:
+        return read_params(Model(asked), source, table, on_progress)
 
     facts = {"format": "llama2.c", "architecture": "llama", "source": str(path)}
     tokenizer = _find_tokenizer(path, source.header.vocabulary)

@@ -51,17 +51,16 @@ def open_gguf(path: Path) -> ForeignModel:
     fields = read_fields(architecture, settings_of(file.metadata, architecture, file.where), tensors, extras)
     _check_counts(file, source, fields)
     config = validate(ModelConfig, fields, file.where)
-    check(source, foreign_tensors(Model(config), architecture.names, architecture.layout), _ignored(fields), DTYPES)
+    wanted = foreign_tensors(Model(config), architecture.names, architecture.layout)
+    check(source, wanted, _ignored(fields), DTYPES)
     text = read_text(file.metadata, file.where)
     if text.tokenizer is not None and text.tokenizer.vocab_size > config.vocab_size:
         raise RequestError(
             f"{path}: {text.tokenizer.vocab_size} tokens, where {_EMBEDDING} has {config.vocab_size} rows"
         )
 
-    def read(config: ModelConfig, on_progress: Callable[[int], None]) -> Params:
-        model = Model(config)
-        wanted = foreign_tensors(model, architecture.names, architecture.layout)
-        return read_params(model, source, wanted, on_progress)
+    def read(asked: ModelConfig, on_progress: Callable[[int], None]) -> Params:
+        return read_params(Model(asked), source, wanted, on_progress)
 
     facts = {"format": "gguf", "architecture": architecture.name, "source": str(path)}
     name = file.metadata.get("general.name")
