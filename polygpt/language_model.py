@@ -217,7 +217,7 @@ class LanguageModel:
         return _collect((chunk[0] for chunk in chunks), self._continuation(ids), tuple(stop), on_text)
 
     def _continuation(self, prompt: list[int]) -> Callable[[list[int]], str]:
-        """The text of ids that follow `prompt`: some tokenizers drop the space before the first word of what they decode."""
+        """The text of ids that follow `prompt`: some tokenizers drop the space before the first word they decode."""
         decode = self.tokenizer.decode
         before = decode(prompt[-4:])
 
