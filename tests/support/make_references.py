@@ -1,4 +1,4 @@
-"""Makes `tests/interop/references`: tiny models of every architecture as transformers writes them, and the logits it gives.
+"""Makes `tests/interop/references`: tiny models of every architecture as transformers writes them, and its logits.
 
     python tests/support/make_references.py [FOLDER]
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import sys
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from polygpt.errors import PolygptError, RequestError
@@ -18,7 +20,7 @@ PREFIX = "hf:"
 # What a model is opened from: no code and no pickles.
 _WANTED = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer.json")
 _WANTED += ("tokenizer_config.json", "vocab.json", "merges.txt", "chat_template.jinja")
-_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+_NAME = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?")
 LIMIT_VARIABLE, LIMIT_GB = "POLYGPT_MAX_DOWNLOAD_GB", 100.0
 
 
@@ -34,31 +36,49 @@ def fetch(name: str) -> Path:
     if match is None:
         raise RequestError(f"'{name}' is not of the form hf:owner/name or hf:owner/name@revision")
     _check_endpoint()
-    import huggingface_hub as hub
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors, snapshot_download
 
     wanted = {"repo_id": match["repo"], "revision": match["revision"], "allow_patterns": list(_WANTED)}
     try:
-        if not hub.constants.HF_HUB_OFFLINE:
-            planned = [file for file in hub.snapshot_download(**wanted, dry_run=True) if file.will_download]
-            _check_size(name, sum(file.file_size or 0 for file in planned))
-        folder = Path(hub.snapshot_download(**wanted))
+        planned = None if constants.HF_HUB_OFFLINE else _planned(wanted)
+        _check_size(name, sum(file.file_size or 0 for file in planned or ()))
+        folder = Path(snapshot_download(**wanted, local_files_only=planned is None))
+    except RequestError:
+        raise
     except errors.RevisionNotFoundError:
         raise RequestError(f"{name}: the model has no revision '{match['revision']}'") from None
-    except errors.RepositoryNotFoundError:
-        raise RequestError(f"{name}: no such model on the hub, or it is private (set HF_TOKEN)") from None
     except errors.GatedRepoError:
         raise RequestError(f"{name}: its owner must grant access first; then set HF_TOKEN") from None
+    except errors.RepositoryNotFoundError:
+        raise RequestError(f"{name}: no such model on the hub, or it is private (set HF_TOKEN)") from None
     except errors.LocalEntryNotFoundError:
         raise PolygptError(f"{name}: not in the cache, and the hub cannot be reached (HF_HUB_OFFLINE?)") from None
-    except (errors.HfHubHTTPError, errors.IncompleteSnapshotError, OSError) as error:
-        raise PolygptError(f"{name}: the hub cannot be read ({str(error).splitlines()[0]})") from None
-    if not hub.constants.HF_HUB_OFFLINE:
-        for file in planned:
-            _check_hash(folder / file.filename)
+    except Exception as error:  # whatever the library, its HTTP client or the disk raises
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise PolygptError(f"{name}: the hub cannot be read ({reason})") from None
+    for file in planned or ():
+        _check_hash(folder / file.filename)
     if not (folder / "config.json").is_file():
         raise RequestError(f"{name}: it has no config.json, so it is no model of the transformers library")
     return folder
+
+
+def _planned(wanted: dict[str, Any]) -> list[Any] | None:
+    """What would be downloaded; None where the hub cannot be reached, and what the cache holds must do."""
+    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+
+    if "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:
+        disable_progress_bars()
+    try:
+        return [file for file in snapshot_download(**wanted, dry_run=True) if file.will_download]
+    except errors.DryRunError as error:
+        if isinstance(error.__cause__, errors.RepositoryNotFoundError):
+            raise error.__cause__ from None
+        return None
+    finally:
+        if sys.stderr.isatty() and "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:
+            enable_progress_bars()
 
 
 def _check_endpoint() -> None:
@@ -72,7 +92,9 @@ def _check_size(name: str, size: int) -> None:
     try:
         limit = float(value)
     except ValueError:
-        raise RequestError(f"{LIMIT_VARIABLE}={value} is not a number (of gigabytes)") from None
+        limit = -1.0
+    if not limit >= 0:
+        raise RequestError(f"{LIMIT_VARIABLE}={value} is not a number (of gigabytes)")
     if size > limit * 1e9:
         raise RequestError(f"{name}: {size / 1e9:,.1f} GB to download, more than {limit:g}; raise {LIMIT_VARIABLE}")
 
