@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INPUTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-llamacpp install dev lint format docs build clean lab bench bench-growth
+.PHONY: help demo test test-slow test-parity test-llamacpp install dev lint format docs build clean lab bench bench-growth
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -21,6 +21,10 @@ test: dev ## the test suite
 
 test-slow: dev ## the tests that take longer
 	$(BIN)/python -m pytest -m "slow and not gpu and not llamacpp" $(ARGS)
+
+test-parity: dev ## every architecture against transformers itself (which is installed for that)
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[parity]"
+	$(BIN)/python -m pytest -m parity tests/parity $(ARGS)
 
 test-llamacpp: dev ## what is written as GGUF, run by llama.cpp (which is installed, and may be compiled for that)
 	$(PIP) install --quiet --constraint constraints.txt llama-cpp-python
