@@ -7,6 +7,7 @@ from typing import Any
 from polygpt.config import merge
 
 EXPERTS = {"mlp_dim": 2304, "num_experts": 8, "activation": "silu", "bias": True}
+ROUTED = {**EXPERTS, "kind": "moe", "top_k": 2, "load_balance_loss": 1e-2}
 
 
 def _narrow() -> dict[str, Any]:
@@ -26,32 +27,21 @@ def _narrow() -> dict[str, Any]:
 
 def tiny_moe() -> dict[str, Any]:
     """Every other layer has 8 experts of which a token uses 2; tokens claim slots by their router's confidence."""
-    experts = {
-        "kind": "moe",
-        **EXPERTS,
-        "top_k": 2,
-        "capacity_factor": 1.1,
-        "claim_order": "weight",
-        "load_balance_loss": 1e-2,
-        "z_loss": 1e-3,
-    }
+    experts = {**ROUTED, "capacity_factor": 1.1, "claim_order": "weight", "z_loss": 1e-3}
     return merge(_narrow(), {"pattern": [{"feedforward": experts}, {}]})
 
 
 def tiny_moe_2() -> dict[str, Any]:
     """Every layer has 8 experts without biases; slots are claimed in order of position."""
     experts = {
-        "kind": "moe",
+        **ROUTED,
         "mlp_dim": 2048,
-        "num_experts": 8,
-        "activation": "silu",
-        "top_k": 2,
+        "bias": False,
         "capacity_factor": 1.25,
         "claim_order": "choice",
-        "load_balance_loss": 1e-2,
         "z_loss": 1e-4,
     }
-    changes = {"embed_dim": 672, "num_layers": 30, "norm": {"eps": 1e-5}, "feedforward": experts}
+    changes = {"embed_dim": 672, "num_layers": 30, "norm": {"eps": 1e-5}, "feedforward": {**ROUTED, **own}}
     return merge(_narrow(), changes)
 
 

@@ -204,9 +204,9 @@ def shrunk(name: str, **others: Any) -> dict[str, Any]:
     return fields if fields["embed_dim"] is None else fields | {"embed_dim": 24}
 
 
-def lively(model: Model) -> dict[str, Any]:
+def lively(model: Model, seed: int = 0) -> dict[str, Any]:
     """Parameters in which every gain, bias and table matters; drawn by NumPy, which has nothing to compile."""
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(seed)
 
     def draw(info: Any) -> jax.Array:
         centre = 1.0 if info.inputs is None else 0.0  # gains, and with them biases

@@ -41,7 +41,7 @@ Run = Callable[..., tuple]  # a tile's work: (tile, rows, keys, values) -> resul
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def attend_blocked(q: Queries, k: Keys, v: Keys, rule: ScoreRule, inputs: ScoreInputs = ScoreInputs()) -> Queries:  # noqa: B008
+def attend_blocked(q: Queries, k: Keys, v: Keys, rule: ScoreRule, inputs: ScoreInputs) -> Queries:
     """softmax(scores)·v, each query seeing keys up to its own position, as `rule` and `inputs` say."""
     return _forward(q, k, v, rule, inputs)[0]
 
