@@ -33,14 +33,7 @@ def tiny_moe() -> dict[str, Any]:
 
 def tiny_moe_2() -> dict[str, Any]:
     """Every layer has 8 experts without biases; slots are claimed in order of position."""
-    experts = {
-        **ROUTED,
-        "mlp_dim": 2048,
-        "bias": False,
-        "capacity_factor": 1.25,
-        "claim_order": "choice",
-        "z_loss": 1e-4,
-    }
+    own = {"mlp_dim": 2048, "bias": False, "capacity_factor": 1.25, "claim_order": "choice", "z_loss": 1e-4}
     changes = {"embed_dim": 672, "num_layers": 30, "norm": {"eps": 1e-5}, "feedforward": {**ROUTED, **own}}
     return merge(_narrow(), changes)
 
