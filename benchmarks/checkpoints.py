@@ -3,10 +3,15 @@
     python benchmarks/checkpoints.py FOLDER [--dtype float32] [--rounds 5] [--hellaswag FILE] [--json] [TASK...]
 
 FOLDER is a Hugging Face folder that both open. Each framework lives in a process of its own; rounds alternate between
-them, task by task, and what counts is the ratio of medians. Tasks: prefill (512 tokens), decode1 and decode8 (128 tokens
-greedily, from 16, in batches of 1 and 8), hellaswag (rows), load (model and tokenizer), touch (the same, and every weight
-is read once: transformers maps the file and reads it when it is used). Peak memory is that before the last two, which
-hold the model a second time.
+them, task by task, and what counts is the ratio of medians. Tasks:
+
+    prefill           512 tokens
+    decode1, decode8  128 tokens greedily, from 16, in batches of 1 and 8
+    hellaswag         rows
+    load              model and tokenizer
+    touch             the same, and every weight is read once (transformers maps the file and reads it when it is used)
+
+Peak memory is that before the last two, which hold the model a second time.
 """
 
 from __future__ import annotations
