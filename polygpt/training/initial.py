@@ -20,6 +20,17 @@ def _found(initial: str) -> ForeignModel:
     return find(initial)
 
 
+def check_initial(config: RunConfig) -> None:
+    """Looks `training.initial` up anew, before anything is prepared.
+
+    Raises:
+        RequestError: it has no tokenizer, or its weights do not fit the run's model; the first difference is named.
+    """
+    _found.cache_clear()
+    initial_tokenizer(config)
+    check_shapes(_found(config.training.initial).config, config.model, f"training.initial={config.training.initial}")
+
+
 def initial_params(config: RunConfig) -> Params:
     """The weights of `training.initial` for the run's model.
 

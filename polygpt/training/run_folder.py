@@ -26,7 +26,7 @@ from polygpt.model import ModelConfig
 from polygpt.process import command_line
 from polygpt.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
 from polygpt.training.config import RunConfig
-from polygpt.training.initial import check_prepared, initial_origin, initial_tokenizer
+from polygpt.training.initial import check_initial, check_prepared, initial_origin, initial_tokenizer
 
 DATA = "data"
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
@@ -51,6 +51,8 @@ def create_run(config: RunConfig, folder: Path, tell: Callable[[str], None], che
     """
     if folder.exists():
         raise RequestError(f"{folder}: exists already; go on with it (--resume), or choose another --out")
+    if config.training.initial is not None:
+        check_initial(config)
     with new_folder(folder) as partial:
         tokenizer, shards = _prepare(config, partial, tell)
         model = resolve_vocabulary(config.model, tokenizer)
