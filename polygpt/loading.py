@@ -185,8 +185,11 @@ def _open_own(folder: Path, warn: Warn) -> ForeignModel:
     if not path.is_file():
         start = command_line("train", "RECIPE", "--out", folder)
         raise RequestError(f"{folder}: no model here (neither {CONFIG} nor config.json); start a run with: {start}")
-    config = validate(ModelConfig, read_yaml(path).get("model") or {}, f"{path}: model")
-    tokenizer = load_tokenizer(folder / TOKENIZER) if (folder / TOKENIZER).exists() else None
+    fields = read_yaml(path)
+    config = validate(ModelConfig, fields.get("model") or {}, f"{path}: model")
+    # A run has a tokenizer always; a model that was imported may have come without one.
+    wanted = "tokenizer" in fields or (folder / TOKENIZER).exists()
+    tokenizer = load_tokenizer(folder / TOKENIZER) if wanted else None
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise RequestError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}")
     saved = checkpoint.newest(folder / CHECKPOINTS, warn)

@@ -19,7 +19,7 @@ REQUESTS = {
     "a key of the optimizer": ([*TRAIN, "training.optimizer.learning_rte=1"], "did you mean 'learning_rate'?"),
     "a key without its room": ([*TRAIN, "steps=2"], "did you mean 'training.steps'?"),
     "a kind": ([*TRAIN, "model.norm=rmsnrm"], "no kind 'rmsnrm'; did you mean 'rmsnorm'?"),
-    "a choice": ([*TRAIN, "tokenizer.kind=chra"], "'char', 'byte', 'bpe' or 'file', not 'chra'"),
+    "a choice": ([*TRAIN, "tokenizer.kind=chra"], "'char', 'byte', 'bpe', 'file' or 'initial', not 'chra'"),
     "a preset within a recipe": ([*TRAIN, "model.preset=gtp2"], "no preset 'gtp2'; did you mean 'gpt2'?"),
     "a command": (["trian"], "no command 'trian'; did you mean 'train'?"),
     "a command's command": (["tokenizer", "trian"], "No such command 'trian'. Did you mean 'train'?"),
@@ -127,7 +127,7 @@ REQUESTS = {
     "to go on with a truncated shard": (["train", "--resume", "--out", "run-cut"], "train-00000.tokens: has"),
     "to go on with an edited shard": (["train", "--resume", "--out", "run-edited"], "train-00000.tokens: changed"),
     "to generate from no run": (["generate", "none", "--prompt", "a"], "no model 'none'"),
-    "to generate from a file": (["generate", "text.txt", "--prompt", "a"], "text.txt: no run here"),
+    "to generate from a file": (["generate", "text.txt", "--prompt", "a"], "text.txt: no model file; a .gguf file"),
     "to generate without a checkpoint": (
         ["generate", "run-empty", "--prompt", "a"],
         "run-empty: no usable checkpoint; train it with: polygpt train --resume --out run-empty",

@@ -10,11 +10,12 @@ from polygpt.presets import preset
 from polygpt.recipes import load_recipe, recipe_names, resume_config
 
 RECIPES = ["demo", "shakespeare_char_cpu", "shakespeare_char_gpu"]
+FINETUNE = "finetune"  # its model is the one it is given
 EVERY = pytest.mark.parametrize("name", RECIPES)
 
 
 def test_the_recipes_are_these():
-    assert recipe_names() == RECIPES
+    assert recipe_names() == sorted([*RECIPES, FINETUNE])
 
 
 def opening(name):
@@ -30,7 +31,15 @@ def test_a_recipe_is_valid_as_it_stands(name):
     assert config.training.steps > 0
 
 
-@EVERY
+def test_finetuning_takes_the_model_it_is_given():
+    config = load_recipe(FINETUNE, {"training.initial": "smollm", "model.context_length": 64})
+    assert config.model == preset("smollm", context_length=64)
+    assert config.tokenizer.kind == "initial"
+    with pytest.raises(RequestError, match="brings its own tokenizer; leave tokenizer out"):
+        load_recipe(FINETUNE, {"training.initial": "smollm", "tokenizer.kind": "byte"})
+
+
+@pytest.mark.parametrize("name", [*RECIPES, FINETUNE])
 def test_a_recipe_opens_with_its_command_which_fits_the_program(name):
     from polygpt.cli import polygpt
 
