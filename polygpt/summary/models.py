@@ -8,14 +8,16 @@ from typing import Any
 
 from polygpt.config import dotted_to_nested, merge, read_yaml, validate
 from polygpt.errors import RequestError, suggest
+from polygpt.interop import HUB
+from polygpt.loading import CONFIG as RUN
+from polygpt.loading import find
 from polygpt.model import Model, ModelConfig
 from polygpt.presets import PRESET_VOCAB, PRESETS, preset
 from polygpt.recipes import load_recipe, model_fields, recipe_names
-from polygpt.training import read_config
 
 
 def resolve_model(name: str, overrides: Mapping[str, Any] | None = None) -> tuple[ModelConfig, bool]:
-    """The model that a preset, a recipe, a YAML file (of a model or a run) or a run's folder names.
+    """The model that a preset, a recipe, a YAML file (of a model or a run), or any MODEL names.
 
     Overrides are written as in a run (`model.num_layers=4`). Also says whether the vocabulary was open, and so is
     `PRESET_VOCAB`.
@@ -35,8 +37,8 @@ def _fields(name: str) -> dict[str, Any]:
     if name in PRESETS:
         return preset(name).to_dict()
     path = Path(name).expanduser()
-    if path.is_dir():
-        return read_config(path).model.to_dict()
+    if (path / RUN).is_file():  # a run need not have come to a checkpoint
+        return dict(read_yaml(path / RUN).get("model") or {})
     if path.suffix in (".yaml", ".yml"):
         fields = read_yaml(path)
         model = fields.get("model", fields)
@@ -45,8 +47,10 @@ def _fields(name: str) -> dict[str, Any]:
         return model_fields(model)
     if name in recipe_names():
         return load_recipe(name).model.to_dict()
+    if path.exists() or name.startswith(HUB):
+        return find(name).config.to_dict()
     known = [*PRESETS, *recipe_names()]
-    raise RequestError(f"no preset, recipe, run or .yaml file '{name}'; {suggest(name, known)}")
+    raise RequestError(f"no preset, recipe, model or .yaml file '{name}'; {suggest(name, known)}")
 
 
 def summary(config: ModelConfig) -> dict[str, Any]:

@@ -2,7 +2,10 @@
 
 import pytest
 
+import polygpt
 from polygpt.errors import RequestError
+from polygpt.interop import export_huggingface
+from polygpt.loading import save
 from polygpt.presets import PRESET_VOCAB, PRESETS, preset
 from polygpt.summary import preset_summaries, resolve_model, summary
 
@@ -69,3 +72,14 @@ def test_attention_that_another_machine_computes_is_a_note(name, machine):
         assert f"cannot run on this machine: attention.implementation={name} needs {machine}" in facts["notes"][0]
     else:
         assert facts["attention_implementation"] == name
+
+
+def test_a_model_brought_in_or_elsewhere_can_be_shown(tmp_path):
+    lm = polygpt.build(preset("giant", vocab_size=64))
+    save(lm, tmp_path / "own")
+    export_huggingface(tmp_path / "theirs", lm.config, lm.params)
+    assert resolve_model(str(tmp_path / "own")) == (lm.config, False)
+    shown, _ = resolve_model(str(tmp_path / "theirs"), {"model.num_layers": 1})
+    assert (shown.num_layers, shown.attention.kv_heads) == (1, 1)
+    with pytest.raises(RequestError, match="no model 'MODEL'; name a run's folder"):
+        resolve_model("finetune")
