@@ -10,7 +10,8 @@ import click
 
 from polygpt.cli.output import json_option, print_json, print_result
 
-# What each task takes beside the model; anything else is a task of lm-evaluation-harness.
+OWN = ("perplexity", "hellaswag")  # any other task is one of lm-evaluation-harness
+# What each takes beside the model.
 SETTINGS = {
     "perplexity": ("data", "stride", "context", "start"),
     "hellaswag": ("data", "limit"),
@@ -66,15 +67,17 @@ def eval(model: str, task: str, out: Path | None, as_json: bool, **settings: Any
 def _configured(task: str, settings: dict[str, Any]) -> Any:
     """The evaluation that the options describe; one that the task does not know is refused rather than left out."""
     from polygpt.config import validate
-    from polygpt.errors import RequestError
+    from polygpt.errors import RequestError, suggest
     from polygpt.evaluation import EVALUATIONS
 
-    kind = task if task in ("perplexity", "hellaswag") else "lm_eval"
+    kind = task if task in OWN else "lm_eval"
     given = {name: value for name, value in settings.items() if value is not None}
     for name in given:
         if name not in SETTINGS[kind]:
             option = "--no-start" if name == "start" else "--" + name.replace("_", "-")
-            raise RequestError(f"{option} does not go with --task {task}; it is of {_takers(name)}")
+            near = suggest(task, OWN)
+            hint = near if near.startswith("did you mean") else f"it is of {_takers(name)}"
+            raise RequestError(f"{option} does not go with --task {task}; {hint}")
     if kind == "lm_eval":
         return validate(EVALUATIONS[kind], {"task": task, **given})
     if "data" not in given:

@@ -37,7 +37,7 @@ def export(model: str, form: str, out: Path, dtype: str | None, as_json: bool) -
         lm.config,
         lm.params,
         tokenizer,
-        dtype=dtype,
+        **({} if dtype is None else {"dtype": dtype}),  # each has a default of its own
         stop_tokens=lm.origin.stop_tokens,
         chat_template=lm.origin.chat_template,
         facts=lm.origin.facts,

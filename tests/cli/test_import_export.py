@@ -42,6 +42,14 @@ def test_what_is_told_to_a_person(theirs, program):
     assert "architecture  LlamaForCausalLM" in done.out
 
 
+def test_a_gguf_file_is_written_in_its_own_default_type_and_read(theirs, program):
+    (theirs / "tokenizer.json").unlink()
+    done = program("export", "theirs", "--format", "gguf", "--out", "m.gguf", "--json")
+    assert (json.loads(done.out)["architecture"], done.code) == ("llama", 0)
+    back, first = polygpt.load("m.gguf"), polygpt.load("theirs")
+    assert np.array_equal(np.asarray(back.params["embedding"]), np.asarray(first.params["embedding"]))
+
+
 def test_settings_that_keep_shapes_can_be_changed(theirs, program):
     words = ["model.vocab_size=64", "model.context_length=20", "--dtype", "bfloat16"]
     assert program("import", "theirs", *words, "--out", "m", "--json").code == 0

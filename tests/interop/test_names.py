@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from polygpt.config import validate
 from polygpt.interop.names import ForeignTensor, Layout, Piece, foreign_tensors
+from polygpt.interop.same import differences
 from polygpt.model import Model, ModelConfig
 
 SIZES = st.integers(1, 5)
@@ -88,3 +89,11 @@ def test_layers_and_experts_are_counted_through():
     assert tensors["e"].shape == (7, 4)  # without the padding
     assert [tensors[f"l{i}.1.up"].pieces[0].index for i in range(3)] == [(0, 1), (0, 1), (1, 1)]
     assert [tensors[f"l{i}.1.up"].pieces[0].path[1] for i in range(3)] == [0, 1, 0]
+
+
+def test_a_number_that_was_held_in_32_bits_is_the_same():
+    single = {"norm": {"kind": "rmsnorm", "eps": 9.999999747378752e-06}}
+    assert differences(single, {"norm": {"kind": "rmsnorm", "eps": 1e-5}}) == []
+    assert differences(single, {"norm": {"kind": "rmsnorm", "eps": 1e-6}}) == [
+        ("norm.eps", 9.999999747378752e-06, 1e-6)
+    ]
