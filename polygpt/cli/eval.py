@@ -75,7 +75,7 @@ def _configured(task: str, settings: dict[str, Any]) -> Any:
     for name in given:
         if name not in SETTINGS[kind]:
             option = "--no-start" if name == "start" else "--" + name.replace("_", "-")
-            near = suggest(task, OWN)
+            near = suggest(task, OWN) if kind == "lm_eval" else ""
             hint = near if near.startswith("did you mean") else f"it is of {_takers(name)}"
             raise RequestError(f"{option} does not go with --task {task}; {hint}")
     if kind == "lm_eval":

@@ -73,6 +73,7 @@ MISTAKES = {
     "a character it does not know": (["perplexity", "--data", "odd.txt"], "odd.txt: character 'f'"),
     "no limit": (["hellaswag", "--data", "questions.jsonl", "--limit", "0"], "limit: input should be greater than 0"),
     "a limit of text": (["perplexity", "--data", "book.txt", "--limit", "2"], "--limit does not go with"),
+    "a misspelled task": (["helaswag", "--data", "questions.jsonl"], "did you mean 'hellaswag'?"),
     "a stride of questions": (["hellaswag", "--data", "questions.jsonl", "--stride", "2"], "it is of perplexity"),
     "too long a stride": (["perplexity", "--data", "book.txt", "--stride", "17"], "stride=17 must lie in 1..16"),
     "no stride": (["perplexity", "--data", "book.txt", "--stride", "0"], "stride: input should be greater than 0"),
