@@ -54,9 +54,9 @@ def _appearing(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise PolygptError(f"{path}: cannot be written ({error.strerror or error})") from None
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        with suppress(OSError):
+        with suppress(OSError):  # a file; a folder is removed next
             partial.unlink(missing_ok=True)
+        remove_folder(partial)
         with suppress(OSError):  # one that is not empty stays, and so do those above it
             for parent in missing:
                 parent.rmdir()
