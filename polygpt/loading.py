@@ -18,7 +18,7 @@ from polygpt import checkpoint
 from polygpt.config import Config, merge, read_yaml, to_yaml, validate
 from polygpt.errors import RequestError, suggest
 from polygpt.files import new_folder, write_text
-from polygpt.interop import HUB, ForeignModel, fetch, is_huggingface, open_huggingface, read_json
+from polygpt.interop import HUB, StoredModel, fetch, is_huggingface, open_huggingface, read_json
 from polygpt.language_model import LanguageModel, Origin
 from polygpt.model import Model, ModelConfig, ParameterInfo, Params
 from polygpt.presets import PRESET_VOCAB, PRESETS, preset
@@ -77,7 +77,7 @@ def load(
     return LanguageModel(config, params, found.tokenizer, origin, model)
 
 
-def find(name: str | Path, warn: Warn = warnings.warn) -> ForeignModel:
+def find(name: str | Path, warn: Warn = warnings.warn) -> StoredModel:
     """What `load` reads, found and checked, its weights not yet read.
 
     Raises:
@@ -94,7 +94,7 @@ def find(name: str | Path, warn: Warn = warnings.warn) -> ForeignModel:
         return _open_file(path)
     if str(name) in PRESETS:
         config = preset(str(name)).with_vocab(PRESET_VOCAB)
-        return ForeignModel(config, lambda config, _: Model(config).init(0))
+        return StoredModel(config, lambda config, _: Model(config).init(0))
     near = suggest(str(name), PRESETS)
     hint = (
         near if near.startswith("did you mean") else "name a run's folder, a folder or file of weights, hf:owner/name"
@@ -180,7 +180,7 @@ def read_origin(folder: Path) -> Origin:
     return Origin.from_json(read_json(path), str(path)) if path.is_file() else Origin()
 
 
-def _open_own(folder: Path, warn: Warn) -> ForeignModel:
+def _open_own(folder: Path, warn: Warn) -> StoredModel:
     path = folder / CONFIG
     if not path.is_file():
         start = command_line("train", "RECIPE", "--out", folder)
@@ -203,7 +203,7 @@ def _open_own(folder: Path, warn: Warn) -> ForeignModel:
         return _converted(checkpoint.restore(saved, "params", like), wanted)
 
     facts = {**origin.facts, **_figures(folder)}
-    return ForeignModel(config, read, tokenizer, origin.stop_tokens, origin.chat_template, facts)
+    return StoredModel(config, read, tokenizer, origin.stop_tokens, origin.chat_template, facts)
 
 
 def _figures(folder: Path) -> dict[str, Any]:
@@ -232,7 +232,7 @@ def _converted(params: Params, wanted: ModelConfig) -> Params:
     return jax.tree.map(convert, params, model.parameters)
 
 
-def _open_file(path: Path) -> ForeignModel:
+def _open_file(path: Path) -> StoredModel:
     from polygpt import interop
 
     with path.open("rb") as file:

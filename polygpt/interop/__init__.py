@@ -1,14 +1,14 @@
 """Checkpoints of other people's, in and out. Name maps live here; the model knows nothing of them."""
 
-from polygpt.interop.checkpoint import ForeignModel
 from polygpt.interop.gguf import export_gguf, is_gguf, open_gguf
 from polygpt.interop.huggingface import HUB, export_huggingface, fetch, is_huggingface, open_huggingface
 from polygpt.interop.llama2c import open_llama2c
 from polygpt.interop.settings import read_json
+from polygpt.interop.stored import StoredModel
 
 __all__ = [
     "HUB",
-    "ForeignModel",
+    "StoredModel",
     "export_gguf",
     "export_huggingface",
     "fetch",

@@ -17,9 +17,9 @@ import numpy as np
 
 from polygpt.config import validate
 from polygpt.errors import RequestError
-from polygpt.interop.checkpoint import ForeignModel
 from polygpt.interop.names import Layout, foreign_tensors
 from polygpt.interop.score_bpe import SPACE, PieceKind, score_bpe
+from polygpt.interop.stored import StoredModel
 from polygpt.interop.weights import TensorInfo, check, read_params
 from polygpt.model import Model, ModelConfig, Params
 from polygpt.tokenizers import Tokenizer
@@ -142,7 +142,7 @@ def _check_header(path: Path, head: bytes) -> _Header:
     return header
 
 
-def open_llama2c(path: Path) -> ForeignModel:
+def open_llama2c(path: Path) -> StoredModel:
     """The model in a file of llama2.c's first format, with the tokenizer of `tok*.bin` beside it.
 
     Raises:
@@ -158,7 +158,7 @@ def open_llama2c(path: Path) -> ForeignModel:
 
     facts = {"format": "llama2.c", "architecture": "llama", "source": str(path)}
     tokenizer = _find_tokenizer(path, source.header.vocabulary)
-    return ForeignModel(config, read, tokenizer, (_END,) if tokenizer else (), facts=facts)
+    return StoredModel(config, read, tokenizer, (_END,) if tokenizer else (), facts=facts)
 
 
 def _fields(header: _Header) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from polygpt.data import open_shards
 from polygpt.errors import RequestError
-from polygpt.interop import ForeignModel
+from polygpt.interop import StoredModel
 from polygpt.language_model import Origin
 from polygpt.loading import check_shapes, find
 from polygpt.model import Params
@@ -16,7 +16,7 @@ from polygpt.training.config import RunConfig
 
 
 @lru_cache(maxsize=1)
-def _found(initial: str) -> ForeignModel:
+def _found(initial: str) -> StoredModel:
     return find(initial)
 
 

@@ -10,13 +10,13 @@ import numpy as np
 
 from polygpt.config import validate
 from polygpt.errors import RequestError, suggest
-from polygpt.interop.checkpoint import ForeignModel
 from polygpt.interop.gguf.architectures import ARCHITECTURES, LLAMA, LLAMA_EXPERTS, ROPE_FREQS, Architecture
 from polygpt.interop.gguf.container import DTYPES, MAGIC, GGUFFile
 from polygpt.interop.gguf.experts import Unstacked
 from polygpt.interop.gguf.tokenizer_in import read_text
 from polygpt.interop.names import foreign_tensors
 from polygpt.interop.settings import Settings
+from polygpt.interop.stored import StoredModel
 from polygpt.interop.weights import TensorInfo, check, read_params
 from polygpt.model import Model, ModelConfig, Params
 
@@ -33,7 +33,7 @@ def is_gguf(path: Path) -> bool:
         return False
 
 
-def open_gguf(path: Path) -> ForeignModel:
+def open_gguf(path: Path) -> StoredModel:
     """The model in a GGUF file; names, shapes and types of all tensors are checked, none but the smallest is read.
 
     Parameters and activations are float32 whatever the file's types are: quantised values are spelled out.
@@ -65,7 +65,7 @@ def open_gguf(path: Path) -> ForeignModel:
     facts = {"format": "gguf", "architecture": architecture.name, "source": str(path)}
     name = file.metadata.get("general.name")
     facts |= {"name": name} if isinstance(name, str) else {}
-    return ForeignModel(config, read, *text, facts)
+    return StoredModel(config, read, *text, facts)
 
 
 def _check_counts(file: GGUFFile, source: Unstacked, fields: Mapping[str, Any]) -> None:

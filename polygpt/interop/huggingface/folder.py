@@ -10,7 +10,6 @@ import numpy as np
 
 from polygpt.config import validate
 from polygpt.errors import RequestError, suggest
-from polygpt.interop.checkpoint import ForeignModel
 from polygpt.interop.huggingface.families import NOTES, WITHOUT_EFFECT, Family
 from polygpt.interop.huggingface.gpt2 import GPT2
 from polygpt.interop.huggingface.llama import LLAMA
@@ -19,6 +18,7 @@ from polygpt.interop.huggingface.text_files import read_chat_template, read_stop
 from polygpt.interop.huggingface.variants import VARIANTS
 from polygpt.interop.names import ForeignTensor, foreign_tensors
 from polygpt.interop.settings import Settings, read_json
+from polygpt.interop.stored import StoredModel
 from polygpt.interop.weights import TensorSource, check, read_params
 from polygpt.model import Model, ModelConfig, Params
 
@@ -34,7 +34,7 @@ def is_huggingface(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
 
 
-def open_huggingface(folder: Path) -> ForeignModel:
+def open_huggingface(folder: Path) -> StoredModel:
     """The model in a Hugging Face folder; names, shapes and types of all tensors are checked, none is read.
 
     Parameters keep the type that most of the file's weights have, and activations take it, too.
@@ -58,7 +58,7 @@ def open_huggingface(folder: Path) -> ForeignModel:
     def read(asked: ModelConfig, on_progress: Callable[[int], None]) -> Params:
         return read_params(model if asked == config else Model(asked), source, wanted, on_progress)
 
-    return ForeignModel(
+    return StoredModel(
         config,
         read,
         tokenizer,

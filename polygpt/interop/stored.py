@@ -1,4 +1,4 @@
-"""A checkpoint of other people's, once it is read: what every format gives."""
+"""A model that lies somewhere, whoever wrote it: what every format gives once it is opened."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from polygpt.tokenizers import Tokenizer
 
 
 @dataclass(frozen=True)
-class ForeignModel:
+class StoredModel:
     """A model that was found, its weights not yet read.
 
     Attributes:
