@@ -1,10 +1,13 @@
-"""What a configuration computes, whatever the words: for the question whether two are the same model."""
+"""What a configuration computes, whatever the words: whether two are the same model, and who else has one like it."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol, TypeVar
 
+from polygpt.errors import RequestError
+from polygpt.interop.biases import with_biases
 from polygpt.model import LayerConfig, ModelConfig
 
 # Of training, of this machine, or resolved below.
@@ -73,3 +76,49 @@ def differences(ours: Any, theirs: Any, key: str = "") -> list[tuple[str, Any, A
     if isinstance(ours, float) and isinstance(theirs, float) and math.isclose(ours, theirs, rel_tol=1e-6):
         return []  # a file may hold 1e-5 in 32 bits
     return [] if ours == theirs else [(key, ours, theirs)]
+
+
+class Candidate(Protocol):
+    """An architecture of other people's; with `zero_biases`, one that has biases everywhere."""
+
+    name: str
+    zero_biases: bool
+
+
+A = TypeVar("A", bound=Candidate)
+
+
+def counterpart(
+    config: ModelConfig,
+    candidates: Iterable[A],
+    read_back: Callable[[A, ModelConfig], dict[str, Any] | None],
+    refusal: str,
+) -> A:
+    """The candidate that computes what `config` does.
+
+    Args:
+        config: the model.
+        candidates: architectures, the preferred first.
+        read_back: the `computation` of the configuration that a candidate writes for a model, read again; None where
+            it cannot be written at all.
+        refusal: how the error begins.
+
+    Raises:
+        RequestError: there is none; what the nearest lacks is named.
+    """
+    nearest, reason = math.inf, "none is near"
+    for candidate in candidates:
+        full = with_biases(config) if candidate.zero_biases else config
+        found = read_back(candidate, full)
+        if found is None:
+            continue
+        differing = differences(computation(full), found)
+        if not differing:
+            return candidate
+        key, ours, theirs = differing[0]
+        # A part of another kind may differ in everything: it counts for several settings.
+        distance = sum(5 if key.endswith(".kind") else 1 for key, *_ in differing)
+        if distance < nearest:
+            nearest = distance
+            reason = f"{key}={ours} has no counterpart; {candidate.name}, the nearest, has {theirs}"
+    raise RequestError(f"{refusal}: {reason}")

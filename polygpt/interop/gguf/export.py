@@ -14,14 +14,14 @@ from gguf import GGMLQuantizationType as Kind
 from polygpt.config import validate
 from polygpt.errors import RequestError, suggest
 from polygpt.files import new_file
-from polygpt.interop.biases import with_biases, with_zero_biases
+from polygpt.interop.biases import with_zero_biases
 from polygpt.interop.gguf.architectures import ARCHITECTURES, Architecture
 from polygpt.interop.gguf.container import shortest
 from polygpt.interop.gguf.experts import stack, stacked_name
 from polygpt.interop.gguf.reading import read_fields
 from polygpt.interop.gguf.tokenizer_out import write_text
 from polygpt.interop.names import ForeignTensor, foreign_tensors
-from polygpt.interop.same import computation, differences
+from polygpt.interop.same import computation, counterpart, differences
 from polygpt.interop.settings import Settings
 from polygpt.interop.weights import TensorInfo, written
 from polygpt.model import Model, ModelConfig, Params
@@ -93,24 +93,8 @@ def choose_architecture(config: ModelConfig) -> Architecture:
     Raises:
         RequestError: there is none; what the nearest lacks is named.
     """
-    nearest: tuple[int, str] | None = None
-    for architecture in ARCHITECTURES if config.layers else ():
-        full = with_biases(config) if architecture.zero_biases else config
-        found = _read_back(architecture, full)
-        if found is None:
-            continue
-        differing = differences(computation(full), found)
-        if not differing:
-            if _tensors(architecture, full) is None:
-                continue
-            return architecture
-        key, ours, theirs = differing[0]
-        reason = f"{key}={ours} has no counterpart; {architecture.name}, the nearest, has {theirs}"
-        # A part of another kind may differ in everything: it counts for several settings.
-        distance = sum(5 if key.endswith(".kind") else 1 for key, *_ in differing)
-        if nearest is None or distance < nearest[0]:
-            nearest = distance, reason
-    raise RequestError(f"llama.cpp has no architecture for this model: {nearest[1] if nearest else 'none is near'}")
+    candidates = ARCHITECTURES if config.layers else ()
+    return counterpart(config, candidates, _read_back, "llama.cpp has no architecture for this model")
 
 
 def _read_back(architecture: Architecture, config: ModelConfig) -> dict[str, Any] | None:
@@ -119,7 +103,9 @@ def _read_back(architecture: Architecture, config: ModelConfig) -> dict[str, Any
         stored = {name: _stored(name, value) for name, value in settings.items()}
         tensors = {name: TensorInfo(shape, "F32") for name, shape in _named(architecture, config).items()}
         where = Settings(stored, architecture.name)
-        return computation(validate(ModelConfig, read_fields(architecture, where, tensors, extras)))
+        found = computation(validate(ModelConfig, read_fields(architecture, where, tensors, extras)))
+        # The settings may say all and the tables still lack a parameter.
+        return None if _tensors(architecture, config) is None and not differences(computation(config), found) else found
     except RequestError:  # its own parts do not fit this model's shape
         return None
 

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from polygpt.config import validate
 from polygpt.errors import RequestError
 from polygpt.files import new_folder
-from polygpt.interop.biases import with_biases, with_zero_biases
+from polygpt.interop.biases import with_zero_biases
 from polygpt.interop.huggingface.card import model_card
 from polygpt.interop.huggingface.families import Family
 from polygpt.interop.huggingface.folder import ARCHITECTURES, CONFIG, read_fields, tensors_of
 from polygpt.interop.huggingface.safetensors_files import SHARD_BYTES, write_safetensors
 from polygpt.interop.huggingface.text_files import CHAT_TEMPLATE, write_json, write_text_files
-from polygpt.interop.same import computation, differences
+from polygpt.interop.same import computation, counterpart
 from polygpt.interop.settings import Settings
 from polygpt.interop.weights import written
 from polygpt.model import Model, ModelConfig, Params
@@ -60,14 +60,9 @@ def export_huggingface(
     config, params = with_zero_biases(config, params) if family.zero_biases else (config, params)
     dtype = dtype or config.param_dtype
     settings = family.write(config)
-    settings |= {"architectures": [family.architecture], "model_type": family.model_type, "torch_dtype": dtype}
-    if tokenizer is not None and tokenizer.end_of_text is not None:
-        settings |= {
-            "eos_token_id": tokenizer.end_of_text,
-            "bos_token_id": (*tokenizer.start, tokenizer.end_of_text)[0],
-        }
-    else:
-        settings |= {"eos_token_id": None, "bos_token_id": None}
+    settings |= {"architectures": [family.name], "model_type": family.model_type, "torch_dtype": dtype}
+    end = None if tokenizer is None else tokenizer.end_of_text
+    settings |= {"eos_token_id": end, "bos_token_id": end if end is None else (*tokenizer.start, end)[0]}
     with new_folder(folder) as partial:
         write_json(partial / CONFIG, settings)
         tensors = tensors_of(Model(config), family)
@@ -76,9 +71,9 @@ def export_huggingface(
             write_text_files(partial, tokenizer, config.context_length, stop_tokens)
         if chat_template is not None:
             (partial / CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
-        card = model_card(folder.name, family.architecture, config, facts or {}, tokenizer is not None)
+        card = model_card(folder.name, family.name, config, facts or {}, tokenizer is not None)
         (partial / "README.md").write_text(card, encoding="utf-8")
-    return family.architecture
+    return family.name
 
 
 def choose_family(config: ModelConfig) -> Family:
@@ -87,30 +82,15 @@ def choose_family(config: ModelConfig) -> Family:
     Raises:
         RequestError: there is none; what the nearest lacks is named.
     """
+    refusal = "no Hugging Face architecture computes this model"
     if not config.num_layers:
-        raise RequestError("no Hugging Face architecture computes this model: num_layers=0 has no counterpart")
-    wanted = computation(config)
-    nearest: tuple[int, str] | None = None
-    for family in ARCHITECTURES.values():
-        found = _read_back(family, config)
-        if found is None:
-            continue
-        own = computation(with_biases(config)) if family.zero_biases else wanted
-        differing = differences(own, found)
-        if not differing:
-            return family
-        key, ours, theirs = differing[0]
-        reason = f"{key}={ours} has no counterpart; {family.architecture}, the nearest, has {theirs}"
-        # A part of another kind may differ in everything: it counts for several settings.
-        distance = sum(5 if key.endswith(".kind") else 1 for key, *_ in differing)
-        if nearest is None or distance < nearest[0]:
-            nearest = distance, reason
-    raise RequestError(f"no Hugging Face architecture computes this model: {nearest[1] if nearest else 'none is near'}")
+        raise RequestError(f"{refusal}: num_layers=0 has no counterpart")
+    return counterpart(config, ARCHITECTURES.values(), _read_back, refusal)
 
 
 def _read_back(family: Family, config: ModelConfig) -> dict[str, Any] | None:
     try:
-        fields = read_fields(family, Settings(family.write(config), family.architecture))
+        fields = read_fields(family, Settings(family.write(config), family.name))
         return computation(validate(ModelConfig, fields))
     except RequestError:  # its own parts do not fit this model's shape
         return None

@@ -52,7 +52,7 @@ class Family:
     """One architecture of Hugging Face's.
 
     Attributes:
-        architecture: its class, as `architectures` in config.json names it.
+        name: its class, as `architectures` in config.json names it.
         model_type: as `model_type` names it.
         names: foreign tensor -> our parameters.
         prefix: what the names begin with; files of the bare model leave it out.
@@ -64,7 +64,7 @@ class Family:
         zero_biases: it has biases everywhere; a model without some is written with zeros in their place.
     """
 
-    architecture: str
+    name: str
     model_type: str
     names: NameTable
     prefix: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from polygpt.interop.weights import TensorSource, check, read_params
 from polygpt.model import Model, ModelConfig, Params
 
 CONFIG = "config.json"
-ARCHITECTURES: dict[str, Family] = {family.architecture: family for family in (GPT2, LLAMA, *VARIANTS)}
+ARCHITECTURES: dict[str, Family] = {family.name: family for family in (GPT2, LLAMA, *VARIANTS)}
 _TYPES = {family.model_type: family for family in ARCHITECTURES.values()}
 _HEAD = "lm_head.weight"
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -64,7 +65,7 @@ def open_huggingface(folder: Path) -> StoredModel:
         tokenizer,
         read_stop_tokens(folder, settings),
         read_chat_template(folder),
-        {"format": "huggingface", "architecture": family.architecture, "source": str(folder)},
+        {"format": "huggingface", "architecture": family.name, "source": str(folder)},
     )
 
 
@@ -120,10 +121,7 @@ def tensors_of(model: Model, family: Family, source: TensorSource | None = None)
 def _commonest_dtype(source: TensorSource) -> str:
     sizes: dict[str, int] = {}
     for shape, dtype in source.tensors.values():
-        count = 1
-        for size in shape:
-            count *= size
-        sizes[dtype] = sizes.get(dtype, 0) + count
+        sizes[dtype] = sizes.get(dtype, 0) + math.prod(shape)
     return max(sizes, key=sizes.get, default="F32")
 
 

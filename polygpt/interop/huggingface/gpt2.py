@@ -87,7 +87,7 @@ def _write(model: ModelConfig) -> dict[str, Any]:
 
 
 GPT2 = Family(
-    architecture="GPT2LMHeadModel",
+    name="GPT2LMHeadModel",
     model_type="gpt2",
     names=_NAMES,
     prefix="transformer.",
