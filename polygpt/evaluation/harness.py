@@ -10,6 +10,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from polygpt.errors import PolygptError, RequestError, suggest
@@ -23,19 +24,20 @@ if TYPE_CHECKING:
 MODEL_NAME = "polygpt"
 
 
-def require_harness() -> None:
-    """Refuses where lm-evaluation-harness is not installed.
+def require_harness() -> ModuleType:
+    """The package of lm-evaluation-harness.
 
     Raises:
-        RequestError: it is not.
+        RequestError: it is not installed.
     """
     try:
-        import lm_eval  # noqa: F401
+        import lm_eval
     except ImportError as error:
         raise RequestError(
             "tasks of lm-evaluation-harness need a package that is not installed here; "
             f'install it with: pip install "polygpt[eval]" ({error})'
         ) from None
+    return lm_eval
 
 
 def register_harness_model(load: Callable[[str], LanguageModel]) -> None:
@@ -87,15 +89,14 @@ def run_harness(
     Raises:
         PolygptError: the harness fails, as it does where a task's data is neither here nor can be downloaded.
     """
-    from lm_eval import simple_evaluate
-
+    harness = require_harness()
     from polygpt.evaluation.harness_lm import HarnessLM
 
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     try:
         # Standard output is the command's own.
         with contextlib.redirect_stdout(sys.stderr):
-            return simple_evaluate(
+            return harness.simple_evaluate(
                 HarnessLM(lm, tell=tell),
                 tasks=[task],
                 task_manager=manager,
