@@ -22,7 +22,7 @@ from polygpt.data import Loader
 from polygpt.errors import RequestError
 from polygpt.evaluation import EvaluationConfig, Ready
 from polygpt.language_model import LanguageModel
-from polygpt.loading import CHECKPOINTS
+from polygpt.loading import CHECKPOINTS, read_origin
 from polygpt.model import Model
 from polygpt.training.config import RunConfig
 from polygpt.training.events import (
@@ -250,17 +250,21 @@ class _Loop:
         if not due:
             return
         self.meter.flush()
-        lm = LanguageModel(self.config.model, state.params, self.tokenizer)
+        lm = self._language_model(state)
         for asked, ready in due:
             outcome = ready(lm, lambda done, total: None)
             metrics = {f"{asked.title}/{name}": value for name, value in outcome.metrics.items()}
             self.emit(Measured(int(state.step), metrics))
         self.meter.restart()
 
+    def _language_model(self, state: TrainState) -> LanguageModel:
+        """The model as it stands, with what came with the one that training started from."""
+        return LanguageModel(self.config.model, state.params, self.tokenizer, read_origin(self.folder))
+
     def _sample(self, state: TrainState, step: int) -> None:
         self.meter.flush()
         settings = self.training.samples
-        lm = LanguageModel(self.config.model, state.params, self.tokenizer)
+        lm = self._language_model(state)
         for prompt in settings.prompts:
             text = lm.generate(
                 prompt,
