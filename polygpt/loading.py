@@ -20,7 +20,7 @@ from polygpt.errors import RequestError, suggest
 from polygpt.files import new_folder, write_text
 from polygpt.interop import HUB, StoredModel, fetch, is_huggingface, open_huggingface, read_json
 from polygpt.language_model import LanguageModel, Origin
-from polygpt.model import Model, ModelConfig, ParameterInfo, Params
+from polygpt.model import Model, ModelConfig, ParameterInfo, Params, WeightType
 from polygpt.presets import PRESET_VOCAB, PRESETS, preset
 from polygpt.process import command_line
 from polygpt.tokenizers import Tokenizer, load_tokenizer
@@ -49,7 +49,7 @@ def load(
     *,
     dtype: str | None = None,
     overrides: Mapping[str, Any] | None = None,
-    unrolled: bool = False,
+    weights: WeightType | None = None,
     warn: Warn = warnings.warn,
     on_progress: Callable[[int], None] = int,
 ) -> LanguageModel:
@@ -61,7 +61,7 @@ def load(
         dtype: of parameters and activations; None keeps what the checkpoint has.
         overrides: fields of the model's configuration to change, nested; its parameters keep their shapes, but for a
             larger `vocab_size`, which pads the vocabulary.
-        unrolled: lay the weights out layer by layer, which compiles for longer and decodes many rows faster.
+        weights: pack the weights for inference, in this type (`LanguageModel.pack`); None leaves them as parameters.
         warn: is given what is worth knowing.
         on_progress: is given the number of weights read, again and again.
 
@@ -71,10 +71,12 @@ def load(
     found = find(name, warn)
     config = adapted(found.config, dtype, overrides or {})
     check_shapes(found.config, config, str(name))
-    model = Model(config.unrolled if unrolled else config)
-    params = found.read(model.config, on_progress)
+    params = found.read(config, on_progress)
     origin = Origin(found.stop_tokens, found.chat_template, dict(found.facts))
-    return LanguageModel(config, params, found.tokenizer, origin, model)
+    lm = LanguageModel(config, params, found.tokenizer, origin)
+    if weights is not None:
+        lm.pack(weights)
+    return lm
 
 
 def find(name: str | Path, warn: Warn = warnings.warn) -> StoredModel:
@@ -148,12 +150,10 @@ def save(lm: LanguageModel, folder: Path) -> None:
     """Writes a model into a new folder of ours, verified by SHA-256 sums.
 
     Raises:
-        RequestError: the folder exists.
+        RequestError: the folder exists, or the weights are packed.
         PolygptError: it cannot be written.
-        ValueError: the model is unrolled, which is no layout for a file.
     """
-    if lm.model.config != lm.config:
-        raise ValueError("load the model without unrolled=True to save it")
+    lm.check_unpacked()
     if folder.exists():
         raise RequestError(f"{folder}: exists already; choose another --out")
     with new_folder(folder) as partial:
@@ -214,14 +214,7 @@ def _figures(folder: Path) -> dict[str, Any]:
 
 
 def _converted(params: Params, wanted: ModelConfig) -> Params:
-    """Parameters for a configuration of other types, more padding of the vocabulary, fewer positions, or unrolled."""
-    model, period = Model(wanted), len(params.get("blocks", {}))
-    if len(model.parameters.get("blocks", {})) != period:
-        stacks, layers = params["blocks"], {}
-        for layer in range(wanted.num_layers):
-            place = layer // period
-            layers[layer] = jax.tree.map(lambda leaf, i=place: leaf[i : i + 1], stacks[layer % period])
-        params = {**params, "blocks": layers}
+    """Parameters for a configuration of other types, more padding of the vocabulary, or fewer positions."""
 
     def convert(leaf: jax.Array, info: ParameterInfo) -> jax.Array:
         if leaf.shape != info.shape:
@@ -229,7 +222,7 @@ def _converted(params: Params, wanted: ModelConfig) -> Params:
             leaf = leaf[tuple(slice(n) for n in info.shape)]
         return leaf.astype(info.dtype)
 
-    return jax.tree.map(convert, params, model.parameters)
+    return jax.tree.map(convert, params, Model(wanted).parameters)
 
 
 def _open_file(path: Path) -> StoredModel:

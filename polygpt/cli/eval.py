@@ -8,7 +8,14 @@ from typing import Any
 
 import click
 
-from polygpt.cli.output import json_option, print_json, print_result
+from polygpt.cli.output import (
+    dtype_option,
+    json_option,
+    print_json,
+    print_result,
+    reading_for_inference,
+    weights_option,
+)
 
 OWN = ("perplexity", "hellaswag")  # any other task is one of lm-evaluation-harness
 # What each takes beside the model.
@@ -31,8 +38,12 @@ UNITS = {"perplexity": "windows", "hellaswag": "questions", "lm_eval": "requests
 @click.option("--num-fewshot", type=int, help="lm-evaluation-harness: solved examples before each question.")
 @click.option("--include-path", help="lm-evaluation-harness: a folder of more tasks.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write a line of JSON for each example here.")
+@dtype_option
+@weights_option
 @json_option
-def eval(model: str, task: str, out: Path | None, as_json: bool, **settings: Any) -> None:
+def eval(
+    model: str, task: str, out: Path | None, dtype: str | None, weights: str | None, as_json: bool, **settings: Any
+) -> None:
     """Measure a model.
 
     MODEL is a run's folder or anything else that `polygpt generate` takes.
@@ -44,12 +55,11 @@ def eval(model: str, task: str, out: Path | None, as_json: bool, **settings: Any
     """
     from polygpt.evaluation import progress
     from polygpt.files import new_file
-    from polygpt.loading import load
 
     config = _configured(task, settings)
     config.check()
     _check_out(out, task, config.kind)
-    lm = load(model, warn=lambda line: click.echo(f"warning: {line}", err=True))
+    lm = reading_for_inference(model, dtype, weights)
     ready = config.prepare(lm.tokenizer, lm.config.context_length)
     with progress(task, UNITS[config.kind]) as tell:
         outcome = ready(lm, tell)
@@ -59,6 +69,7 @@ def eval(model: str, task: str, out: Path | None, as_json: bool, **settings: Any
     found = {**outcome.metrics, **outcome.facts}
     if as_json:
         asked = {"model": model, "task": task, "data": settings["data"], "parameters": lm.num_parameters}
+        asked |= {"weights": lm.packed or lm.config.param_dtype}
         print_json(asked | found | ({"out": str(out)} if out is not None else {}))
         return
     print_result([(name.replace("_", " "), _shown(value)) for name, value in found.items()])

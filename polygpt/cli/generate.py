@@ -7,7 +7,7 @@ import sys
 
 import click
 
-from polygpt.cli.output import dtype_option, json_option, print_json, reading
+from polygpt.cli.output import dtype_option, json_option, print_json, reading_for_inference, weights_option
 
 
 @click.command()
@@ -26,15 +26,16 @@ from polygpt.cli.output import dtype_option, json_option, print_json, reading
 @click.option("--stop", multiple=True, help="End at this text; may be given several times.")
 @click.option("--chat", is_flag=True, help="The prompt is a message: lay it out by the model's chat template.")
 @dtype_option
+@weights_option
 @json_option
-def generate(model: str, prompt: str, dtype: str | None, as_json: bool, **settings) -> None:
+def generate(model: str, prompt: str, dtype: str | None, weights: str | None, as_json: bool, **settings) -> None:
     """Continue a prompt; text streams to standard output as it is decoded.
 
     MODEL is a run's folder, an imported or a Hugging Face folder, hf:owner/name, a .gguf file, or a preset (random
     weights, without text).
     """
     text = _standard_input() if prompt == "-" else prompt
-    lm = reading(model, dtype, {})
+    lm = reading_for_inference(model, dtype, weights)
     unseen = (
         [] if settings["chat"] else [text]
     )  # the prompt, shown with the first piece of text: by then it is known to be in order

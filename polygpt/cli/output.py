@@ -22,6 +22,11 @@ dtype_option: Callable = click.option(
     type=click.Choice(["float32", "bfloat16", "float16"]),
     help="Of weights and activations; as stored if left out.",
 )
+weights_option: Callable = click.option(
+    "--weights",
+    type=click.Choice(["float32", "bfloat16", "float16", "int8"]),
+    help="Keep the weights in this type, beside activations of --dtype; fewer bits decode faster.",
+)
 overrides_argument: Callable = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 
 
@@ -46,6 +51,16 @@ def reading(name: str, dtype: str | None, overrides: Mapping[str, Any]) -> Langu
             warn=lambda line: click.echo(f"warning: {line}", err=True),
             on_progress=on_progress,
         )
+
+
+def reading_for_inference(name: str, dtype: str | None, weights: str | None) -> LanguageModel:
+    """The model MODEL with its weights packed: as asked, and on a CPU in any case, where that alone is fast."""
+    import jax
+
+    lm = reading(name, dtype, {})
+    if weights is not None or jax.default_backend() == "cpu":
+        lm.pack(weights or lm.config.param_dtype)
+    return lm
 
 
 @contextmanager

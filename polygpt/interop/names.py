@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -62,13 +62,6 @@ class Piece:
         if self.inputs == 0:
             return self.shape
         return math.prod(self.shape[: self.inputs]), math.prod(self.shape[self.inputs :])
-
-    def unrolled(self, period: int) -> Piece:
-        """The same piece of the model that `ModelConfig.unrolled` describes; its pattern had `period` entries."""
-        if self.path[0] != "blocks":
-            return self
-        layer = self.index[0] * period + int(self.path[1])
-        return replace(self, path=("blocks", layer, *self.path[2:]), index=(0, *self.index[1:]))
 
     def within(self, array: np.ndarray) -> np.ndarray:
         """The place of this piece in the whole parameter."""

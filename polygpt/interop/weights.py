@@ -78,19 +78,15 @@ def read_params(
 ) -> Params:
     """The parameters of `model`, filled tensor by tensor: beside them only the tensors in hand are in memory.
 
-    The model may have more ids than the tensors (padding, which is 0) and fewer learned positions, and it may be
-    unrolled. `on_progress` is given the number of weights after each tensor.
+    The model may have more ids than the tensors (padding, which is 0) and fewer learned positions. `on_progress` is
+    given the number of weights after each tensor.
     """
-    entries = [piece.path[1] for tensor in wanted for piece in tensor.pieces if piece.path[0] == "blocks"]
-    period = 1 + max(map(int, entries), default=0)
-    unrolled = entries and len(model.config.pattern) != period
     infos = flatten_dict(model.parameters)
     whole = {path: _empty(info.shape, info.dtype, model.config.vocab_padding) for path, info in infos.items()}
 
     def fill(tensor: ForeignTensor) -> int:
         values = source.read(tensor.name)
         for piece, own in tensor.split(values):
-            piece = piece.unrolled(period) if unrolled else piece
             place = piece.within(whole[piece.path])
             place[...] = own[tuple(slice(size) for size in place.shape)]
         return values.size

@@ -9,6 +9,7 @@ from polygpt.model.block import BlockConfig
 from polygpt.model.config import LayerConfig, ModelConfig
 from polygpt.model.decoder import Decoder, Output
 from polygpt.model.model import Model, ParameterInfo, Params
+from polygpt.model.packed import WEIGHT_TYPES, WeightType
 from polygpt.model.parts import (
     NO_EFFECTS,
     AttentionConfig,
@@ -24,6 +25,7 @@ from polygpt.model.parts import (
 
 __all__ = [
     "NO_EFFECTS",
+    "WEIGHT_TYPES",
     "AttentionConfig",
     "BlockConfig",
     "Context",
@@ -39,6 +41,7 @@ __all__ = [
     "ParameterInfo",
     "Params",
     "PositionConfig",
+    "WeightType",
     "dense",
     "dropout",
 ]

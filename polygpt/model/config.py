@@ -141,15 +141,6 @@ class ModelConfig(Config):
         return tuple(entries[i % len(entries)] for i in range(self.num_layers))
 
     @property
-    def unrolled(self) -> ModelConfig:
-        """The same model with a pattern as long as it is deep: parameters and state of every layer lie by themselves.
-
-        Decoding many rows at once is then faster (a scan takes each layer's cache out of the stack and puts it back: 8
-        rows over 256 slots of SmolLM2-135M took 106 ms a token, unrolled 57), and compiling slower (6 s instead of 1).
-        """
-        return self.model_copy(update={"pattern": self.layers or self.pattern, "scan_layers": False})
-
-    @property
     def logit_rule(self) -> LogitRule:
         """What becomes of the head's products."""
         return LogitRule(self.logit_softcap, self.vocab_padding)

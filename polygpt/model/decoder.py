@@ -17,7 +17,8 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 from polygpt.model.block import LayerState
 from polygpt.model.config import ModelConfig
 from polygpt.model.head import nll_of_logits, project_to_vocabulary, weighted_nll
-from polygpt.model.parts import Context, Draws, Effects, Initializer, dropout
+from polygpt.model.packed import Packed
+from polygpt.model.parts import Context, Draws, Effects, Initializer, InStack, dropout
 
 
 class Output(NamedTuple):
@@ -105,7 +106,7 @@ class Decoder(nnx.Module):
             key=key,
             fresh=fresh,
         )
-        x = self.embedding[...][tokens].astype(self.config.compute_dtype)
+        x = self.embedding[tokens].astype(self.config.compute_dtype)
         scale = self.config.width**0.5 if self.config.embed_scale == "sqrt" else self.config.embed_scale
         x = x if scale == 1 else x * jnp.asarray(scale, x.dtype)
         x = dropout(
@@ -121,34 +122,40 @@ class Decoder(nnx.Module):
         graphs, params = _split(self.blocks)
         whole, rest = divmod(self.config.num_layers, max(len(graphs), 1))
 
-        def repetition(x: Array, inputs: tuple[Array | int, list, list]) -> tuple[Array, list]:
-            index, weights, states = inputs
-            results = []
-            for entry, (leaves, before) in enumerate(zip(weights, states, strict=True)):
+        def repetition(
+            carry: tuple[Array, list], inputs: tuple[Array | int, list]
+        ) -> tuple[tuple[Array, list], list[Effects]]:
+            (x, states), (index, weights) = carry, inputs
+            states, effects = list(states), []
+            for entry, leaves in enumerate(weights):
                 layer = nnx.merge(graphs[entry], leaves)
-                x, after, effects = layer(x, context.fold(index * len(graphs) + entry), before)
-                results.append((after, effects))
-            return x, results
+                before = _of_layer(states[entry], index)
+                x, after, said = layer(x, context.fold(index * len(graphs) + entry), before)
+                states[entry] = _put_back(states[entry], after, index)
+                effects.append(said)
+            return (x, states), effects
 
-        states = [LayerState(None, None)] * len(graphs) if state is None else state
-        head = jax.tree.map(lambda leaf: leaf[:whole], (params, states))
+        carry = (x, [LayerState(None, None)] * len(graphs) if state is None else state)
+        head = jax.tree.map(lambda leaf: leaf[:whole], params)
         # Fully unrolled where that is faster to run; the gradient of the stack stays one concatenation.
-        x, results = lax.scan(
-            repetition, x, (jnp.arange(whole), *head), unroll=1 if self.config.scans else max(whole, 1)
+        carry, effects = lax.scan(
+            repetition, carry, (jnp.arange(whole), head), unroll=1 if self.config.scans else max(whole, 1)
         )
         if rest:
-            tail = jax.tree.map(lambda leaf: leaf[whole], (params[:rest], states[:rest]))
-            x, last = repetition(x, (whole, *tail))
-            results[:rest] = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), results[:rest], last)
-        after = None if state is None else [entry for entry, _ in results]
-        return x, after, _over_layers([effects for _, effects in results])
+            tail = jax.tree.map(lambda leaf: leaf[whole], params[:rest])
+            carry, last = repetition(carry, (whole, tail))
+            effects[:rest] = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), effects[:rest], last)
+        x, after = carry
+        return x, None if state is None else after, _over_layers(effects)
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """float32 logits of hidden states."""
         if self.config.head == "none":
             logits = hidden.astype(jnp.float32)
         else:
-            logits = project_to_vocabulary(hidden, self.head_weight)
+            packed = (self.embedding if self.head is None else self.head).get_value()
+            weight = packed if isinstance(packed, Packed) else self.head_weight
+            logits = project_to_vocabulary(hidden, weight)
         return self.config.logit_rule.apply(logits)
 
     @property
@@ -177,6 +184,28 @@ def _split(blocks: nnx.List) -> tuple[list[nnx.GraphDef], list[dict[str, Any]]]:
         graphs.append(graph)
         params.append(nnx.to_pure_dict(leaves))
     return graphs, params
+
+
+def _in_stack(state: Any) -> bool:
+    return isinstance(state, InStack)
+
+
+def _of_layer(stacks: PyTree, index: Int[Array, ""] | int) -> PyTree:
+    """One layer's states of those of all layers."""
+
+    def one(leaf: Any) -> Any:
+        return leaf.of_layer(index) if _in_stack(leaf) else lax.dynamic_index_in_dim(leaf, index, keepdims=False)
+
+    return jax.tree.map(one, stacks, is_leaf=_in_stack)
+
+
+def _put_back(stacks: PyTree, after: PyTree, index: Int[Array, ""] | int) -> PyTree:
+    """The states of all layers with one layer's replaced."""
+
+    def one(leaf: Any, new: Any) -> Any:
+        return new.stack() if _in_stack(new) else lax.dynamic_update_index_in_dim(leaf, new, index, 0)
+
+    return jax.tree.map(one, stacks, after, is_leaf=_in_stack)
 
 
 def _over_layers(effects: list[Effects]) -> Effects:

@@ -9,15 +9,20 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from polygpt.model.packed import Packed
+
 # The logit of what cannot come: a probability of exactly 0, without an infinity to meet in a gradient.
 NEVER = -1e30
 
 
-def project_to_vocabulary(hidden: Float[Array, "... D"], weight: Float[Array, "D V"]) -> Float[Array, "... V"]:
+def project_to_vocabulary(hidden: Float[Array, "... D"], weight: Float[Array, "D V"] | Packed) -> Float[Array, "... V"]:
     """float32 logits; the product is taken in the compute dtype and accumulated in float32, over flat tokens."""
     flat = hidden.reshape(-1, hidden.shape[-1])
-    logits = jnp.matmul(flat, weight.astype(hidden.dtype), preferred_element_type=jnp.float32)
-    return logits.reshape(*hidden.shape[:-1], weight.shape[-1])
+    if isinstance(weight, Packed):
+        logits = weight.times(flat)
+    else:
+        logits = jnp.matmul(flat, weight.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    return logits.reshape(*hidden.shape[:-1], -1)
 
 
 def nll_of_logits(logits: Float[Array, "... V"], targets: Int[Array, "..."]) -> Float[Array, "..."]:

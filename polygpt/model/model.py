@@ -22,6 +22,7 @@ from polygpt.errors import RequestError
 from polygpt.model.block import LayerState
 from polygpt.model.config import ModelConfig
 from polygpt.model.decoder import Decoder, Output
+from polygpt.model.packed import WeightType, pack
 from polygpt.model.parts import Draws, Effects
 
 Params = dict[str, Any]
@@ -104,6 +105,23 @@ class Model:
             raise RequestError(
                 f"{' or '.join(own)} does not fit its slot (see docs/add-a-part.md): {reason}"
             ) from error
+
+    def pack(self, params: Params, dtype: WeightType) -> Params:
+        """`params` in the form that inference reads fastest, for every function below that takes no gradient.
+
+        Matrices that stand between activations are packed, and the embedding; experts, which are chosen by token, and
+        vectors are not. Empties the dictionaries of `params` as it goes, so that no second copy is made.
+        """
+
+        def packed(own: dict, infos: dict) -> dict:
+            for name, info in infos.items():
+                if isinstance(info, dict):
+                    own[name] = packed(own[name], info)
+                elif "expert" not in info.axes and (info.inputs or info is self.parameters["embedding"]):
+                    own[name] = pack(own[name], info.inputs, info.stack, dtype)
+            return own
+
+        return packed(params, self.parameters)
 
     # --- Pure functions -------------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from polygpt.config import PartConfig
+from polygpt.model.packed import Packed
 
 if TYPE_CHECKING:
     from polygpt.model.config import ModelConfig
@@ -176,11 +177,30 @@ def dense(x: Float[Array, "B T ..."], kernel: nnx.Param, bias: nnx.Param | None 
     form runs at half the speed, because XLA transposes operands of a contraction over two axes.
     """
     inputs: int = kernel.get_metadata()["inputs"]
-    weight = kernel[...].astype(x.dtype)
-    out_shape = weight.shape[inputs:]
-    flat = x.reshape(x.shape[0] * x.shape[1], -1) @ weight.reshape(math.prod(weight.shape[:inputs]), -1)
-    y = flat.reshape(*x.shape[:2], *out_shape)
+    weight, flat = kernel.get_value(), x.reshape(x.shape[0] * x.shape[1], -1)
+    if isinstance(weight, Packed):
+        out_shape, y = weight.outputs, weight.times(flat).astype(x.dtype)
+    else:
+        out_shape = weight.shape[inputs:]
+        y = flat @ weight.astype(x.dtype).reshape(math.prod(weight.shape[:inputs]), -1)
+    y = y.reshape(*x.shape[:2], *out_shape)
     return y if bias is None else y + bias[...].astype(x.dtype)
+
+
+class InStack:
+    """A decoding state that a layer reads and writes where it lies, in the stack of all layers.
+
+    Other states are taken out of the stack for each layer and put back, which copies them twice: a token of 8 rows with
+    160 slots, 30 layers and 3 key heads of 64 took 25 ms for its caches so, and 7.5 ms where they lie (two cores).
+    """
+
+    def of_layer(self, index: Int[Array, ""] | int) -> InStack:
+        """The same arrays, with the mark of which layer is meant."""
+        raise NotImplementedError
+
+    def stack(self) -> InStack:
+        """The same arrays without it."""
+        raise NotImplementedError
 
 
 class AttentionModule(Protocol):

@@ -145,5 +145,7 @@ def test_bfloat16_states_decode_close_to_float32():
     params = full.init(0)
     tokens = jnp.asarray(np.random.default_rng(7).integers(0, zoo.VOCAB, (2, LENGTH)))
     out = low.hidden(params, tokens, state=low.init_state(2, LENGTH), fresh=True)
-    assert {leaf.dtype for leaf in jax.tree.leaves(out.state)} == {jnp.dtype(jnp.bfloat16)}
+    # Caches of 16 bits, but on a CPU, whose compiler would convert all of them for every token.
+    kept = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(out.state)} == {jnp.dtype(kept)}
     np.testing.assert_allclose(low.module(params).logits(out.hidden), full.logits(params, tokens), atol=0.02)

@@ -126,7 +126,9 @@ def attend_positions(
     b, t, n, h = q.shape
     groups = (k.shape[2], n // k.shape[2])
     grouped = q.reshape(b, t, *groups, h)
-    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k.astype(q.dtype), preferred_element_type=jnp.float32)
+    dtype = jnp.promote_types(q.dtype, k.dtype)  # a cache may keep more bits
+    grouped, k, v = grouped.astype(dtype), k.astype(dtype), v.astype(dtype)
+    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32)
     scores = rule.cap(scores * rule.scale)
     if inputs.slopes is not None:
         distance = query_positions[:, :, None] - key_positions[:, None, :]
@@ -138,6 +140,6 @@ def attend_positions(
     if inputs.sinks is not None:
         sink = jnp.broadcast_to(inputs.sinks.reshape(groups)[None, :, :, None, None], (*scores.shape[:-1], 1))
         scores = jnp.concatenate([scores, sink], -1)
-    probabilities = jax.nn.softmax(scores, axis=-1)[..., : k.shape[1]].astype(q.dtype)
+    probabilities = jax.nn.softmax(scores, axis=-1)[..., : k.shape[1]].astype(dtype)
     probabilities = dropout(probabilities, rule.dropout, inputs.key)
-    return jnp.einsum("bkgts,bskh->btkgh", probabilities, v.astype(q.dtype)).reshape(b, t, n, h)
+    return jnp.einsum("bkgts,bskh->btkgh", probabilities, v).astype(q.dtype).reshape(b, t, n, h)

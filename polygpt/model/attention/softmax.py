@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
 
+import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 from pydantic import Field, PositiveInt
 
@@ -20,17 +23,49 @@ from polygpt.model.attention.core import (
 from polygpt.model.attention.projections import HeadsConfig, Projections
 from polygpt.model.attention.scores import ScoreInputs, ScoreRule
 from polygpt.model.norms import rms_normalize
-from polygpt.model.parts import Context, Initializer
+from polygpt.model.parts import Context, Initializer, InStack
 from polygpt.model.rope import rotate
 
 Positive = Annotated[float, Field(gt=0)]
 
 
-class KVCache(NamedTuple):
-    """Keys (already rotated) and values of the last S positions; slot s holds a position that is s modulo S."""
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KVCache(InStack):
+    """Keys (already rotated) and values of the last S positions; slot s holds a position that is s modulo S.
 
-    k: Float[Array, "B S K H"]
-    v: Float[Array, "B S K H"]
+    Attributes:
+        k, v: float [B, K, S, H], or of all layers [layers, B, K, S, H]; the keys of a head lie together.
+        layer: which of all layers is meant; None where that is no question.
+    """
+
+    k: Any  # JAX puts other things than arrays into a tree, too
+    v: Any
+    layer: Any = None
+
+    def of_layer(self, index: Int[Array, ""] | int) -> KVCache:
+        return replace(self, layer=index)
+
+    def stack(self) -> KVCache:
+        return replace(self, layer=None)
+
+    @property
+    def slots(self) -> int:
+        return self.k.shape[-2]
+
+    def read(self) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+        """Keys and values of the layer."""
+        own = self.k, self.v
+        if self.layer is not None:
+            own = tuple(lax.dynamic_index_in_dim(leaf, self.layer, keepdims=False) for leaf in own)
+        return tuple(leaf.swapaxes(1, 2) for leaf in own)
+
+    def write(self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], index: Int[Array, "B T"]) -> KVCache:
+        """With these in the slots of `index`; an index beyond the last slot writes nothing."""
+        rows = jnp.arange(k.shape[0])[:, None]
+        where = (rows, slice(None), index) if self.layer is None else (self.layer, rows, slice(None), index)
+        k, v = (old.at[where].set(new.astype(old.dtype), mode="drop") for old, new in ((self.k, k), (self.v, v)))
+        return replace(self, k=k, v=v)
 
 
 class SoftmaxAttentionConfig(HeadsConfig):
@@ -97,7 +132,9 @@ class SoftmaxAttentionConfig(HeadsConfig):
 
     def init_state(self, model, batch: int, length: int) -> KVCache:
         slots = min(length, self.rule(model).window or length)
-        empty = jnp.zeros((batch, slots, self.kv_heads, self.size(model)), model.compute_dtype)
+        # XLA on a CPU converts all of a 16-bit cache for every token: 8 rows took 50 ms for it and 7.5 ms in 32 bits.
+        dtype = jnp.float32 if jax.default_backend() == "cpu" else model.compute_dtype
+        empty = jnp.zeros((batch, self.kv_heads, slots, self.size(model)), dtype)
         return KVCache(empty, empty)
 
 
@@ -133,10 +170,10 @@ class SoftmaxAttention(Projections):
             mixed = attend(q, k, v, self.rule, inputs, self.config.implementation)
         elif q.shape[1] == 1 or self.rule.window is None:  # nothing that these queries see was overwritten
             held = _held_positions(last, after)
-            mixed = attend_positions(q, after.k, after.v, self.rule, inputs, context.positions, held)
+            mixed = attend_positions(q, *after.read(), self.rule, inputs, context.positions, held)
         else:
             held = _held_positions(context.positions[:, :1] - 1, state)
-            keys, values = (jnp.concatenate(pair, 1) for pair in ((state.k, k), (state.v, v)))
+            keys, values = (jnp.concatenate(pair, 1) for pair in zip(state.read(), (k, v), strict=True))
             held = jnp.concatenate([held, context.positions], 1)
             mixed = attend_positions(q, keys, values, self.rule, inputs, context.positions, held)
         return self.merge(mixed), after
@@ -158,17 +195,13 @@ def _write(
     last: Int[Array, "B 1"],
 ) -> KVCache:
     """The cache with these keys and values up to `last`, position p in slot p modulo S; padding is left out."""
-    slots = state.k.shape[1]
+    slots = state.slots
     # Of tokens that share a slot only the last may write: the order of equal indices is not defined.
     index = jnp.where((positions <= last) & (positions > last - slots), positions % slots, slots)
-    rows = jnp.arange(k.shape[0])[:, None]
-    return KVCache(
-        state.k.at[rows, index].set(k.astype(state.k.dtype), mode="drop"),
-        state.v.at[rows, index].set(v.astype(state.v.dtype), mode="drop"),
-    )
+    return state.write(k, v, index)
 
 
 def _held_positions(last: Int[Array, "B 1"], cache: KVCache) -> Int[Array, "B S"]:
     """The position that each slot holds once `last` is written; negative where none was."""
-    slots = cache.k.shape[1]
+    slots = cache.slots
     return last - (last - jnp.arange(slots)) % slots

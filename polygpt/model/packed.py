@@ -1,0 +1,136 @@
+"""Weights in the form that inference reads fastest: matrices a row an output, in 32, 16 or 8 bits.
+
+A product with few rows takes as long as its weights take to read, so that 16 bits are twice as fast as 32. XLA on a
+CPU has to be led there (the figures are in benchmarks/README.md): it converts a whole stack of layers before it takes
+one layer of 16-bit floats out of it, so bits are kept as integers; it converts while it reads only for a product of one
+row; and it copies what stands second in a product, so with more rows the weights stand first.
+
+Nothing here is differentiable: training has parameters as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int8
+
+WeightType = Literal["float32", "bfloat16", "float16", "int8"]
+WEIGHT_TYPES: tuple[WeightType, ...] = get_args(WeightType)
+# Up to so many rows are multiplied one after the other, the weights of a matrix staying in the cache meanwhile: 53 M
+# weights of 16 bits took 6 ms for 2 rows and 12 for 4, all at once 12 and 12.
+FEW_ROWS = 4
+# Outputs of a product that are computed together where there are many, which is in the head.
+BLOCK = 4096
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Packed:
+    """A matrix of shape [*stack, *inputs, *outputs], or a table [rows, width], packed.
+
+    `packed[index]` gives the parameter's own numbers, as `parameter[index]` would.
+
+    Attributes:
+        values: [*stack, O, I], or a table as it is: int8, or the bits of floats as unsigned integers.
+        scale: float32 [*stack, O] (a table: [rows]) by which int8 is to be multiplied, or None.
+        inputs: the axes that a product contracts, I in all; none for a table.
+        outputs: those that remain, O in all.
+        dtype: what the values mean.
+    """
+
+    values: Any  # JAX puts other things than arrays into a tree, too
+    scale: Any
+    inputs: tuple[int, ...] = field(metadata={"static": True})
+    outputs: tuple[int, ...] = field(metadata={"static": True})
+    dtype: str = field(metadata={"static": True})
+
+    def __getitem__(self, index: Any) -> Float[Array, "..."]:
+        if not self.inputs:
+            numbers = self._numbers(self.values[index])
+            return numbers if self.scale is None else numbers * self.scale[index][..., None]
+        numbers = self._numbers(self.values)
+        if self.scale is not None:
+            numbers = numbers * self.scale[..., None]
+        return numbers.swapaxes(-1, -2).reshape(*numbers.shape[:-2], *self.inputs, *self.outputs)[index]
+
+    def times(self, x: Float[Array, "M I"]) -> Float[Array, "M O"]:
+        """`x` times the matrix (a table: its transpose), accumulated in float32; float32 [M, O]."""
+        matrix = self.values
+        if jax.default_backend() != "cpu":
+            y = self._at_once(x, matrix)
+        elif matrix.shape[0] <= BLOCK:
+            y = self._on_cpu(x, matrix)
+        else:
+            y = self._in_blocks(x, matrix)
+        return y if self.scale is None else y * self.scale
+
+    def _in_blocks(self, x: Float[Array, "M I"], matrix: Array) -> Float[Array, "M O"]:
+        """Block after block of outputs: what a loop over tokens does not change, XLA would convert ahead and keep."""
+        outputs = matrix.shape[0]
+        starts = jnp.arange(0, outputs, BLOCK)
+
+        def one(start: Array) -> Array:
+            block = lax.dynamic_slice_in_dim(matrix, jnp.minimum(start, outputs - BLOCK), BLOCK)
+            return self._on_cpu(x, block)
+
+        blocks = lax.map(one, starts)
+        whole = jnp.moveaxis(blocks[:-1], 0, 1).reshape(x.shape[0], -1)
+        return jnp.concatenate([whole, blocks[-1][:, whole.shape[1] - outputs :]], axis=1)
+
+    def _on_cpu(self, x: Float[Array, "M I"], matrix: Array) -> Float[Array, "M O"]:
+        """The barriers keep XLA from writing products otherwise: as one of all rows, or with the weights second."""
+        keep = lax.optimization_barrier
+        if x.shape[0] <= FEW_ROWS:
+            numbers = self._numbers(matrix).astype(jnp.float32).T
+            x = x.astype(jnp.float32)
+            # What XLA holds for cheap it computes again for every output; a division is not cheap.
+            x = x / (1 + 0 * x)
+            return jnp.stack([keep(keep(row) @ numbers) for row in x])
+        if x.dtype == jnp.bfloat16:
+            return self._at_once(x, matrix)
+        return keep(jnp.matmul(self._numbers(matrix).astype(x.dtype), keep(x.T))).T.astype(jnp.float32)
+
+    def _at_once(self, x: Float[Array, "M I"], matrix: Array) -> Float[Array, "M O"]:
+        numbers = self._numbers(matrix).astype(x.dtype)
+        return lax.dot_general(x, numbers, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+    def _numbers(self, values: Array) -> Array:
+        return values if self.dtype == "int8" else lax.bitcast_convert_type(values, jnp.dtype(self.dtype))
+
+
+def pack(values: Array | np.ndarray, inputs: int, stack: int, dtype: WeightType) -> Packed:
+    """A parameter packed; one of the host's arrays at a time beside it in memory.
+
+    Args:
+        values: [*stack, *inputs, *outputs]; a table [rows, width].
+        inputs: how many axes are contracted; 0 for a table.
+        stack: how many leading axes count matrices.
+        dtype: int8 has 127 steps to each side of 0 for each output (a table: each row), as far as its largest weight
+            goes.
+    """
+    own = np.asarray(values)
+    contracted, outputs = own.shape[stack : stack + inputs], own.shape[stack + inputs :]
+    if inputs:
+        own = own.reshape(*own.shape[:stack], math.prod(contracted), math.prod(outputs)).swapaxes(-1, -2)
+    if dtype == "int8":
+        steps, scale = _in_steps(jax.device_put(own))
+        return Packed(steps, scale, contracted, outputs, dtype)
+    numbers = own.astype(jnp.dtype(dtype), copy=False)
+    # JAX turns a matrix on its way to the device faster than NumPy does, or XLA (25, 67 and 200 ms for 27 M).
+    bits = jax.device_put(numbers.view({2: np.uint16, 4: np.uint32}[numbers.itemsize]))
+    return Packed(bits, None, contracted, outputs, dtype)
+
+
+@jax.jit
+def _in_steps(matrix: Float[Array, "*stack O I"]) -> tuple[Int8[Array, "*stack O I"], Float[Array, "*stack O"]]:
+    """The nearest of 255 steps of each weight, and how large a step is for each output."""
+    matrix = matrix.astype(jnp.float32)
+    largest = jnp.abs(matrix).max(-1)
+    scale = jnp.where(largest > 0, largest, 1) / 127
+    return jnp.rint(matrix / scale[..., None]).astype(jnp.int8), scale

@@ -1,0 +1,145 @@
+"""Packed weights: the same model in the form that inference reads."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import zoo
+from hypothesis import given
+from hypothesis import strategies as st
+
+import polygpt
+from polygpt.config import merge, validate
+from polygpt.errors import RequestError
+from polygpt.generation import Sampler, engine, generate_tokens
+from polygpt.language_model import LanguageModel
+from polygpt.loading import save
+from polygpt.model import WEIGHT_TYPES, Model, ModelConfig, packed
+from polygpt.model.packed import pack
+
+KINDS = {
+    "plain": {},
+    "untied": {"head": "untied", "attention": {"bias": True}},
+    "pattern": {"num_layers": 5, "pattern": [{"feedforward": zoo.MOE}, {"attention": {"window": 5}}]},
+    "linear": {"attention": zoo.LINEAR, "feedforward": zoo.SOFT},
+    "learned": {"position": "learned", "norm": "layernorm", "scan_layers": True, "num_layers": 3},
+    "no-head": {"head": "none", "embed_dim": zoo.VOCAB, "attention": {"head_dim": 8}},
+}
+
+
+def tiny(name: str, dtype: str = "float32") -> ModelConfig:
+    types = {"param_dtype": dtype, "compute_dtype": dtype}
+    return validate(ModelConfig, merge({**zoo.BASE, "num_layers": 2, **types}, KINDS[name]))
+
+
+def both(config: ModelConfig, dtype: str) -> tuple[LanguageModel, LanguageModel]:
+    """The model as it is, and packed."""
+    params = zoo.lively(Model(config))
+    plain, own = (LanguageModel(config, jax.tree.map(jnp.copy, params)) for _ in range(2))
+    own.pack(dtype)
+    return plain, own
+
+
+def tokens(rows: int, length: int = 10) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, zoo.VOCAB, (rows, length))
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("name", KINDS)
+def test_float32_computes_the_same(name, rows):
+    plain, own = both(tiny(name), "float32")
+    assert own.num_parameters == plain.num_parameters
+    for length in (1, 2, 10):  # few rows and many are multiplied in other forms
+        seen = tokens(rows, length)
+        np.testing.assert_allclose(own.logits(seen), plain.logits(seen), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+@pytest.mark.parametrize("name", KINDS)
+def test_the_same_text(name, rows):
+    def text(lm):
+        chunks = generate_tokens(lm.model, lm.params, tokens(rows).tolist(), Sampler(temperature=0), max_new_tokens=8)
+        return [row for chunk in chunks for row in chunk]
+
+    plain, own = both(tiny(name), "float32")
+    assert text(own) == text(plain)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+def test_16_bits_lose_nothing_that_was_in_16_bits(rows, compute):
+    config = tiny("untied", "bfloat16").replace(compute_dtype=compute)
+    plain, own = both(config, "bfloat16")
+    wide = LanguageModel(
+        config.replace(param_dtype="float32", compute_dtype="float32"),
+        jax.tree.map(lambda leaf: leaf.astype(jnp.float32), plain.params),
+    )
+    seen = tokens(rows)
+    limit = 1e-5 if compute == "float32" else 3e-2
+    exact = np.asarray(wide.logits(seen))
+    assert np.abs(own.logits(seen) - exact).max() < limit * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_8_bits_are_near(rows):
+    plain, own = both(tiny("untied"), "int8")
+    seen, exact = tokens(rows), np.asarray(plain.logits(tokens(rows)))
+    error = np.abs(own.logits(seen) - exact).max() / np.abs(exact).max()
+    assert 1e-4 < error < 5e-2
+
+
+@pytest.mark.parametrize("rows", [1, 9])
+def test_the_head_in_blocks(monkeypatch, rows):
+    """The last block begins where the one before it has not ended."""
+    monkeypatch.setattr(packed, "BLOCK", 8)
+    table = np.random.default_rng(0).standard_normal((37, 16)).astype(np.float32)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((rows, 16)), jnp.float32)
+    np.testing.assert_allclose(pack(table, 0, 0, "float32").times(x), np.asarray(x) @ table.T, rtol=1e-5, atol=1e-5)
+
+
+shapes = st.lists(st.integers(1, 5), min_size=1, max_size=2)
+
+
+@given(
+    stack=st.lists(st.integers(1, 3), max_size=1), inputs=shapes, outputs=shapes, dtype=st.sampled_from(WEIGHT_TYPES)
+)
+def test_a_packed_matrix_gives_its_numbers_back(stack, inputs, outputs, dtype):
+    own = np.random.default_rng(0).standard_normal((*stack, *inputs, *outputs)).astype(np.float32)
+    back = np.asarray(pack(own, len(inputs), len(stack), dtype)[...].astype(jnp.float32))
+    steps = {"float32": 0, "bfloat16": 2**-8, "float16": 2**-11, "int8": 1 / 200}[dtype]
+    assert back.shape == own.shape
+    # int8: half a step of the output's largest weight.
+    largest = np.abs(own).max(tuple(range(len(stack), len(stack) + len(inputs))), keepdims=True)
+    assert (np.abs(back - own) <= steps * largest).all()
+
+
+def test_nan_and_zero_stay_what_they_are():
+    table = np.array([[0.0, 0.0], [np.nan, 1.0]], np.float32)
+    own = pack(table, 0, 0, "float32")
+    np.testing.assert_array_equal(own[...], table)
+    np.testing.assert_array_equal(pack(table[:1], 0, 0, "int8")[...], table[:1])
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="it is a CPU's compiler that has to be led")
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_no_weights_are_converted_in_memory_while_decoding_a_row(dtype):
+    config = tiny("plain").replace(num_layers=12, embed_dim=64, vocab_size=5000)
+    model = Model(config)
+    params = model.pack(model.init(0), dtype)
+    state = model.init_state(1, 16)
+    row, key = jnp.zeros(1, jnp.int32), jax.random.key(0)
+    progress = engine.Progress(row, row, state, jnp.zeros(1, bool), jnp.int32(1))
+    decode = engine._programs(config, Sampler(temperature=0), ()).decode
+    compiled = decode.lower(params, progress, key).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < model.num_parameters  # a fourth of what 32 bits take
+
+
+def test_packed_weights_are_refused_where_parameters_are_needed(tmp_path):
+    lm = polygpt.build(tiny("plain"))
+    with pytest.raises(RequestError, match="no weights of type 'int4'"):
+        lm.pack("int4")
+    lm.pack("int8")
+    for what in (lambda: save(lm, tmp_path / "model"), lambda: lm.pack("int8")):
+        with pytest.raises(RequestError, match="packed"):
+            what()
+    assert not list(tmp_path.iterdir())
