@@ -1,6 +1,6 @@
 """A real checkpoint in polygpt and in transformers: loading, prefill, greedy decoding, HellaSwag, side by side.
 
-    python benchmarks/checkpoints.py FOLDER [--dtype float32] [--rounds 5] [--hellaswag FILE] [--json] [TASK...]
+    python benchmarks/checkpoints.py FOLDER [TASK...] [--dtype float32] [--weights int8] [--rounds 5] [--hellaswag FILE]
 
 FOLDER is a Hugging Face folder that both open. Each framework lives in a process of its own; rounds alternate between
 them, task by task, and what counts is the ratio of medians. Tasks:
@@ -32,6 +32,7 @@ import numpy as np
 TASKS = ("prefill", "decode1", "decode8", "hellaswag", "load", "touch")
 AMOUNT = {"load": 1, "touch": 1, "prefill": 512, "decode1": 128, "decode8": 8 * 128, "hellaswag": 64}
 PROMPT, NEW, ROWS = 16, 128, 64
+WEIGHTS = ("float32", "bfloat16", "float16", "int8")
 
 
 class Worker:
@@ -40,6 +41,7 @@ class Worker:
     def __init__(self, framework: str, arguments: argparse.Namespace):
         words = [sys.executable, __file__, arguments.folder, "--worker", framework, "--dtype", arguments.dtype]
         words += ["--hellaswag", arguments.hellaswag] if arguments.hellaswag else []
+        words += ["--weights", arguments.weights] if arguments.weights else []
         self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.times: dict[str, list[float]] = {}
         self.peak = 0
@@ -64,11 +66,12 @@ def main() -> None:
     parser.add_argument("folder", metavar="FOLDER")
     parser.add_argument("tasks", nargs="*", metavar="TASK", help=", ".join(TASKS))
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--weights", choices=WEIGHTS, help="type of polygpt's packed weights; as --dtype if left out")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--hellaswag", metavar="FILE", help="rows in the cleaned format")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     if arguments.worker:
         serve(arguments)
         return
@@ -82,6 +85,7 @@ def main() -> None:
                 worker.round(task)
     bandwidth = statistics.median(workers["polygpt"].ask("bandwidth")["seconds"] for _ in range(arguments.rounds))
     result = {"folder": Path(arguments.folder).name, "dtype": arguments.dtype, "rounds": arguments.rounds}
+    result["weights"] = arguments.weights or arguments.dtype
     result["gigabytes_per_second"] = BANDWIDTH_BYTES / bandwidth / 1e9
     for name, worker in workers.items():
         result[f"{name}_peak_bytes"] = worker.peak
@@ -92,7 +96,8 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(result))
         return
-    print(f"{result['folder']}, {arguments.dtype}; memory gives {result['gigabytes_per_second']:.1f} GB/s")
+    types = f"{arguments.dtype}, weights {result['weights']}"
+    print(f"{result['folder']}, {types}; memory gives {result['gigabytes_per_second']:.1f} GB/s")
     for task in tasks:
         row = result[task]
         print(f"{task:10} {row['polygpt']:10.2f} {row['transformers']:10.2f} a second  {row['ratio']:5.2f}x")
@@ -131,9 +136,10 @@ def polygpt_tasks(arguments: argparse.Namespace) -> dict[str, Callable[[], objec
     from polygpt.generation import Sampler, generate_tokens
 
     def load() -> None:
-        jax.block_until_ready(polygpt.load(arguments.folder, dtype=arguments.dtype).params)
+        jax.block_until_ready(polygpt.load(arguments.folder, dtype=arguments.dtype, weights=weights).params)
 
-    lm = polygpt.load(arguments.folder, dtype=arguments.dtype, unrolled=True)
+    weights = arguments.weights or arguments.dtype  # packed, as the commands do
+    lm = polygpt.load(arguments.folder, dtype=arguments.dtype, weights=weights)
     last = jax.jit(lambda params, tokens: lm.model.module(params).logits(lm.model.hidden(params, tokens).hidden[:, -1]))
 
     def decode(rows: int) -> None:

@@ -79,11 +79,13 @@ class LanguageModel:
         params: Params,
         tokenizer: Tokenizer | None = None,
         origin: Origin | None = None,
+        packed: WeightType | None = None,
     ):
+        """`packed`: the type in which `params` are packed already (`Model.pack`)."""
         self.config, self.params, self._tokenizer = config, params, tokenizer
         self.origin = origin or Origin()
         self.model = Model(config)
-        self.packed: WeightType | None = None
+        self.packed = packed
 
     def pack(self, dtype: WeightType) -> None:
         """Keeps the weights from now on in the form that inference reads fastest, in this type.

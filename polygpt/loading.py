@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,7 @@ def load(
     *,
     dtype: str | None = None,
     overrides: Mapping[str, Any] | None = None,
-    weights: WeightType | None = None,
+    weights: WeightType | Literal["auto"] | None = None,
     warn: Warn = warnings.warn,
     on_progress: Callable[[int], None] = int,
 ) -> LanguageModel:
@@ -61,7 +61,8 @@ def load(
         dtype: of parameters and activations; None keeps what the checkpoint has.
         overrides: fields of the model's configuration to change, nested; its parameters keep their shapes, but for a
             larger `vocab_size`, which pads the vocabulary.
-        weights: pack the weights for inference, in this type (`LanguageModel.pack`); None leaves them as parameters.
+        weights: pack the weights for inference in this type (`LanguageModel.pack`); auto, in their own, on a CPU alone,
+            where that is the faster form; None leaves them as parameters.
         warn: is given what is worth knowing.
         on_progress: is given the number of weights read, again and again.
 
@@ -71,12 +72,11 @@ def load(
     found = find(name, warn)
     config = adapted(found.config, dtype, overrides or {})
     check_shapes(found.config, config, str(name))
-    params = found.read(config, on_progress)
+    if weights == "auto":
+        weights = config.param_dtype if jax.default_backend() == "cpu" else None
+    params = found.read(config, on_progress, weights)
     origin = Origin(found.stop_tokens, found.chat_template, dict(found.facts))
-    lm = LanguageModel(config, params, found.tokenizer, origin)
-    if weights is not None:
-        lm.pack(weights)
-    return lm
+    return LanguageModel(config, params, found.tokenizer, origin, weights)
 
 
 def find(name: str | Path, warn: Warn = warnings.warn) -> StoredModel:
@@ -96,12 +96,18 @@ def find(name: str | Path, warn: Warn = warnings.warn) -> StoredModel:
         return _open_file(path)
     if str(name) in PRESETS:
         config = preset(str(name)).with_vocab(PRESET_VOCAB)
-        return StoredModel(config, lambda config, _: Model(config).init(0))
+        return StoredModel(config, _drawn)
     near = suggest(str(name), PRESETS)
     hint = (
         near if near.startswith("did you mean") else "name a run's folder, a folder or file of weights, hf:owner/name"
     )
     raise RequestError(f"no model '{name}'; {hint}, or a preset (polygpt presets)")
+
+
+def _drawn(config: ModelConfig, on_progress: Callable[[int], None], weights: WeightType | None = None) -> Params:
+    """Random weights."""
+    model = Model(config)
+    return model.pack(model.init(0), weights) if weights else model.init(0)
 
 
 def adapted(config: ModelConfig, dtype: str | None, overrides: Mapping[str, Any]) -> ModelConfig:
@@ -198,9 +204,10 @@ def _open_own(folder: Path, warn: Warn) -> StoredModel:
         raise RequestError(f"{folder}: no usable checkpoint; train it with: {command}")
     origin = read_origin(folder)
 
-    def read(wanted: ModelConfig, on_progress: Callable[[int], None]) -> Params:
+    def read(wanted: ModelConfig, on_progress: Callable[[int], None], weights: WeightType | None = None) -> Params:
         like = jax.eval_shape(lambda: Model(config).init(0))
-        return _converted(checkpoint.restore(saved, "params", like), wanted)
+        params = _converted(checkpoint.restore(saved, "params", like), wanted)
+        return Model(wanted).pack(params, weights) if weights else params
 
     facts = {**origin.facts, **_figures(folder)}
     return StoredModel(config, read, tokenizer, origin.stop_tokens, origin.chat_template, facts)

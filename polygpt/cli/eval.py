@@ -13,7 +13,7 @@ from polygpt.cli.output import (
     json_option,
     print_json,
     print_result,
-    reading_for_inference,
+    reading,
     weights_option,
 )
 
@@ -59,7 +59,7 @@ def eval(
     config = _configured(task, settings)
     config.check()
     _check_out(out, task, config.kind)
-    lm = reading_for_inference(model, dtype, weights)
+    lm = reading(model, dtype, {}, weights=weights or "auto")
     ready = config.prepare(lm.tokenizer, lm.config.context_length)
     with progress(task, UNITS[config.kind]) as tell:
         outcome = ready(lm, tell)

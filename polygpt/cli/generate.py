@@ -7,7 +7,7 @@ import sys
 
 import click
 
-from polygpt.cli.output import dtype_option, json_option, print_json, reading_for_inference, weights_option
+from polygpt.cli.output import dtype_option, json_option, print_json, reading, weights_option
 
 
 @click.command()
@@ -35,7 +35,7 @@ def generate(model: str, prompt: str, dtype: str | None, weights: str | None, as
     weights, without text).
     """
     text = _standard_input() if prompt == "-" else prompt
-    lm = reading_for_inference(model, dtype, weights)
+    lm = reading(model, dtype, {}, weights=weights or "auto")
     unseen = (
         [] if settings["chat"] else [text]
     )  # the prompt, shown with the first piece of text: by then it is known to be in order

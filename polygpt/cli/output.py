@@ -30,10 +30,10 @@ weights_option: Callable = click.option(
 overrides_argument: Callable = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 
 
-def reading(name: str, dtype: str | None, overrides: Mapping[str, Any]) -> LanguageModel:
+def reading(name: str, dtype: str | None, overrides: Mapping[str, Any], **how: Any) -> LanguageModel:
     """The model MODEL, read with a bar on standard error where that takes long; warnings go there, too.
 
-    `overrides` are dotted keys, all below `model`.
+    `overrides` are dotted keys, all below `model`; `how` is for `polygpt.load`.
     """
     from polygpt.config import dotted_to_nested
     from polygpt.errors import RequestError
@@ -50,17 +50,8 @@ def reading(name: str, dtype: str | None, overrides: Mapping[str, Any]) -> Langu
             overrides=changes.get("model", {}),
             warn=lambda line: click.echo(f"warning: {line}", err=True),
             on_progress=on_progress,
+            **how,
         )
-
-
-def reading_for_inference(name: str, dtype: str | None, weights: str | None) -> LanguageModel:
-    """The model MODEL with its weights packed: as asked, and on a CPU in any case, where that alone is fast."""
-    import jax
-
-    lm = reading(name, dtype, {})
-    if weights is not None or jax.default_backend() == "cpu":
-        lm.pack(weights or lm.config.param_dtype)
-    return lm
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from polygpt.interop.names import Layout, foreign_tensors
 from polygpt.interop.score_bpe import SPACE, PieceKind, score_bpe
 from polygpt.interop.stored import StoredModel
 from polygpt.interop.weights import TensorInfo, check, read_params
-from polygpt.model import Model, ModelConfig, Params
+from polygpt.model import Model, ModelConfig, Params, WeightType
 from polygpt.tokenizers import Tokenizer
 
 _MAGIC = 0x616B3432  # of its later formats
@@ -153,8 +153,8 @@ def open_llama2c(path: Path) -> StoredModel:
     table = foreign_tensors(Model(config), _NAMES, _LAYOUT)
     check(source, table, ignored=r"freqs_(cos|sin)")
 
-    def read(asked: ModelConfig, on_progress: Callable[[int], None]) -> Params:
-        return read_params(Model(asked), source, table, on_progress)
+    def read(asked: ModelConfig, on_progress: Callable[[int], None], weights: WeightType | None = None) -> Params:
+        return read_params(Model(asked), source, table, on_progress, weights)
 
     facts = {"format": "llama2.c", "architecture": "llama", "source": str(path)}
     tokenizer = _find_tokenizer(path, source.header.vocabulary)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from polygpt.model import ModelConfig, Params
+from polygpt.model import ModelConfig, Params, WeightType
 from polygpt.tokenizers import Tokenizer
 
 
@@ -17,7 +17,8 @@ class StoredModel:
     Attributes:
         config: its configuration in our words.
         read: reads the weights for a configuration of the same shapes (another `param_dtype`, say, or a padded
-            vocabulary); it is given a function that hears of progress, in weights.
+            vocabulary); it is given a function that hears of progress, in weights, and the type in which to pack them
+            for inference, or None.
         tokenizer: its tokenizer, if it has one.
         stop_tokens: ids that end a text, beside the tokenizer's own.
         chat_template: a Jinja template that lays out messages, if it has one.
@@ -25,7 +26,7 @@ class StoredModel:
     """
 
     config: ModelConfig
-    read: Callable[[ModelConfig, Callable[[int], None]], Params]
+    read: Callable[[ModelConfig, Callable[[int], None], WeightType | None], Params]
     tokenizer: Tokenizer | None = None
     stop_tokens: tuple[int, ...] = ()
     chat_template: str | None = None

@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from polygpt.errors import RequestError, suggest
 from polygpt.interop.names import ForeignTensor, Path
-from polygpt.model import Model, Params
+from polygpt.model import Model, ParameterInfo, Params, WeightType, pack_rows
 
 FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 ALIGNMENT = 64  # what XLA needs to take over NumPy's memory instead of copying it
@@ -74,15 +74,25 @@ def check(source: TensorSource, wanted: Sequence[ForeignTensor], ignored: str, d
 
 
 def read_params(
-    model: Model, source: TensorSource, wanted: Sequence[ForeignTensor], on_progress: Callable[[int], None] = int
+    model: Model,
+    source: TensorSource,
+    wanted: Sequence[ForeignTensor],
+    on_progress: Callable[[int], None] = int,
+    weights: WeightType | None = None,
 ) -> Params:
     """The parameters of `model`, filled tensor by tensor: beside them only the tensors in hand are in memory.
 
     The model may have more ids than the tensors (padding, which is 0) and fewer learned positions. `on_progress` is
-    given the number of weights after each tensor.
+    given the number of weights after each tensor. `weights`: packed in this type, as `Model.pack` would.
     """
     infos = flatten_dict(model.parameters)
-    whole = {path: _empty(info.shape, info.dtype, model.config.vocab_padding) for path, info in infos.items()}
+    packed = model.packable if weights else frozenset()
+    rows, whole = {}, {}
+    for path, info in infos.items():
+        if path in packed:
+            rows[path], whole[path] = _empty_rows(info, weights, model.config.vocab_padding)
+        else:
+            whole[path] = _empty(info.shape, info.dtype, model.config.vocab_padding)
 
     def fill(tensor: ForeignTensor) -> int:
         values = source.read(tensor.name)
@@ -99,7 +109,16 @@ def read_params(
             on_progress(size)
     device = jax.local_devices()[0]
     # On a CPU XLA takes over the very memory; elsewhere each leaf's is given back once it is on the device.
-    leaves = {path: jax.device_put(whole.pop(path), device, may_alias=True) for path in list(whole)}
+    leaves: dict[Path, Any] = {}
+    for path, info in infos.items():
+        values = whole.pop(path)
+        if path in packed:
+            first = info.stack + (info.inputs or 0)
+            shapes = info.shape[info.stack : first], info.shape[first:]
+            leaves[path] = pack_rows(rows.pop(path), *shapes, weights, device)
+        else:
+            leaves[path] = jax.device_put(values, device, may_alias=True)
+        del values
     return unflatten_dict(leaves)
 
 
@@ -112,6 +131,18 @@ def written(wanted: Sequence[ForeignTensor], params: Params, dtype: np.dtype) ->
 
     for tensor in wanted:
         yield tensor.name, tensor.join(values).astype(dtype)
+
+
+def _empty_rows(info: ParameterInfo, weights: WeightType, padded: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Memory of a packed parameter a row an output, and the same memory seen as the parameter."""
+    dtype = np.dtype(np.float32 if weights == "int8" else weights)
+    if not info.inputs:
+        table = _empty(info.shape, dtype, padded)
+        return table, table
+    first = info.stack + info.inputs
+    inputs, outputs = math.prod(info.shape[info.stack : first]), math.prod(info.shape[first:])
+    rows = _empty((*info.shape[: info.stack], outputs, inputs), dtype, padded)
+    return rows, rows.swapaxes(-1, -2).reshape(info.shape)  # a view: axes are split, none is joined
 
 
 def _empty(shape: tuple[int, ...], dtype: Any, padded: bool) -> np.ndarray:

@@ -9,7 +9,7 @@ from polygpt.model.block import BlockConfig
 from polygpt.model.config import LayerConfig, ModelConfig
 from polygpt.model.decoder import Decoder, Output
 from polygpt.model.model import Model, ParameterInfo, Params
-from polygpt.model.packed import WEIGHT_TYPES, WeightType
+from polygpt.model.packed import WEIGHT_TYPES, WeightType, pack_rows
 from polygpt.model.parts import (
     NO_EFFECTS,
     AttentionConfig,
@@ -44,4 +44,5 @@ __all__ = [
     "WeightType",
     "dense",
     "dropout",
+    "pack_rows",
 ]

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from polygpt.errors import RequestError
@@ -113,15 +113,22 @@ class Model:
         vectors are not. Empties the dictionaries of `params` as it goes, so that no second copy is made.
         """
 
-        def packed(own: dict, infos: dict) -> dict:
+        def packed(own: dict, infos: dict, path: tuple = ()) -> dict:
             for name, info in infos.items():
                 if isinstance(info, dict):
-                    own[name] = packed(own[name], info)
-                elif "expert" not in info.axes and (info.inputs or info is self.parameters["embedding"]):
+                    own[name] = packed(own[name], info, (*path, name))
+                elif (*path, name) in self.packable:
                     own[name] = pack(own[name], info.inputs, info.stack, dtype)
             return own
 
         return packed(params, self.parameters)
+
+    @cached_property
+    def packable(self) -> frozenset[tuple]:
+        """The paths of the parameters that `pack` packs."""
+        infos = flatten_dict(self.parameters)
+        matrices = {path for path, info in infos.items() if info.inputs and "expert" not in info.axes}
+        return frozenset(matrices | {("embedding",)})
 
     # --- Pure functions -------------------------------------------------------------------------------------
 

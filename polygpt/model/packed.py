@@ -118,13 +118,20 @@ def pack(values: Array | np.ndarray, inputs: int, stack: int, dtype: WeightType)
     contracted, outputs = own.shape[stack : stack + inputs], own.shape[stack + inputs :]
     if inputs:
         own = own.reshape(*own.shape[:stack], math.prod(contracted), math.prod(outputs)).swapaxes(-1, -2)
+    return pack_rows(own, contracted, outputs, dtype)
+
+
+def pack_rows(
+    rows: np.ndarray, inputs: tuple[int, ...], outputs: tuple[int, ...], dtype: WeightType, device: Any = None
+) -> Packed:
+    """A parameter packed that lies a row an output already: [*stack, O, I]. Memory that fits is taken over."""
     if dtype == "int8":
-        steps, scale = _in_steps(jax.device_put(own))
-        return Packed(steps, scale, contracted, outputs, dtype)
-    numbers = own.astype(jnp.dtype(dtype), copy=False)
+        steps, scale = _in_steps(jax.device_put(rows, device, may_alias=True))
+        return Packed(steps, scale, inputs, outputs, dtype)
+    numbers = rows.astype(jnp.dtype(dtype), copy=False)
+    bits = numbers.view({2: np.uint16, 4: np.uint32}[numbers.itemsize])
     # JAX turns a matrix on its way to the device faster than NumPy does, or XLA (25, 67 and 200 ms for 27 M).
-    bits = jax.device_put(numbers.view({2: np.uint16, 4: np.uint32}[numbers.itemsize]))
-    return Packed(bits, None, contracted, outputs, dtype)
+    return Packed(jax.device_put(bits, device, may_alias=True), None, inputs, outputs, dtype)
 
 
 @jax.jit

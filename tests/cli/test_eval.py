@@ -27,7 +27,7 @@ def test_perplexity_is_one_object_that_says_what_was_done(files, program):
     result = json.loads(done.out)
     assert set(result) == {
         *("model", "task", "data", "parameters", "nats_per_token", "perplexity", "bits_per_byte", "tokens", "bytes"),
-        *("context", "stride", "start_token", "seconds"),
+        *("context", "stride", "start_token", "seconds", "weights"),
     }
     assert (result["task"], result["data"], result["bytes"], result["tokens"]) == ("perplexity", "book.txt", 59, 58)
     assert (result["context"], result["stride"]) == (16, 4)
@@ -41,7 +41,19 @@ def test_hellaswag_is_one_object_and_its_choices_are_lines(files, program):
     assert done.code == 0, done.err
     result = json.loads(done.out)
     assert set(result) == {
-        *("model", "task", "data", "parameters", "acc", "acc_norm", "acc_stderr", "acc_norm_stderr", "n", "seconds"),
+        *(
+            "model",
+            "task",
+            "data",
+            "parameters",
+            "weights",
+            "acc",
+            "acc_norm",
+            "acc_stderr",
+            "acc_norm_stderr",
+            "n",
+            "seconds",
+        ),
         "out",
     }
     with open("new/choices.jsonl") as stream:

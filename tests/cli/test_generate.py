@@ -22,6 +22,16 @@ def test_json_has_the_continuation_alone(run, program):
     assert (len(result["tokens"]), len(result["text"]), result["finish_reason"]) == (6, 6, "length")
 
 
+def test_weights_of_fewer_bits(run, program, text):
+    same = json.loads(program("generate", run, "--prompt", "the ", *GREEDY, "--weights", "float32", "--json").out)
+    assert same["text"] == text
+    few = program("generate", run, "--prompt", "the ", *GREEDY, "--weights", "int8", "--json")
+    assert (few.code, len(json.loads(few.out)["tokens"])) == (0, 6)
+    wrong = program("generate", run, "--prompt", "the ", "--weights", "int9")
+    assert (wrong.code, wrong.out, wrong.err.count("\n")) == (2, "", 1)
+    assert "'int8'" in wrong.err
+
+
 def test_the_prompt_and_its_continuation_stream_to_standard_output(run, program, text):
     done = program("generate", run, "--prompt", "the ", *GREEDY)
     assert (done.code, done.out) == (0, f"the {text}\n")

@@ -76,6 +76,16 @@ def test_a_round_trip_in_16_bits_changes_no_bit(name, dtype, tmp_path):
     assert wide.param_dtype == wide.compute_dtype == "float32"
 
 
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mixtral", "phi3"])
+def test_weights_packed_while_they_are_read_are_those_packed_afterwards(name, weights):
+    found = open_huggingface(REFERENCES / name)
+    config = adapted(found.config, None, {"vocab_size": found.config.vocab_size + 3})
+    while_read, afterwards = found.read(config, int, weights), Model(config).pack(found.read(config, int), weights)
+    assert jax.tree.structure(while_read) == jax.tree.structure(afterwards)
+    assert bits(while_read) == bits(afterwards)
+
+
 def test_files_in_pieces_are_the_same_model(tmp_path):
     config, params = read(REFERENCES / "llama")
     export_huggingface(tmp_path / "out", config, params, shard_bytes=6000)

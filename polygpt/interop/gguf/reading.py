@@ -18,7 +18,7 @@ from polygpt.interop.names import foreign_tensors
 from polygpt.interop.settings import Settings
 from polygpt.interop.stored import StoredModel
 from polygpt.interop.weights import TensorInfo, check, read_params
-from polygpt.model import Model, ModelConfig, Params
+from polygpt.model import Model, ModelConfig, Params, WeightType
 
 _HEAD, _EMBEDDING = "output.weight", "token_embd.weight"
 _ROPE_FREQS_LIMIT = 1 << 12
@@ -59,8 +59,8 @@ def open_gguf(path: Path) -> StoredModel:
             f"{path}: {text.tokenizer.vocab_size} tokens, where {_EMBEDDING} has {config.vocab_size} rows"
         )
 
-    def read(asked: ModelConfig, on_progress: Callable[[int], None]) -> Params:
-        return read_params(Model(asked), source, wanted, on_progress)
+    def read(asked: ModelConfig, on_progress: Callable[[int], None], weights: WeightType | None = None) -> Params:
+        return read_params(Model(asked), source, wanted, on_progress, weights)
 
     facts = {"format": "gguf", "architecture": architecture.name, "source": str(path)}
     name = file.metadata.get("general.name")

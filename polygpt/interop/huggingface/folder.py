@@ -21,7 +21,7 @@ from polygpt.interop.names import ForeignTensor, foreign_tensors
 from polygpt.interop.settings import Settings, read_json
 from polygpt.interop.stored import StoredModel
 from polygpt.interop.weights import TensorSource, check, read_params
-from polygpt.model import Model, ModelConfig, Params
+from polygpt.model import Model, ModelConfig, Params, WeightType
 
 CONFIG = "config.json"
 ARCHITECTURES: dict[str, Family] = {family.name: family for family in (GPT2, LLAMA, *VARIANTS)}
@@ -56,8 +56,8 @@ def open_huggingface(folder: Path) -> StoredModel:
     check(source, wanted, ignored=rf"{family.ignored}|{_HEAD}")
     _check_tied_head(source, family, config)
 
-    def read(asked: ModelConfig, on_progress: Callable[[int], None]) -> Params:
-        return read_params(model if asked == config else Model(asked), source, wanted, on_progress)
+    def read(asked: ModelConfig, on_progress: Callable[[int], None], weights: WeightType | None = None) -> Params:
+        return read_params(model if asked == config else Model(asked), source, wanted, on_progress, weights)
 
     return StoredModel(
         config,
