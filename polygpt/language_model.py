@@ -20,6 +20,8 @@ from polygpt.generation import FinishReason, Sampler, generate_tokens
 from polygpt.model import WEIGHT_TYPES, Model, ModelConfig, Params, WeightType
 from polygpt.tokenizers import Tokenizer, render_chat
 
+NO_TOKENIZER = "this model has no tokenizer: a preset has none, nor has a folder without tokenizer.json"
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -122,9 +124,7 @@ class LanguageModel:
             RequestError: the model has none.
         """
         if self._tokenizer is None:
-            raise RequestError(
-                "this model has no tokenizer: a preset has none, nor has a folder without tokenizer.json"
-            )
+            raise RequestError(NO_TOKENIZER)
         return self._tokenizer
 
     @property

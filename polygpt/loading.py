@@ -19,7 +19,7 @@ from polygpt.config import Config, merge, read_yaml, to_yaml, validate
 from polygpt.errors import RequestError, suggest
 from polygpt.files import new_folder, write_text
 from polygpt.interop import HUB, StoredModel, fetch, is_huggingface, open_huggingface, read_json
-from polygpt.language_model import LanguageModel, Origin
+from polygpt.language_model import NO_TOKENIZER, LanguageModel, Origin
 from polygpt.model import Model, ModelConfig, ParameterInfo, Params, WeightType
 from polygpt.presets import PRESET_VOCAB, PRESETS, preset
 from polygpt.process import command_line
@@ -50,6 +50,7 @@ def load(
     dtype: str | None = None,
     overrides: Mapping[str, Any] | None = None,
     weights: WeightType | Literal["auto"] | None = None,
+    for_text: bool = False,
     warn: Warn = warnings.warn,
     on_progress: Callable[[int], None] = int,
 ) -> LanguageModel:
@@ -63,6 +64,7 @@ def load(
             larger `vocab_size`, which pads the vocabulary.
         weights: pack the weights for inference in this type (`LanguageModel.pack`); auto, in their own, on a CPU alone,
             where that is the faster form; None leaves them as parameters.
+        for_text: refuse a model without a tokenizer before its weights are read.
         warn: is given what is worth knowing.
         on_progress: is given the number of weights read, again and again.
 
@@ -70,6 +72,8 @@ def load(
         RequestError: there is nothing by that name, or it cannot be used.
     """
     found = find(name, warn)
+    if for_text and found.tokenizer is None:
+        raise RequestError(NO_TOKENIZER)
     config = adapted(found.config, dtype, overrides or {})
     check_shapes(found.config, config, str(name))
     if weights == "auto":

@@ -59,7 +59,7 @@ def eval(
     config = _configured(task, settings)
     config.check()
     _check_out(out, task, config.kind)
-    lm = reading(model, dtype, {}, weights=weights or "auto")
+    lm = reading(model, dtype, {}, weights=weights or "auto", for_text=True)
     ready = config.prepare(lm.tokenizer, lm.config.context_length)
     with progress(task, UNITS[config.kind]) as tell:
         outcome = ready(lm, tell)

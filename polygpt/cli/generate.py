@@ -35,7 +35,7 @@ def generate(model: str, prompt: str, dtype: str | None, weights: str | None, as
     weights, without text).
     """
     text = _standard_input() if prompt == "-" else prompt
-    lm = reading(model, dtype, {}, weights=weights or "auto")
+    lm = reading(model, dtype, {}, weights=weights or "auto", for_text=True)
     unseen = (
         [] if settings["chat"] else [text]
     )  # the prompt, shown with the first piece of text: by then it is known to be in order

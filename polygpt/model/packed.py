@@ -2,8 +2,8 @@
 
 A product with few rows takes as long as its weights take to read, so that 16 bits are twice as fast as 32. XLA on a
 CPU has to be led there (the figures are in benchmarks/README.md): it converts a whole stack of layers before it takes
-one layer of 16-bit floats out of it, so bits are kept as integers; it converts while it reads only for a product of one
-row; and it copies what stands second in a product, so with more rows the weights stand first.
+one layer of 16-bit floats out of it, so their bits are kept as integers; it slices and converts while it reads only for
+a product of one row; and it copies what stands second in a product, so with more rows the weights stand first.
 
 Nothing here is differentiable: training has parameters as they are.
 """
@@ -40,7 +40,7 @@ class Packed:
     `packed[index]` gives the parameter's own numbers, as `parameter[index]` would.
 
     Attributes:
-        values: [*stack, O, I], or a table as it is: int8, or the bits of floats as unsigned integers.
+        values: [*stack, O, I], or a table as it is: float32, int8, or the bits of 16-bit floats as unsigned integers.
         scale: float32 [*stack, O] (a table: [rows]) by which int8 is to be multiplied, or None.
         inputs: the axes that a product contracts, I in all; none for a table.
         outputs: those that remain, O in all.
@@ -107,7 +107,7 @@ class Packed:
         return lax.dot_general(x, numbers, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
     def _numbers(self, values: Array) -> Array:
-        return values if self.dtype == "int8" else lax.bitcast_convert_type(values, jnp.dtype(self.dtype))
+        return lax.bitcast_convert_type(values, jnp.dtype(self.dtype)) if values.dtype == jnp.uint16 else values
 
 
 def pack(values: Array | np.ndarray, inputs: int, stack: int, dtype: WeightType) -> Packed:
@@ -135,7 +135,7 @@ def pack_rows(
         steps, scale = _in_steps(jax.device_put(rows, device, may_alias=True))
         return Packed(steps, scale, inputs, outputs, dtype)
     numbers = rows.astype(jnp.dtype(dtype), copy=False)
-    bits = numbers.view({2: np.uint16, 4: np.uint32}[numbers.itemsize])
+    bits = numbers.view(np.uint16) if numbers.itemsize == 2 else numbers
     # JAX turns a matrix on its way to the device faster than NumPy does, or XLA (25, 67 and 200 ms for 27 M).
     return Packed(jax.device_put(bits, device, may_alias=True), None, inputs, outputs, dtype)
 
