@@ -45,7 +45,8 @@ def keep_interrupts() -> None:
         if not issubclass(dropped.exc_type, KeyboardInterrupt):
             others(dropped)
             return
-        again = threading.Timer(0.01, _thread.interrupt_main)  # by then the callback is over
+        # By then the callback is over, and this hook: after 0.01 s it was not always, on a machine that was busy.
+        again = threading.Timer(0.1, _thread.interrupt_main)
         again.daemon = True
         again.start()
 
