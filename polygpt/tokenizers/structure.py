@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import tokenizers as hf
 
 from polygpt.tokenizers.bytelevel import BYTE_TO_CHAR
 
@@ -52,40 +55,43 @@ class Structure:
 _WORD_END = re.compile(r"(?<=[^\W_])(?=[ \n])")
 
 
-def describe_structure(spec: Mapping[str, Any]) -> Structure:
-    """The `Structure` of a `tokenizer.json`, parsed."""
-    model, pre = spec["model"], spec["pre_tokenizer"]
-    vocab = model.get("vocab") or {}
-    merges = model.get("merges")
-    letters = model.get("type") == "BPE" and not merges and not spec["normalizer"]
-    kind = str(model.get("type", "unknown")).lower()
-    byte_level = _byte_level(spec, vocab)
-    if letters and pre is None and vocab and all(len(token) == 1 for token in vocab):
-        kind = "char"
-    elif letters and byte_level and all(vocab[char] == byte for byte, char in enumerate(BYTE_TO_CHAR)):
-        kind = "byte"
+def describe_structure(tokenizer: hf.Tokenizer, vocab: Mapping[str, int]) -> Structure:
+    """The `Structure` of a tokenizer of the library, and of its model's `vocab`."""
+    # Each part by itself: a large vocabulary and its merges take long to write as JSON and to read again.
+    pre, decoder = _spec(tokenizer.pre_tokenizer), _spec(tokenizer.decoder)
+    added = tokenizer.get_added_tokens_decoder().values()
+    kind = type(tokenizer.model).__name__.lower()
+    byte_level = _byte_level(pre, decoder, vocab)
+    # What a merge makes has two characters or more, and is in the vocabulary.
+    if kind == "bpe" and tokenizer.normalizer is None and vocab and all(len(token) == 1 for token in vocab):
+        if not pre:
+            kind = "char"
+        elif byte_level and all(vocab[char] == byte for byte, char in enumerate(BYTE_TO_CHAR)):
+            kind = "byte"
+    # An added token that is not special is found in any text, across a cut too.
+    can_cut = tokenizer.normalizer is None and all(token.special for token in added)
     return Structure(
         kind=kind,
         byte_level=byte_level,
         alphabet=frozenset(vocab) if kind == "char" else frozenset(),
-        added=frozenset(token["content"] for token in spec["added_tokens"]),
-        cuts=_cuts(spec, kind),
+        added=frozenset(token.content for token in added),
+        cuts=_cuts(pre, kind) if can_cut else None,
     )
 
 
-def _byte_level(spec: Mapping[str, Any], vocab: Any) -> bool:
-    pre, decoder = spec["pre_tokenizer"] or {}, spec["decoder"] or {}
+def _spec(part: Any) -> dict[str, Any]:
+    """A part as `tokenizer.json` has it; empty where there is none."""
+    return {} if part is None else json.loads(part.__getstate__())
+
+
+def _byte_level(pre: Mapping[str, Any], decoder: Mapping[str, Any], vocab: Mapping[str, int]) -> bool:
     steps = [pre, *pre.get("pretokenizers", [])]
     uses = any(step.get("type") == "ByteLevel" and not step.get("add_prefix_space") for step in steps)
-    uses = uses and decoder.get("type") == "ByteLevel"
-    return uses and isinstance(vocab, dict) and vocab.keys() >= set(BYTE_TO_CHAR)
+    return uses and decoder.get("type") == "ByteLevel" and vocab.keys() >= set(BYTE_TO_CHAR)
 
 
-def _cuts(spec: Mapping[str, Any], kind: str) -> str | None:
-    if spec["normalizer"] or any(not token["special"] for token in spec["added_tokens"]):
-        return None  # an added token that is not special is found in any text, across a cut too
+def _cuts(pre: Mapping[str, Any], kind: str) -> str | None:
     if kind in ("char", "byte"):
         return "anywhere"
-    pre = spec["pre_tokenizer"] or {}
     plain = pre.get("type") == "ByteLevel" and pre.get("use_regex", True) and not pre.get("add_prefix_space")
     return "words" if plain else None

@@ -49,14 +49,13 @@ class Tokenizer:
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True  # that is: special tokens that a user types are ordinary text
         self._plain = tokenizer
-        spec = json.loads(tokenizer.to_str())
-        self._structure: Structure = describe_structure(spec)
-        self.kind = self._structure.kind
-        vocab = tokenizer.get_vocab(with_added_tokens=True)
-        if not vocab:
+        vocab, added = tokenizer.get_vocab(with_added_tokens=False), tokenizer.get_added_tokens_decoder()
+        if not vocab and not added:
             raise RequestError("this tokenizer has an empty vocabulary")
-        self.vocab_size = max(vocab.values()) + 1  # not the number of tokens: some files have holes
-        self.special_tokens = {t["content"]: t["id"] for t in spec["added_tokens"] if t["special"]}
+        self._structure: Structure = describe_structure(tokenizer, vocab)
+        self.kind = self._structure.kind
+        self.vocab_size = max([*vocab.values(), *added]) + 1  # not the number of tokens: some files have holes
+        self.special_tokens = {token.content: i for i, token in added.items() if token.special}
         ends = [self.special_tokens[token] for token in END_TOKENS if token in self.special_tokens]
         self.end_of_text = ends[0] if ends else None
         self.start = _start(tokenizer)
