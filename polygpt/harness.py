@@ -9,6 +9,7 @@ registered in the process that runs its command.
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 from polygpt.errors import PolygptError
 from polygpt.evaluation import register_harness_model
@@ -18,7 +19,7 @@ from polygpt.loading import load
 def main() -> None:
     """The harness's command line."""
     try:
-        register_harness_model(load)
+        register_harness_model(partial(load, weights="auto", for_text=True))
         from lm_eval.__main__ import cli_evaluate
 
         cli_evaluate()
