@@ -8,14 +8,7 @@ from typing import Any
 
 import click
 
-from polygpt.cli.output import (
-    dtype_option,
-    json_option,
-    print_json,
-    print_result,
-    reading,
-    weights_option,
-)
+from polygpt.cli.output import dtype_option, json_option, print_json, print_result, reading, weights_option
 
 OWN = ("perplexity", "hellaswag")  # any other task is one of lm-evaluation-harness
 # What each takes beside the model.

@@ -5,6 +5,9 @@ import os
 
 import pytest
 
+from polygpt.cli.generate import generate
+from polygpt.model import WEIGHT_TYPES
+
 GREEDY = ["--temperature", "0", "--max-new-tokens", "6"]
 
 
@@ -20,6 +23,12 @@ def test_json_has_the_continuation_alone(run, program):
     result = json.loads(done.out)
     assert set(result) == {"text", "tokens", "finish_reason", "tokens_per_second"}
     assert (len(result["tokens"]), len(result["text"]), result["finish_reason"]) == (6, 6, "length")
+
+
+def test_every_type_of_weights_can_be_asked_for():
+    """The option lists them itself, so that --help need not import the model."""
+    option = next(option for option in generate.params if option.name == "weights")
+    assert tuple(option.type.choices) == WEIGHT_TYPES
 
 
 def test_weights_of_fewer_bits(run, program, text):
