@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from polygpt.model import ModelConfig, Params, WeightType
 from polygpt.tokenizers import Tokenizer
+
+
+class ReadParams(Protocol):
+    """Reads the weights of a model that was found."""
+
+    def __call__(
+        self, config: ModelConfig, on_progress: Callable[[int], None], weights: WeightType | None = None
+    ) -> Params: ...
 
 
 @dataclass(frozen=True)
@@ -26,7 +34,7 @@ class StoredModel:
     """
 
     config: ModelConfig
-    read: Callable[[ModelConfig, Callable[[int], None], WeightType | None], Params]
+    read: ReadParams
     tokenizer: Tokenizer | None = None
     stop_tokens: tuple[int, ...] = ()
     chat_template: str | None = None

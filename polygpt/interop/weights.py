@@ -113,9 +113,7 @@ def read_params(
     for path, info in infos.items():
         values = whole.pop(path)
         if path in packed:
-            first = info.stack + (info.inputs or 0)
-            shapes = info.shape[info.stack : first], info.shape[first:]
-            leaves[path] = pack_rows(rows.pop(path), *shapes, weights, device)
+            leaves[path] = pack_rows(rows.pop(path), *info.sides, weights, device)
         else:
             leaves[path] = jax.device_put(values, device, may_alias=True)
         del values
@@ -139,8 +137,7 @@ def _empty_rows(info: ParameterInfo, weights: WeightType, padded: bool) -> tuple
     if not info.inputs:
         table = _empty(info.shape, dtype, padded)
         return table, table
-    first = info.stack + info.inputs
-    inputs, outputs = math.prod(info.shape[info.stack : first]), math.prod(info.shape[first:])
+    inputs, outputs = map(math.prod, info.sides)
     rows = _empty((*info.shape[: info.stack], outputs, inputs), dtype, padded)
     return rows, rows.swapaxes(-1, -2).reshape(info.shape)  # a view: axes are split, none is joined
 

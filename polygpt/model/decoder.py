@@ -6,6 +6,7 @@ unrolled, so that a checkpoint does not depend on how it is run.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -153,15 +154,14 @@ class Decoder(nnx.Module):
         if self.config.head == "none":
             logits = hidden.astype(jnp.float32)
         else:
-            packed = (self.embedding if self.head is None else self.head).get_value()
-            weight = packed if isinstance(packed, Packed) else self.head_weight
-            logits = project_to_vocabulary(hidden, weight)
+            logits = project_to_vocabulary(hidden, self.head_weight)
         return self.config.logit_rule.apply(logits)
 
     @property
-    def head_weight(self) -> Float[Array, "D V"]:
-        """The matrix of the head: its own, or the embedding's transpose."""
-        return self.embedding[...].T if self.head is None else self.head[...]
+    def head_weight(self) -> Float[Array, "D V"] | Packed:
+        """The matrix of the head: its own, or the embedding's transpose (which a packed table stands for, too)."""
+        weight = (self.embedding if self.head is None else self.head).get_value()
+        return weight if self.head is not None or isinstance(weight, Packed) else weight.T
 
     def nll(self, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
         """Negative log likelihood of each target in nats, float32."""
@@ -194,7 +194,7 @@ def _of_layer(stacks: PyTree, index: Int[Array, ""] | int) -> PyTree:
     """One layer's states of those of all layers."""
 
     def one(leaf: Any) -> Any:
-        return leaf.of_layer(index) if _in_stack(leaf) else lax.dynamic_index_in_dim(leaf, index, keepdims=False)
+        return replace(leaf, layer=index) if _in_stack(leaf) else lax.dynamic_index_in_dim(leaf, index, keepdims=False)
 
     return jax.tree.map(one, stacks, is_leaf=_in_stack)
 
@@ -203,7 +203,7 @@ def _put_back(stacks: PyTree, after: PyTree, index: Int[Array, ""] | int) -> PyT
     """The states of all layers with one layer's replaced."""
 
     def one(leaf: Any, new: Any) -> Any:
-        return new.stack() if _in_stack(new) else lax.dynamic_update_index_in_dim(leaf, new, index, 0)
+        return replace(new, layer=None) if _in_stack(new) else lax.dynamic_update_index_in_dim(leaf, new, index, 0)
 
     return jax.tree.map(one, stacks, after, is_leaf=_in_stack)
 

@@ -19,7 +19,7 @@ def project_to_vocabulary(hidden: Float[Array, "... D"], weight: Float[Array, "D
     """float32 logits; the product is taken in the compute dtype and accumulated in float32, over flat tokens."""
     flat = hidden.reshape(-1, hidden.shape[-1])
     if isinstance(weight, Packed):
-        logits = weight.times(flat)
+        logits = weight.times(flat, in_loop=True)
     else:
         logits = jnp.matmul(flat, weight.astype(hidden.dtype), preferred_element_type=jnp.float32)
     return logits.reshape(*hidden.shape[:-1], -1)

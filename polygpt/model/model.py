@@ -53,6 +53,12 @@ class ParameterInfo:
     def size(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def sides(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of one matrix the axes that are contracted, and those that remain (of a table all)."""
+        first = self.stack + (self.inputs or 0)
+        return self.shape[self.stack : first], self.shape[first:]
+
 
 def _info(path: tuple, variable: nnx.Variable) -> ParameterInfo:
     metadata = variable.get_metadata()
@@ -118,7 +124,7 @@ class Model:
                 if isinstance(info, dict):
                     own[name] = packed(own[name], info, (*path, name))
                 elif (*path, name) in self.packable:
-                    own[name] = pack(own[name], info.inputs, info.stack, dtype)
+                    own[name] = pack(own[name], *info.sides, dtype)
             return own
 
         return packed(params, self.parameters)

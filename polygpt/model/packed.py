@@ -28,7 +28,7 @@ WEIGHT_TYPES: tuple[WeightType, ...] = get_args(WeightType)
 FEW_ROWS = 4
 # XLA fuses a product of a vector and a matrix where the vector is shorter than this (16 kB).
 FUSED = 4096
-# Outputs of a product that are computed together where there are many, which is in the head.
+# Outputs of the head that are computed together.
 BLOCK = 4096
 
 
@@ -62,27 +62,29 @@ class Packed:
             numbers = numbers * self.scale[..., None]
         return numbers.swapaxes(-1, -2).reshape(*numbers.shape[:-2], *self.inputs, *self.outputs)[index]
 
-    def times(self, x: Float[Array, "M I"]) -> Float[Array, "M O"]:
-        """`x` times the matrix (a table: its transpose), accumulated in float32; float32 [M, O]."""
-        matrix = self.values
+    def times(self, x: Float[Array, "M I"], *, in_loop: bool = False) -> Float[Array, "M O"]:
+        """`x` times the matrix (a table: its transpose), accumulated in float32; float32 [M, O].
+
+        `in_loop`: a loop may come back to this very matrix, as decoding does to the head's (and a scan over layers does
+        not); on a CPU it is then taken in blocks.
+        """
         if jax.default_backend() != "cpu":
-            y = self._at_once(x, matrix)
-        elif matrix.shape[0] <= BLOCK:
-            y = self._on_cpu(x, matrix)
+            y = self._at_once(x, self.values)
+        elif in_loop and self.values.shape[0] > BLOCK:
+            y = self._in_blocks(x)
         else:
-            y = self._in_blocks(x, matrix)
+            y = self._on_cpu(x, self.values)
         return y if self.scale is None else y * self.scale
 
-    def _in_blocks(self, x: Float[Array, "M I"], matrix: Array) -> Float[Array, "M O"]:
+    def _in_blocks(self, x: Float[Array, "M I"]) -> Float[Array, "M O"]:
         """Block after block of outputs: what a loop over tokens does not change, XLA would convert ahead and keep."""
-        outputs = matrix.shape[0]
-        starts = jnp.arange(0, outputs, BLOCK)
+        outputs = self.values.shape[0]
 
         def one(start: Array) -> Array:
-            block = lax.dynamic_slice_in_dim(matrix, jnp.minimum(start, outputs - BLOCK), BLOCK)
+            block = lax.dynamic_slice_in_dim(self.values, jnp.minimum(start, outputs - BLOCK), BLOCK)
             return self._on_cpu(x, block)
 
-        blocks = lax.map(one, starts)
+        blocks = lax.map(one, jnp.arange(0, outputs, BLOCK))
         whole = jnp.moveaxis(blocks[:-1], 0, 1).reshape(x.shape[0], -1)
         return jnp.concatenate([whole, blocks[-1][:, whole.shape[1] - outputs :]], axis=1)
 
@@ -90,17 +92,25 @@ class Packed:
         """The barriers keep XLA from writing products otherwise: as one of all rows, or with the weights second."""
         keep = lax.optimization_barrier
         if x.shape[0] <= FEW_ROWS:
-            numbers = self._numbers(matrix).astype(jnp.float32).T
             x = x.astype(jnp.float32)
             # What XLA holds for cheap it computes again for every output; a division is not cheap.
             x = x / (1 + 0 * x)
-            count = x.shape[1] // FUSED + 1
-            edges = [x.shape[1] * i // count for i in range(count + 1)]
-            pieces = [slice(*pair) for pair in itertools.pairwise(edges)]
-            return jnp.stack([sum(keep(keep(row[piece]) @ numbers[piece]) for piece in pieces) for row in x])
+            return jnp.stack([self._of_row(row, matrix) for row in x])
         if x.dtype == jnp.bfloat16:
             return self._at_once(x, matrix)
         return keep(jnp.matmul(self._numbers(matrix).astype(x.dtype), keep(x.T))).T.astype(jnp.float32)
+
+    def _of_row(self, row: Float[Array, " I"], matrix: Array) -> Float[Array, " O"]:
+        """As products short enough to be fused, each of which converts its weights while it reads them."""
+        keep = lax.optimization_barrier
+        edges = np.linspace(0, row.size, row.size // FUSED + 2).astype(int)
+        y = jnp.zeros(len(matrix))
+        for piece in (slice(*pair) for pair in itertools.pairwise(edges)):
+            numbers = self._numbers(matrix[:, piece]).astype(jnp.float32)
+            # Not y + row @ numbers.T: XLA joins an addition with the product before it, which then no longer takes
+            # the conversion in, and the weights are written to memory in 32 bits.
+            y -= keep(keep(-row[piece]) @ numbers.T)
+        return y
 
     def _at_once(self, x: Float[Array, "M I"], matrix: Array) -> Float[Array, "M O"]:
         numbers = self._numbers(matrix).astype(x.dtype)
@@ -110,21 +120,21 @@ class Packed:
         return lax.bitcast_convert_type(values, jnp.dtype(self.dtype)) if values.dtype == jnp.uint16 else values
 
 
-def pack(values: Array | np.ndarray, inputs: int, stack: int, dtype: WeightType) -> Packed:
+def pack(values: Array | np.ndarray, inputs: tuple[int, ...], outputs: tuple[int, ...], dtype: WeightType) -> Packed:
     """A parameter packed; one of the host's arrays at a time beside it in memory.
 
     Args:
         values: [*stack, *inputs, *outputs]; a table [rows, width].
-        inputs: how many axes are contracted; 0 for a table.
-        stack: how many leading axes count matrices.
+        inputs: the axes that are contracted; none of a table.
+        outputs: those that remain.
         dtype: int8 has 127 steps to each side of 0 for each output (a table: each row), as far as its largest weight
             goes.
     """
     own = np.asarray(values)
-    contracted, outputs = own.shape[stack : stack + inputs], own.shape[stack + inputs :]
     if inputs:
-        own = own.reshape(*own.shape[:stack], math.prod(contracted), math.prod(outputs)).swapaxes(-1, -2)
-    return pack_rows(own, contracted, outputs, dtype)
+        stack = own.shape[: own.ndim - len(inputs) - len(outputs)]
+        own = own.reshape(*stack, math.prod(inputs), math.prod(outputs)).swapaxes(-1, -2)
+    return pack_rows(own, inputs, outputs, dtype)
 
 
 def pack_rows(

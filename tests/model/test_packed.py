@@ -92,7 +92,9 @@ def test_the_head_in_blocks(monkeypatch, rows):
     monkeypatch.setattr(packed, "BLOCK", 8)
     table = np.random.default_rng(0).standard_normal((37, 16)).astype(np.float32)
     x = jnp.asarray(np.random.default_rng(1).standard_normal((rows, 16)), jnp.float32)
-    np.testing.assert_allclose(pack(table, 0, 0, "float32").times(x), np.asarray(x) @ table.T, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        pack(table, (), table.shape, "float32").times(x, in_loop=True), np.asarray(x) @ table.T, rtol=1e-5, atol=1e-5
+    )
 
 
 shapes = st.lists(st.integers(1, 5), min_size=1, max_size=2)
@@ -103,7 +105,7 @@ shapes = st.lists(st.integers(1, 5), min_size=1, max_size=2)
 )
 def test_a_packed_matrix_gives_its_numbers_back(stack, inputs, outputs, dtype):
     own = np.random.default_rng(0).standard_normal((*stack, *inputs, *outputs)).astype(np.float32)
-    back = np.asarray(pack(own, len(inputs), len(stack), dtype)[...].astype(jnp.float32))
+    back = np.asarray(pack(own, tuple(inputs), tuple(outputs), dtype)[...].astype(jnp.float32))
     steps = {"float32": 0, "bfloat16": 2**-8, "float16": 2**-11, "int8": 1 / 200}[dtype]
     assert back.shape == own.shape
     # int8: half a step of the output's largest weight.
@@ -113,9 +115,9 @@ def test_a_packed_matrix_gives_its_numbers_back(stack, inputs, outputs, dtype):
 
 def test_nan_and_zero_stay_what_they_are():
     table = np.array([[0.0, 0.0], [np.nan, 1.0]], np.float32)
-    own = pack(table, 0, 0, "float32")
+    own = pack(table, (), table.shape, "float32")
     np.testing.assert_array_equal(own[...], table)
-    np.testing.assert_array_equal(pack(table[:1], 0, 0, "int8")[...], table[:1])
+    np.testing.assert_array_equal(pack(table[:1], (), (1, 2), "int8")[...], table[:1])
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="it is a CPU's compiler that has to be led")
@@ -130,7 +132,8 @@ def test_no_weights_are_converted_in_memory_while_decoding_a_row(dtype):
     progress = engine.Progress(row, row, state, jnp.zeros(1, bool), jnp.int32(1))
     decode = engine._programs(config, Sampler(temperature=0), ()).decode
     compiled = decode.lower(params, progress, key).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < model.num_parameters  # a fourth of what 32 bits take
+    one_matrix = 4 * 64 * wide["mlp_dim"]  # bytes in 32 bits, of a layer; the head has a few more
+    assert compiled.memory_analysis().temp_size_in_bytes < one_matrix / 4
 
 
 def test_packed_weights_are_refused_where_parameters_are_needed(tmp_path):

@@ -35,19 +35,11 @@ class KVCache(InStack):
     """Keys (already rotated) and values of the last S positions; slot s holds a position that is s modulo S.
 
     Attributes:
-        k, v: float [B, K, S, H], or of all layers [layers, B, K, S, H]; the keys of a head lie together.
-        layer: which of all layers is meant; None where that is no question.
+        k, v: float [B, K, S, H], of all layers [layers, B, K, S, H]; the keys of a head lie together.
     """
 
-    k: Any  # JAX puts other things than arrays into a tree, too
+    k: Any
     v: Any
-    layer: Any = None
-
-    def of_layer(self, index: Int[Array, ""] | int) -> KVCache:
-        return replace(self, layer=index)
-
-    def stack(self) -> KVCache:
-        return replace(self, layer=None)
 
     @property
     def slots(self) -> int:
@@ -55,15 +47,13 @@ class KVCache(InStack):
 
     def read(self) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
         """Keys and values of the layer."""
-        own = self.k, self.v
-        if self.layer is not None:
-            own = tuple(lax.dynamic_index_in_dim(leaf, self.layer, keepdims=False) for leaf in own)
+        own = (lax.dynamic_index_in_dim(leaf, self.layer, keepdims=False) for leaf in (self.k, self.v))
         return tuple(leaf.swapaxes(1, 2) for leaf in own)
 
     def write(self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], index: Int[Array, "B T"]) -> KVCache:
         """With these in the slots of `index`; an index beyond the last slot writes nothing."""
         rows = jnp.arange(k.shape[0])[:, None]
-        where = (rows, slice(None), index) if self.layer is None else (self.layer, rows, slice(None), index)
+        where = self.layer, rows, slice(None), index
         k, v = (old.at[where].set(new.astype(old.dtype), mode="drop") for old, new in ((self.k, k), (self.v, v)))
         return replace(self, k=k, v=v)
 
