@@ -6,12 +6,12 @@ unrolled, so that a checkpoint does not depend on how it is run.
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
@@ -19,7 +19,8 @@ from polygpt.model.block import LayerState
 from polygpt.model.config import ModelConfig
 from polygpt.model.head import nll_of_logits, project_to_vocabulary, weighted_nll
 from polygpt.model.packed import Packed
-from polygpt.model.parts import Context, Draws, Effects, Initializer, InStack, dropout
+from polygpt.model.parts import Context, Draws, Effects, Initializer, dropout
+from polygpt.model.stacks import in_stack, of_layer, put_back
 
 
 class Output(NamedTuple):
@@ -120,7 +121,7 @@ class Decoder(nnx.Module):
         self, x: Float[Array, "B T D"], context: Context, state: PyTree | None
     ) -> tuple[Float[Array, "B T D"], PyTree | None, Effects]:
         """All layers: a scan over whole repetitions of the pattern, then the rest of one."""
-        graphs, params = _split(self.blocks)
+        graphs, params, lying = _split(self.blocks)
         whole, rest = divmod(self.config.num_layers, max(len(graphs), 1))
 
         def repetition(
@@ -129,10 +130,10 @@ class Decoder(nnx.Module):
             (x, states), (index, weights) = carry, inputs
             states, effects = list(states), []
             for entry, leaves in enumerate(weights):
-                layer = nnx.merge(graphs[entry], leaves)
-                before = _of_layer(states[entry], index)
+                layer = nnx.merge(graphs[entry], unflatten_dict(leaves | of_layer(lying[entry], index)))
+                before = of_layer(states[entry], index)
                 x, after, said = layer(x, context.fold(index * len(graphs) + entry), before)
-                states[entry] = _put_back(states[entry], after, index)
+                states[entry] = put_back(states[entry], after, index)
                 effects.append(said)
             return (x, states), effects
 
@@ -176,36 +177,17 @@ class Decoder(nnx.Module):
         return weighted_nll(hidden, self.head_weight, targets, token_weights, self.config.logit_rule)
 
 
-def _split(blocks: nnx.List) -> tuple[list[nnx.GraphDef], list[dict[str, Any]]]:
-    """Each pattern entry's structure and its parameters, stacked over the layers it serves."""
-    graphs, params = [], []
+def _split(blocks: nnx.List) -> tuple[list[nnx.GraphDef], list[dict], list[dict]]:
+    """Each pattern entry's structure; its parameters by path, stacked over the layers it serves; and those of them that
+    are read where they lie."""
+    graphs, params, lying = [], [], []
     for block in blocks:
         graph, leaves = nnx.split(block)
+        flat = flatten_dict(nnx.to_pure_dict(leaves))
         graphs.append(graph)
-        params.append(nnx.to_pure_dict(leaves))
-    return graphs, params
-
-
-def _in_stack(state: Any) -> bool:
-    return isinstance(state, InStack)
-
-
-def _of_layer(stacks: PyTree, index: Int[Array, ""] | int) -> PyTree:
-    """One layer's states of those of all layers."""
-
-    def one(leaf: Any) -> Any:
-        return replace(leaf, layer=index) if _in_stack(leaf) else lax.dynamic_index_in_dim(leaf, index, keepdims=False)
-
-    return jax.tree.map(one, stacks, is_leaf=_in_stack)
-
-
-def _put_back(stacks: PyTree, after: PyTree, index: Int[Array, ""] | int) -> PyTree:
-    """The states of all layers with one layer's replaced."""
-
-    def one(leaf: Any, new: Any) -> Any:
-        return replace(new, layer=None) if _in_stack(new) else lax.dynamic_update_index_in_dim(leaf, new, index, 0)
-
-    return jax.tree.map(one, stacks, after, is_leaf=_in_stack)
+        params.append({path: leaf for path, leaf in flat.items() if not in_stack(leaf)})
+        lying.append({path: leaf for path, leaf in flat.items() if in_stack(leaf)})
+    return graphs, params, lying
 
 
 def _over_layers(effects: list[Effects]) -> Effects:

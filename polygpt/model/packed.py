@@ -3,7 +3,8 @@
 A product with few rows takes as long as its weights take to read, so that 16 bits are twice as fast as 32. XLA on a
 CPU has to be led there (the figures are in benchmarks/README.md): it converts a whole stack of layers before it takes
 one layer of 16-bit floats out of it, so their bits are kept as integers; it slices and converts while it reads only for
-a product of one row; and it copies what stands second in a product, so with more rows the weights stand first.
+a product of one row; it copies what stands second in a product, so with more rows the weights stand first; and it
+copies a layer's matrix of 32 bits out of its stack, unless each is an array of its own that a branch is chosen for.
 
 Nothing here is differentiable: training has parameters as they are.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, get_args
 
 import jax
@@ -21,11 +23,18 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int8
 
+from polygpt.model.stacks import InStack
+
 WeightType = Literal["float32", "bfloat16", "float16", "int8"]
 WEIGHT_TYPES: tuple[WeightType, ...] = get_args(WeightType)
 # Up to so many rows are multiplied one after the other, the weights of a matrix staying in the cache meanwhile: 53 M
 # weights of 16 bits took 6 ms for 2 rows and 12 for 4, all at once 12 and 12.
 FEW_ROWS = 4
+# Up to so many rows stand second in a product. 80 M weights of 32 bits took 23 ms for 8 rows so and 45 the other way
+# round, 55 and 100 for 32 rows, 640 and 510 for 512.
+SOME_ROWS = 128
+# What memory has to begin at a multiple of for XLA to take it over.
+ALIGNMENT = 64
 # XLA fuses a product of a vector and a matrix where the vector is shorter than this (16 kB).
 FUSED = 4096
 # Outputs of the head that are computed together.
@@ -34,7 +43,7 @@ BLOCK = 4096
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Packed:
+class Packed(InStack):
     """A matrix of shape [*stack, *inputs, *outputs], or a table [rows, width], packed.
 
     `packed[index]` gives the parameter's own numbers, as `parameter[index]` would.
@@ -42,6 +51,7 @@ class Packed:
     Attributes:
         values: [*stack, O, I], or a table as it is: float32, int8, or the bits of 16-bit floats as unsigned integers.
         scale: float32 [*stack, O] (a table: [rows]) by which int8 is to be multiplied, or None.
+        matrices: the same memory once more, an array [O, I] for each layer; () where that would not be faster.
         inputs: the axes that a product contracts, I in all; none for a table.
         outputs: those that remain, O in all.
         dtype: what the values mean.
@@ -49,6 +59,7 @@ class Packed:
 
     values: Any  # JAX puts other things than arrays into a tree, too
     scale: Any
+    matrices: tuple[Any, ...]
     inputs: tuple[int, ...] = field(metadata={"static": True})
     outputs: tuple[int, ...] = field(metadata={"static": True})
     dtype: str = field(metadata={"static": True})
@@ -69,12 +80,26 @@ class Packed:
         not); on a CPU it is then taken in blocks.
         """
         if jax.default_backend() != "cpu":
-            y = self._at_once(x, self.values)
+            y = self._at_once(x, self._own(self.values))
         elif in_loop and self.values.shape[0] > BLOCK:
             y = self._in_blocks(x)
+        elif self.matrices and self.layer is not None and FEW_ROWS < len(x) <= SOME_ROWS and x.dtype == jnp.float32:
+            y = self._by_itself(x)
         else:
-            y = self._on_cpu(x, self.values)
-        return y if self.scale is None else y * self.scale
+            y = self._on_cpu(x, self._own(self.values))
+        return y if self.scale is None else y * self._own(self.scale)
+
+    def _own(self, stack: Array) -> Array:
+        return stack if self.layer is None else lax.dynamic_index_in_dim(stack, self.layer, keepdims=False)
+
+    def _by_itself(self, x: Float[Array, "M I"]) -> Float[Array, "M O"]:
+        """The product of each layer is a branch, which reads the layer's own matrix."""
+
+        def product(matrix: Array, x: Array) -> Array:
+            return lax.dot_general(matrix, x, (((1,), (1,)), ((), ())))
+
+        # Turned not before it has left the branch: there XLA would let the weights be second.
+        return lax.switch(self.layer, [partial(product, matrix) for matrix in self.matrices], x).T
 
     def _in_blocks(self, x: Float[Array, "M I"]) -> Float[Array, "M O"]:
         """Block after block of outputs: what a loop over tokens does not change, XLA would convert ahead and keep."""
@@ -143,11 +168,21 @@ def pack_rows(
     """A parameter packed that lies a row an output already: [*stack, O, I]. Memory that fits is taken over."""
     if dtype == "int8":
         steps, scale = _in_steps(jax.device_put(rows, device, may_alias=True))
-        return Packed(steps, scale, inputs, outputs, dtype)
+        return Packed(steps, scale, (), inputs, outputs, dtype)
     numbers = rows.astype(jnp.dtype(dtype), copy=False)
     bits = numbers.view(np.uint16) if numbers.itemsize == 2 else numbers
     # JAX turns a matrix on its way to the device faster than NumPy does, or XLA (25, 67 and 200 ms for 27 M).
-    return Packed(jax.device_put(bits, device, may_alias=True), None, inputs, outputs, dtype)
+    own = jax.device_put(bits, device, may_alias=True)
+    return Packed(own, None, _one_by_one(own), inputs, outputs, dtype)
+
+
+def _one_by_one(stack: Array) -> tuple[Array, ...]:
+    """The matrices of a stack of float32 as arrays of their own, in the same memory, where a CPU can have them so."""
+    (device,) = stack.devices()
+    aligned = stack.nbytes // len(stack) % ALIGNMENT == 0
+    if device.platform != "cpu" or stack.dtype != jnp.float32 or stack.ndim < 3 or not aligned:
+        return ()
+    return tuple(jax.device_put(matrix, device, may_alias=True) for matrix in np.asarray(stack))
 
 
 @jax.jit

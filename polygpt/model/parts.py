@@ -187,20 +187,6 @@ def dense(x: Float[Array, "B T ..."], kernel: nnx.Param, bias: nnx.Param | None 
     return y if bias is None else y + bias[...].astype(x.dtype)
 
 
-@dataclass(frozen=True)
-class InStack:
-    """A decoding state that a layer reads and writes where it lies, in the stack of all layers.
-
-    Other states are taken out of the stack for each layer and put back, which copies them twice: a token of 8 rows with
-    160 slots, 30 layers and 3 key heads of 64 took 25 ms for its caches so, and 7.5 ms where they lie (two cores).
-
-    Attributes:
-        layer: within a layer, its index in the stack, int32; None outside.
-    """
-
-    layer: Any = dataclasses.field(default=None, kw_only=True)  # JAX puts other things than arrays into a tree, too
-
-
 class AttentionModule(Protocol):
     """Mixes tokens: x [B, T, D] -> [B, T, D], causally; with a decoding state it also returns the next one."""
 

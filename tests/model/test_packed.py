@@ -48,7 +48,7 @@ def tokens(rows: int, length: int = 10) -> np.ndarray:
 def test_float32_computes_the_same(name):
     plain, own = both(tiny(name), "float32")
     assert own.num_parameters == plain.num_parameters
-    for rows, length in ((1, 2), (2, 5)):  # few rows and many are multiplied in other forms
+    for rows, length in ((1, 2), (2, 5), (13, 10)):  # few rows, some and many are multiplied in other forms
         seen = tokens(rows, length)
         np.testing.assert_allclose(own.logits(seen), plain.logits(seen), rtol=1e-4, atol=1e-5)
 
@@ -134,6 +134,16 @@ def test_no_weights_are_converted_in_memory_while_decoding_a_row(dtype):
     compiled = decode.lower(params, progress, key).compile()
     one_matrix = 4 * 64 * wide["mlp_dim"]  # bytes in 32 bits, of a layer; the head has a few more
     assert compiled.memory_analysis().temp_size_in_bytes < one_matrix / 4
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="it is a CPU's compiler that has to be led")
+def test_no_weights_are_copied_while_decoding_some_rows():
+    wide = {"kind": "mlp", "mlp_dim": 4096}
+    config = tiny("plain").replace(num_layers=12, embed_dim=64, feedforward=wide)
+    model = Model(config)
+    params = model.pack(model.init(0), "float32")
+    compiled = jax.jit(lambda params, tokens: model.hidden(params, tokens).hidden).lower(params, tokens(8, 1)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * 64 * wide["mlp_dim"]  # bytes of one matrix
 
 
 def test_packed_weights_are_refused_where_parameters_are_needed(tmp_path):

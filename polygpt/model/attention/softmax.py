@@ -23,8 +23,9 @@ from polygpt.model.attention.core import (
 from polygpt.model.attention.projections import HeadsConfig, Projections
 from polygpt.model.attention.scores import ScoreInputs, ScoreRule
 from polygpt.model.norms import rms_normalize
-from polygpt.model.parts import Context, Initializer, InStack
+from polygpt.model.parts import Context, Initializer
 from polygpt.model.rope import rotate
+from polygpt.model.stacks import InStack
 
 Positive = Annotated[float, Field(gt=0)]
 
