@@ -77,11 +77,11 @@ class Packed(InStack):
         """`x` times the matrix (a table: its transpose), accumulated in float32; float32 [M, O].
 
         `in_loop`: a loop may come back to this very matrix, as decoding does to the head's (and a scan over layers does
-        not); on a CPU it is then taken in blocks.
+        not); on a CPU it is then taken in blocks, if it has to be converted.
         """
         if jax.default_backend() != "cpu":
             y = self._at_once(x, self._own(self.values))
-        elif in_loop and self.values.shape[0] > BLOCK:
+        elif in_loop and self.dtype != "float32" and self.values.shape[0] > BLOCK:
             y = self._in_blocks(x)
         elif self.matrices and self.layer is not None and FEW_ROWS < len(x) <= SOME_ROWS and x.dtype == jnp.float32:
             y = self._by_itself(x)

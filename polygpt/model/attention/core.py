@@ -142,4 +142,5 @@ def attend_positions(
         scores = jnp.concatenate([scores, sink], -1)
     probabilities = jax.nn.softmax(scores, axis=-1)[..., : k.shape[1]].astype(dtype)
     probabilities = dropout(probabilities, rule.dropout, inputs.key)
-    return jnp.einsum("bkgts,bskh->btkgh", probabilities, v).astype(q.dtype).reshape(b, t, n, h)
+    mixed = jnp.einsum("bkgts,bskh->bkgth", probabilities, v)
+    return jnp.moveaxis(mixed, 3, 1).astype(q.dtype).reshape(b, t, n, h)
