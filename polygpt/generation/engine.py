@@ -109,7 +109,7 @@ def _programs(config: ModelConfig, sampler: Sampler, stop_tokens: tuple[int, ...
         token = sampler.sample(decoder.logits(hidden), jax.random.fold_in(key, count))
         return token, done | jnp.isin(token, jnp.asarray(stop_tokens, jnp.int32))
 
-    @jax.jit
+    @partial(jax.jit, donate_argnums=3)
     def prefill(params: Params, tokens: Array, lengths: Array, state: PyTree, key: PRNGKeyArray) -> Progress:
         decoder = model.module(params)
         real = jnp.arange(tokens.shape[1]) < lengths[:, None]
