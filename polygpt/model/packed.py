@@ -3,7 +3,7 @@
 A product with few rows takes as long as its weights take to read, so that 16 bits are twice as fast as 32. XLA on a
 CPU has to be led there (the figures are in benchmarks/README.md): it converts a whole stack of layers before it takes
 one layer of 16-bit floats out of it, so their bits are kept as integers; it slices and converts while it reads only for
-a product of one row; it copies what stands second in a product, so with more rows the weights stand first; and it
+a product of one row; it copies what stands second in a product, so with some rows the weights stand first; and it
 copies a layer's matrix of 32 bits out of its stack, unless each is an array of its own that a branch is chosen for.
 
 Nothing here is differentiable: training has parameters as they are.
@@ -30,8 +30,9 @@ WEIGHT_TYPES: tuple[WeightType, ...] = get_args(WeightType)
 # Up to so many rows are multiplied one after the other, the weights of a matrix staying in the cache meanwhile: 53 M
 # weights of 16 bits took 6 ms for 2 rows and 12 for 4, all at once 12 and 12.
 FEW_ROWS = 4
-# Up to so many rows stand second in a product. 80 M weights of 32 bits took 23 ms for 8 rows so and 45 the other way
-# round, 55 and 100 for 32 rows, 640 and 510 for 512.
+# Up to so many rows stand second in a product of 32 bits, and multiply a layer's matrix where it lies. Of 80 M weights
+# 8 rows took 23 ms so, 26 copied out of their stack and 45 the other way round; 32 rows 55, 87 and 100; 512 rows, which
+# are bound by arithmetic, 640, 600 and 550.
 SOME_ROWS = 128
 # What memory has to begin at a multiple of for XLA to take it over.
 ALIGNMENT = 64
@@ -79,11 +80,12 @@ class Packed(InStack):
         `in_loop`: a loop may come back to this very matrix, as decoding does to the head's (and a scan over layers does
         not); on a CPU it is then taken in blocks, if it has to be converted.
         """
+        converted = not self.values.dtype == x.dtype == jnp.float32
         if jax.default_backend() != "cpu":
             y = self._at_once(x, self._own(self.values))
-        elif in_loop and self.dtype != "float32" and self.values.shape[0] > BLOCK:
+        elif in_loop and converted and self.values.shape[0] > BLOCK:
             y = self._in_blocks(x)
-        elif self.matrices and self.layer is not None and FEW_ROWS < len(x) <= SOME_ROWS and x.dtype == jnp.float32:
+        elif self.matrices and self.layer is not None and FEW_ROWS < len(x) <= SOME_ROWS and not converted:
             y = self._by_itself(x)
         else:
             y = self._on_cpu(x, self._own(self.values))
@@ -121,7 +123,7 @@ class Packed(InStack):
             # What XLA holds for cheap it computes again for every output; a division is not cheap.
             x = x / (1 + 0 * x)
             return jnp.stack([self._of_row(row, matrix) for row in x])
-        if x.dtype == jnp.bfloat16:
+        if x.dtype == jnp.bfloat16 or x.shape[0] > SOME_ROWS:
             return self._at_once(x, matrix)
         return keep(jnp.matmul(self._numbers(matrix).astype(x.dtype), keep(x.T))).T.astype(jnp.float32)
 

