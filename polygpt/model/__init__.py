@@ -9,7 +9,7 @@ from polygpt.model.block import BlockConfig
 from polygpt.model.config import LayerConfig, ModelConfig
 from polygpt.model.decoder import Decoder, Output
 from polygpt.model.model import Model, ParameterInfo, Params
-from polygpt.model.packed import WEIGHT_TYPES, WeightType, pack_rows
+from polygpt.model.packed import ALIGNMENT, WEIGHT_TYPES, WeightType, pack_rows
 from polygpt.model.parts import (
     NO_EFFECTS,
     AttentionConfig,
@@ -24,6 +24,7 @@ from polygpt.model.parts import (
 )
 
 __all__ = [
+    "ALIGNMENT",
     "NO_EFFECTS",
     "WEIGHT_TYPES",
     "AttentionConfig",

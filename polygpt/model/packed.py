@@ -34,8 +34,7 @@ FEW_ROWS = 4
 # 8 rows took 23 ms so, 26 copied out of their stack and 45 the other way round; 32 rows 55, 87 and 100; 512 rows, which
 # are bound by arithmetic, 640, 600 and 550.
 SOME_ROWS = 128
-# What memory has to begin at a multiple of for XLA to take it over.
-ALIGNMENT = 64
+ALIGNMENT = 64  # bytes: what XLA needs to take over NumPy's memory instead of copying it
 # XLA fuses a product of a vector and a matrix where the vector is shorter than this (16 kB).
 FUSED = 4096
 # Outputs of the head that are computed together.
@@ -47,7 +46,7 @@ BLOCK = 4096
 class Packed(InStack):
     """A matrix of shape [*stack, *inputs, *outputs], or a table [rows, width], packed.
 
-    `packed[index]` gives the parameter's own numbers, as `parameter[index]` would.
+    `packed[index]` gives the parameter's own numbers, as `parameter[index]` would; within a layer the layer's.
 
     Attributes:
         values: [*stack, O, I], or a table as it is: float32, int8, or the bits of 16-bit floats as unsigned integers.
@@ -69,9 +68,9 @@ class Packed(InStack):
         if not self.inputs:
             numbers = self._numbers(self.values[index])
             return numbers if self.scale is None else numbers * self.scale[index][..., None]
-        numbers = self._numbers(self.values)
+        numbers = self._numbers(self._own(self.values))
         if self.scale is not None:
-            numbers = numbers * self.scale[..., None]
+            numbers = numbers * self._own(self.scale)[..., None]
         return numbers.swapaxes(-1, -2).reshape(*numbers.shape[:-2], *self.inputs, *self.outputs)[index]
 
     def times(self, x: Float[Array, "M I"], *, in_loop: bool = False) -> Float[Array, "M O"]:

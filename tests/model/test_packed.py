@@ -18,7 +18,10 @@ from polygpt.language_model import LanguageModel
 from polygpt.loading import save
 from polygpt.model import WEIGHT_TYPES, Model, ModelConfig, packed
 from polygpt.model.packed import pack
+from polygpt.model.stacks import of_layer
 
+# Elsewhere products are taken in another form, which needs none of this.
+ON_A_CPU = pytest.mark.skipif(jax.default_backend() != "cpu", reason="a form for CPUs alone")
 KINDS = {
     "plain": {},
     "untied": {"head": "untied", "attention": {"bias": True}},
@@ -118,6 +121,16 @@ def test_a_packed_matrix_gives_its_numbers_back(stack, inputs, outputs, dtype):
     assert (np.abs(back - own) <= steps * largest).all()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_a_layer_has_its_own_matrix_of_the_stack(dtype):
+    own = np.random.default_rng(0).standard_normal((3, 16, 8)).astype(np.float32)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((300, 16)), jnp.float32)
+    layer = of_layer(pack(own, (16,), (8,), dtype), jnp.int32(1))
+    np.testing.assert_allclose(layer[...], own[1], atol=0.02)
+    for rows in (1, 8, 300):
+        np.testing.assert_allclose(layer.times(x[:rows]), x[:rows] @ np.asarray(layer[...]), rtol=1e-4, atol=1e-4)
+
+
 def test_nan_and_zero_stay_what_they_are():
     table = np.array([[0.0, 0.0], [np.nan, 1.0]], np.float32)
     own = pack(table, (), table.shape, "float32")
@@ -125,7 +138,7 @@ def test_nan_and_zero_stay_what_they_are():
     np.testing.assert_array_equal(pack(table[:1], (), (1, 2), "int8")[...], table[:1])
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="it is a CPU's compiler that has to be led")
+@ON_A_CPU
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_no_weights_are_converted_in_memory_while_decoding_a_row(dtype):
     wide = {"kind": "mlp", "mlp_dim": packed.FUSED + 100}
@@ -141,7 +154,7 @@ def test_no_weights_are_converted_in_memory_while_decoding_a_row(dtype):
     assert compiled.memory_analysis().temp_size_in_bytes < one_matrix / 4
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="it is a CPU's compiler that has to be led")
+@ON_A_CPU
 def test_no_weights_are_copied_while_decoding_some_rows():
     wide = {"kind": "mlp", "mlp_dim": 4096}
     config = tiny("plain").replace(num_layers=12, embed_dim=64, feedforward=wide)
