@@ -121,7 +121,7 @@ class Decoder(nnx.Module):
         self, x: Float[Array, "B T D"], context: Context, state: PyTree | None
     ) -> tuple[Float[Array, "B T D"], PyTree | None, Effects]:
         """All layers: a scan over whole repetitions of the pattern, then the rest of one."""
-        graphs, params, lying = _split(self.blocks)
+        graphs, params, in_place = _split(self.blocks)
         whole, rest = divmod(self.config.num_layers, max(len(graphs), 1))
 
         def repetition(
@@ -130,7 +130,7 @@ class Decoder(nnx.Module):
             (x, states), (index, weights) = carry, inputs
             states, effects = list(states), []
             for entry, leaves in enumerate(weights):
-                layer = nnx.merge(graphs[entry], unflatten_dict(leaves | of_layer(lying[entry], index)))
+                layer = nnx.merge(graphs[entry], unflatten_dict(leaves | of_layer(in_place[entry], index)))
                 before = of_layer(states[entry], index)
                 x, after, said = layer(x, context.fold(index * len(graphs) + entry), before)
                 states[entry] = put_back(states[entry], after, index)
@@ -180,14 +180,14 @@ class Decoder(nnx.Module):
 def _split(blocks: nnx.List) -> tuple[list[nnx.GraphDef], list[dict], list[dict]]:
     """Each pattern entry's structure; its parameters by path, stacked over the layers it serves; and those of them that
     are read where they lie."""
-    graphs, params, lying = [], [], []
+    graphs, params, in_place = [], [], []
     for block in blocks:
         graph, leaves = nnx.split(block)
         flat = flatten_dict(nnx.to_pure_dict(leaves))
         graphs.append(graph)
         params.append({path: leaf for path, leaf in flat.items() if not in_stack(leaf)})
-        lying.append({path: leaf for path, leaf in flat.items() if in_stack(leaf)})
-    return graphs, params, lying
+        in_place.append({path: leaf for path, leaf in flat.items() if in_stack(leaf)})
+    return graphs, params, in_place
 
 
 def _over_layers(effects: list[Effects]) -> Effects:
