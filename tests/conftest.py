@@ -3,6 +3,7 @@
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,9 @@ from jaxtyping import install_import_hook
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+# Whoever started the tests may ignore interruptions (a shell does in the background), and so would what they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Shapes and dtypes that the model's room declares are checked at every call; must be set before it is imported.
 install_import_hook("polygpt.model", "beartype.beartype")

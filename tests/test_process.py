@@ -24,7 +24,6 @@ INTERRUPTED_IN_A_FINALIZER = """
 import gc, os, signal, sys, time
 from polygpt.process import keep_interrupts
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # what started the tests may have had it ignored
 if sys.argv[1] == "kept":
     keep_interrupts()
 signals = iter([signal.SIGINT])

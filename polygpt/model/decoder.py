@@ -137,16 +137,23 @@ class Decoder(nnx.Module):
                 effects.append(said)
             return (x, states), effects
 
+        def alone(carry: tuple[Array, list], index: int, entries: int) -> tuple[tuple[Array, list], list[Effects]]:
+            weights = jax.tree.map(lambda leaf: leaf[index], params[:entries])
+            carry, effects = repetition(carry, (index, weights))
+            return carry, jax.tree.map(lambda leaf: leaf[None], effects)
+
         carry = (x, [LayerState(None, None)] * len(graphs) if state is None else state)
-        head = jax.tree.map(lambda leaf: leaf[:whole], params)
-        # Fully unrolled where that is faster to run; the gradient of the stack stays one concatenation.
-        carry, effects = lax.scan(
-            repetition, carry, (jnp.arange(whole), head), unroll=1 if self.config.scans else max(whole, 1)
-        )
+        if whole == 1:  # a scan of one takes half as long again to trace and to differentiate
+            carry, effects = alone(carry, 0, len(graphs))
+        else:
+            head = jax.tree.map(lambda leaf: leaf[:whole], params)
+            # Fully unrolled where that is faster to run; the gradient of the stack stays one concatenation.
+            carry, effects = lax.scan(
+                repetition, carry, (jnp.arange(whole), head), unroll=1 if self.config.scans else max(whole, 1)
+            )
         if rest:
-            tail = jax.tree.map(lambda leaf: leaf[whole], params[:rest])
-            carry, last = repetition(carry, (whole, tail))
-            effects[:rest] = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), effects[:rest], last)
+            carry, last = alone(carry, whole, rest)
+            effects[:rest] = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), effects[:rest], last)
         x, after = carry
         return x, None if state is None else after, _over_layers(effects)
 

@@ -28,7 +28,8 @@ def naive(lm, ids, context, stride):
     nats = {}
     for begin in range(0, len(ids), stride):
         inputs = ids[begin : begin + context]
-        log_p = log_softmax(np.asarray(lm.logits(inputs[None])[0], np.float64), axis=-1)
+        padded = np.pad(inputs, (0, lm.config.context_length - len(inputs)))  # of one shape, for one program
+        log_p = log_softmax(np.asarray(lm.logits(padded[None])[0], np.float64), axis=-1)
         for step in range(len(inputs)):
             place = begin + step + 1
             if place < len(ids) and place not in nats:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import zoo
 
 from polygpt.errors import RequestError
 from polygpt.model.attention import blocked
@@ -37,7 +38,7 @@ def assert_same(function, q, k, v, weights, rule, inputs, tolerance=2e-5):
         def objective(q, k, v, sinks):
             return (form(q, k, v, rule, inputs._replace(sinks=sinks)) * weights).sum()
 
-        return jax.jit(jax.value_and_grad(objective, argnums=(0, 1, 2, 3)))(q, k, v, inputs.sinks)
+        return zoo.compiled(jax.value_and_grad(objective, argnums=(0, 1, 2, 3)))(q, k, v, inputs.sinks)
 
     found, expected = value_and_gradients(function), value_and_gradients(by_equation)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
@@ -88,9 +89,12 @@ def test_the_pallas_kernel_interpreted_equals_the_equation(rule, extra):
 def test_blocks_hold_large_scores():
     q, k, v, _ = draw(1, 2 * BLOCK, 1, 1, 4)
     rule = ScoreRule(0.5)
-    out = attend_blocked(100 * q, 100 * k, v, rule, ScoreInputs())
+    out, expected = (
+        zoo.compiled(form, static_argnums=3)(100 * q, 100 * k, v, rule, ScoreInputs())
+        for form in (attend_blocked, by_equation)
+    )
     assert np.isfinite(out).all()
-    np.testing.assert_allclose(out, by_equation(100 * q, 100 * k, v, rule, ScoreInputs()), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("window", [None, 20])
@@ -111,10 +115,10 @@ def test_blocks_take_memory_by_length_not_by_its_square(window):
 def test_segments_see_only_themselves():
     q, k, v, _ = draw(1, 12, 2, 2, 4)
     rule = ScoreRule(0.5)
-    out = attend(q, k, v, rule, ScoreInputs(segment_ids=jnp.asarray([[0] * 5 + [1] * 7])))
-    np.testing.assert_allclose(
-        out[:, 5:], attend(q[:, 5:], k[:, 5:], v[:, 5:], rule, ScoreInputs()), rtol=1e-5, atol=1e-6
-    )
+    compiled = zoo.compiled(attend, static_argnums=3)
+    out = compiled(q, k, v, rule, ScoreInputs(segment_ids=jnp.asarray([[0] * 5 + [1] * 7])))
+    alone = compiled(q[:, 5:], k[:, 5:], v[:, 5:], rule, ScoreInputs())
+    np.testing.assert_allclose(out[:, 5:], alone, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("length", "window"), [(BLOCK, None), (3 * BLOCK, None), (3 * BLOCK, 60)])
@@ -122,11 +126,12 @@ def test_dropped_probabilities_are_a_share_of_all(length, window):
     q, k, _, _ = draw(2, length, 1, 1, 4)
     ones = jnp.ones((2, length, 1, 4))
     rule, inputs = ScoreRule(0.1, window, dropout=0.5), ScoreInputs(key=jax.random.key(0))
-    out = attend(q, k, ones, rule, inputs)
+    compiled = zoo.compiled(attend, static_argnums=3)
+    out = compiled(q, k, ones, rule, inputs)
     assert float(out.std()) > 0.01  # without dropout a mean of ones is 1
     assert float(out.mean()) == pytest.approx(1, abs=0.1)
     assert not np.allclose(out[0], out[1]), "rows of the batch drop alike"
-    again, other = (attend(q, k, ones, rule, ScoreInputs(key=jax.random.key(seed))) for seed in (0, 1))
+    again, other = (compiled(q, k, ones, rule, ScoreInputs(key=jax.random.key(seed))) for seed in (0, 1))
     np.testing.assert_array_equal(out, again)
     assert not np.allclose(out, other)
 
@@ -135,15 +140,15 @@ def test_the_gradient_drops_what_the_forward_pass_dropped():
     q, k, v, weights = draw(2, 3 * BLOCK, 2, 1, 4)
     rule, inputs = ScoreRule(0.5, window=50, dropout=0.3), ScoreInputs(key=jax.random.key(3))
 
-    def objective(v):
+    def objective(q, v):
         return (attend_blocked(q, k, v, rule, inputs) * weights).sum()
 
+    value = zoo.compiled(objective)
+    along_q, along_v = zoo.compiled(jax.grad(objective, argnums=(0, 1)))(q, v)
     # The output is linear in the values, so the gradient is exact along any direction.
-    slope = (jax.grad(objective)(v) * v).sum()
-    assert float(slope) == pytest.approx(float(objective(v)), rel=1e-4)
-    along_q = jax.grad(lambda q: (attend_blocked(q, k, v, rule, inputs) * weights).sum())(q)
+    assert float((along_v * v).sum()) == pytest.approx(float(value(q, v)), rel=1e-4)
     step = 1e-2 * q / jnp.linalg.norm(q)
-    moved = [(attend_blocked(q + sign * step, k, v, rule, inputs) * weights).sum() for sign in (1, -1)]
+    moved = [value(q + sign * step, v) for sign in (1, -1)]
     assert float((along_q * step).sum()) == pytest.approx(float(moved[0] - moved[1]) / 2, rel=0.02)
 
 

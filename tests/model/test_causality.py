@@ -3,8 +3,6 @@
 Gradients do not see through choices (who gets a slot), changed tokens do; both are asked.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,80 +15,76 @@ from polygpt.model import Model, ModelConfig
 from polygpt.presets import PRESETS
 
 LENGTH = zoo.LENGTH
-DOCUMENTS = zoo.DOCUMENTS[zoo.DISTINCT][:1]
-# What mixes tokens, or could by mistake; activations, norms and scalings of RoPE do not.
-CASES = {
-    name: case.changes
-    for name, case in zoo.CASES.items()
-    if not name.startswith(("mlp-", "glu-", "norm-", "scaling-", "documents", "embedding-"))
+# The same tokens as one document and as three.
+DOCUMENTS = np.stack([np.zeros(LENGTH, np.int32), zoo.DOCUMENTS[zoo.DISTINCT][0]])
+EVALUATED = zoo.evaluated()
+# The other parts have one form only.
+TRAINED = {
+    **{name: zoo.config_of(case) for name, case in zoo.CASES.items() if "moe-" in name},
+    **{f"preset-{name}": validate(ModelConfig, zoo.shrunk(name)) for name in PRESETS if "moe" in name},
 }
 
 
 def dependence(model: Model, documents: np.ndarray | None, training: bool) -> np.ndarray:
-    """Whether the output at t (rows) depends on the token at s (columns): by gradients or by changing it. [T, T]"""
+    """Whether the output at t (rows) depends on the token at s (columns), for each row of documents. [B, T, T]
+
+    Without documents there is one row, and the model is told of none.
+    """
     params = zoo.lively(model)
-    graph = model.module(params)
     random = np.random.default_rng(5)
-    tokens = random.permutation(zoo.VOCAB)[None, :LENGTH]  # all different: each its own row of the embedding
-    mixture = random.standard_normal((LENGTH, graph.config.width)).astype(np.float32)
+    rows = 1 if documents is None else len(documents)
+    tokens = random.permutation(zoo.VOCAB)[:LENGTH]  # all different: each its own row of the embedding
+    mixture = random.standard_normal((LENGTH, model.config.width)).astype(np.float32)
 
     def outputs(table, tokens):
+        """[N, T] -> [N, B, T]"""
         decoder = model.module({**params, "embedding": table})
-        segments = None if documents is None else jnp.broadcast_to(documents, tokens.shape)
-        hidden = decoder(tokens, training=training, segment_ids=segments).hidden
-        return (hidden.astype(jnp.float32) * mixture).sum(-1)
+        each = jnp.repeat(tokens, rows, axis=0)
+        segments = None if documents is None else jnp.tile(documents, (len(tokens), 1))
+        hidden = decoder(each, training=training, segment_ids=segments).hidden
+        return (hidden.astype(jnp.float32) * mixture).sum(-1).reshape(len(tokens), rows, LENGTH)
 
-    def both(table, tokens, changed):
-        value, back = jax.vjp(lambda table: outputs(table, tokens)[0], table)
-        gradients = jax.vmap(lambda row: back(row)[0])(jnp.eye(LENGTH))
-        return value, gradients, outputs(table, changed)
+    def both(table, changed):
+        value, back = jax.vjp(lambda table: outputs(table, tokens[None])[0], table)
+        each = jnp.eye(value.size).reshape(rows, LENGTH, *value.shape)
+        gradients = jax.vmap(jax.vmap(lambda cotangent: back(cotangent)[0]))(each)
+        return value, gradients, outputs(table, changed) if chooses else value
 
-    # Row s: from position s on, other tokens.
+    # Row s: from position s on, other tokens. Only experts are chosen.
+    chooses = any(layer.feedforward.kind == "moe" for layer in model.config.layers)
     later = np.triu(np.ones((LENGTH, LENGTH), bool))
     changed = np.where(later, random.integers(0, zoo.VOCAB, (LENGTH, LENGTH)), tokens)
-    compiled = jax.jit(both, compiler_options=zoo.compiler_options())
-    value, gradients, moved = compiled(params["embedding"], tokens, changed)
-    by_gradient = np.abs(gradients).sum(-1)[:, tokens[0]] > 1e-5 * np.abs(gradients).max()
-    # Output t may not have moved where only tokens from s > t on were changed.
-    moves = np.abs(moved - value[None]).T
-    return by_gradient | np.triu(moves > 1e-4 * np.abs(value).max(), 1)
+    value, gradients, moved = zoo.compiled(both)(params["embedding"], changed)
+    found = np.abs(gradients).sum(-1)[:, :, tokens] > 1e-5 * np.abs(gradients).max()
+    if chooses:  # output t may not have moved where only tokens from s > t on were changed
+        moves = np.abs(moved - value).transpose(1, 2, 0)
+        found |= np.triu(moves > 1e-4 * np.abs(value).max(), 1)
+    return found
 
 
-def assert_causal(found: np.ndarray, documents: np.ndarray | None) -> None:
+def assert_causal(found: np.ndarray, documents: np.ndarray) -> None:
     assert not np.triu(found, 1).any(), f"depends on the future: {np.argwhere(np.triu(found, 1))[:5].tolist()}"
-    assert found.diagonal().all(), "a token's output must depend on the token"
-    if documents is not None:
-        other = documents[0][:, None] != documents[0][None, :]
-        assert not (found & other).any(), "a document saw another"
+    assert found.diagonal(axis1=1, axis2=2).all(), "a token's output must depend on the token"
+    other = documents[:, :, None] != documents[:, None, :]
+    assert not (found & other).any(), "a document saw another"
 
 
-@functools.cache  # some presets are the same model once they are small
-def assert_declared(config: ModelConfig) -> None:
-    """Evaluation is causal; training is where, and only where, the parts say so.
+@pytest.mark.parametrize("name", EVALUATED)
+def test_evaluation_is_causal_and_keeps_documents_apart(name):
+    model = Model(EVALUATED[name])
+    if model.config.num_layers:  # a table of bigrams sees one token alone
+        assert_causal(dependence(model, DOCUMENTS, training=False), DOCUMENTS)
 
-    Of evaluation without documents test_decoding proves it for every one of these models: the full pass gives what
-    decoding gives, which has seen no later token.
-    """
-    model = Model(config)
-    assert_causal(dependence(model, DOCUMENTS, training=False), DOCUMENTS)
-    parts = [part for layer in config.layers for part in (layer.attention, layer.feedforward)]
-    if all(part.causal_in_training(config) for part in parts):
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_training_is_causal_where_and_only_where_the_parts_say_so(name):
+    model = Model(TRAINED[name])
+    parts = [part for layer in model.config.layers for part in (layer.attention, layer.feedforward)]
+    if all(part.causal_in_training(model.config) for part in parts):
         assert model.training_caveat is None
-        if any(part.kind in ("moe", "causal_soft_moe") for part in parts):  # the others have one form only
-            assert_causal(dependence(model, None, training=True), None)
-            assert_causal(dependence(model, DOCUMENTS, training=True), DOCUMENTS)
+        assert_causal(dependence(model, DOCUMENTS, training=True), DOCUMENTS)
     else:
         assert "training" in model.training_caveat
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_a_model_is_causal_where_it_says_so(name):
-    assert_declared(zoo.config_of(zoo.Case(CASES[name])))
-
-
-@pytest.mark.parametrize("name", [name for name in PRESETS if name != "bigram"])
-def test_every_preset_is_causal_where_it_says_so(name):
-    assert_declared(validate(ModelConfig, zoo.shrunk(name)))
 
 
 @pytest.mark.parametrize("name", ["moe-claims-by-choice", "moe-claims-by-weight", "soft-moe-in-training"])
@@ -106,6 +100,6 @@ def test_training_forms_that_are_said_not_to_be_causal_are_not(name):
 
 def test_soft_moe_refuses_packed_documents_in_training():
     model = Model(zoo.config_of(zoo.CASES["feedforward-soft_moe"]))
-    tokens, documents = jnp.zeros((1, LENGTH), jnp.int32), jnp.asarray(DOCUMENTS)
+    tokens, documents = jnp.zeros(DOCUMENTS.shape, jnp.int32), jnp.asarray(DOCUMENTS)
     with pytest.raises(RequestError, match="causal_soft_moe"):
         jax.eval_shape(lambda p: model.hidden(p, tokens, segment_ids=documents, training=True), zoo.lively(model))

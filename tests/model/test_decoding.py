@@ -1,6 +1,6 @@
 """Prefill and decoding equal the full pass, over all menus, with prompts of unequal length in one batch."""
 
-import functools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,40 +8,30 @@ import numpy as np
 import pytest
 import zoo
 
-from polygpt.config import validate
-from polygpt.model import Model, ModelConfig
-from polygpt.presets import PRESETS
+from polygpt.model import Model
 
 LENGTH = zoo.LENGTH
 PROMPTS = np.array([3, 14, 9])
 PADDED = 16
-CASES = {
-    name: case.changes
-    for name, case in zoo.CASES.items()
-    if not name.startswith(("mlp-", "glu-", "norm-", "scaling-", "documents"))
-}
+MODELS = zoo.evaluated()
 
 
-def compiled(function):
-    return jax.jit(function, compiler_options=zoo.compiler_options())
-
-
-@functools.cache  # some presets are the same model once they are small
-def assert_decodes(config: ModelConfig) -> None:
-    model = Model(config)
+@pytest.mark.parametrize("name", MODELS)
+def test_prefill_and_decode_equal_the_full_pass(name):
+    model = Model(MODELS[name])
     params = zoo.lively(model)
     tokens = jnp.asarray(np.random.default_rng(7).integers(0, zoo.VOCAB, (3, LENGTH)))
-    full = np.asarray(compiled(model.logits)(params, tokens))
+    full = np.asarray(zoo.compiled(model.logits)(params, tokens))
     tolerance = 1e-4 * np.abs(full).max()
     real = jnp.arange(PADDED) < PROMPTS[:, None]
     rows = np.arange(3)
 
-    @compiled
+    @zoo.compiled
     def prefill(params, tokens, state):
         out = model.hidden(params, tokens, state=state, valid=real, fresh=True)
         return model.module(params).logits(out.hidden), out.state
 
-    @compiled
+    @zoo.compiled
     def decode(params, tokens, positions, state):
         out = model.hidden(params, tokens, positions=positions, state=state)
         return model.module(params).logits(out.hidden), out.state
@@ -61,16 +51,6 @@ def assert_decodes(config: ModelConfig) -> None:
         logits, state = decode(params, tokens[:, span], np.tile(span, (3, 1)), state)
         found.append(logits)
     np.testing.assert_allclose(np.concatenate(found, 1), full, rtol=0, atol=tolerance)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_prefill_and_decode_equal_the_full_pass(name):
-    assert_decodes(zoo.config_of(zoo.Case(CASES[name])))
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_decodes_to_the_full_pass(name):
-    assert_decodes(validate(ModelConfig, zoo.shrunk(name)))
 
 
 @pytest.mark.parametrize("name", ["attention-local", "attention-linear", "feedforward-causal_soft_moe"])
@@ -99,13 +79,19 @@ def test_padding_past_the_end_of_a_cache_changes_nothing(window):
     params = zoo.lively(model)
     tokens = jnp.asarray(np.random.default_rng(7).integers(0, zoo.VOCAB, (2, 16)))
     state = model.init_state(2, 16)
-    for start, stop, padding in ((0, 12, 0), (12, 15, 4), (15, 16, 2)):
-        span = jnp.pad(tokens[:, start:stop], ((0, 0), (0, padding)))
-        positions = jnp.broadcast_to(jnp.arange(start, stop + padding), span.shape)
+    expected = zoo.compiled(model.hidden)(params, tokens).hidden
+
+    @zoo.compiled
+    def go_on(span, positions, stop, state):
         out = model.hidden(params, span, positions=positions, valid=positions < stop, state=state)
-        state, hidden = out.state, out.hidden[:, : stop - start]
-        expected = model.hidden(params, tokens[:, :stop]).hidden[:, start:]
-        np.testing.assert_allclose(hidden, expected, rtol=1e-4, atol=1e-4, err_msg=f"from {start}")
+        return out.hidden, out.state
+
+    for start, stop, padding in ((0, 12, 0), (12, 15, 4), (15, 16, 2)):
+        span = np.pad(tokens[:, start:stop], ((0, 0), (0, padding)))
+        positions = np.broadcast_to(np.arange(start, stop + padding), span.shape)
+        hidden, state = go_on(span, positions, stop, state)
+        found = hidden[:, : stop - start]
+        np.testing.assert_allclose(found, expected[:, start:stop], rtol=1e-4, atol=1e-4, err_msg=f"from {start}")
 
 
 def test_segments_and_a_decoding_state_are_refused_together():
@@ -115,10 +101,10 @@ def test_segments_and_a_decoding_state_are_refused_together():
         model.hidden(zoo.lively(model), tokens, segment_ids=documents, state=model.init_state(2, LENGTH))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", zoo.MIXING)
 def test_every_form_is_traced_in_bfloat16_with_float32_logits(name):
     """Loops and conditions need the same dtypes in and out, which float32 alone does not show."""
-    model = Model(zoo.config_of(zoo.Case({**CASES[name], "compute_dtype": "bfloat16"})))
+    model = Model(zoo.config_of(zoo.Case({**zoo.CASES[name].changes, "compute_dtype": "bfloat16"})))
     shaped = jax.ShapeDtypeStruct
     params = jax.tree.map(lambda info: shaped(info.shape, info.dtype), model.parameters)
     tokens, weights = (shaped((2, LENGTH), dtype) for dtype in (jnp.int32, jnp.float32))
@@ -144,8 +130,10 @@ def test_bfloat16_states_decode_close_to_float32():
     low, full = (Model(zoo.config_of(zoo.Case({"compute_dtype": dtype}))) for dtype in ("bfloat16", "float32"))
     params = full.init(0)
     tokens = jnp.asarray(np.random.default_rng(7).integers(0, zoo.VOCAB, (2, LENGTH)))
-    out = low.hidden(params, tokens, state=low.init_state(2, LENGTH), fresh=True)
+    out = zoo.compiled(partial(low.hidden, fresh=True))(params, tokens, state=low.init_state(2, LENGTH))
     # Caches of 16 bits, but on a CPU, whose compiler would convert all of them for every token.
     kept = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(out.state)} == {jnp.dtype(kept)}
-    np.testing.assert_allclose(low.module(params).logits(out.hidden), full.logits(params, tokens), atol=0.02)
+    np.testing.assert_allclose(
+        low.module(params).logits(out.hidden), zoo.compiled(full.logits)(params, tokens), atol=0.02
+    )

@@ -16,7 +16,7 @@ import transformers
 from families import MODELS, Foreign, build, logits, opened, tokens
 from make_references import REFERENCES, make
 from safetensors.numpy import load_file
-from zoo import compiler_options, lively, shrunk
+from zoo import compiled, lively, shrunk
 
 from polygpt.config import validate
 from polygpt.errors import RequestError
@@ -40,7 +40,7 @@ def error(got, expected) -> float:
 
 
 def ours(config: ModelConfig, params) -> np.ndarray:
-    compute = jax.jit(Model(config).logits, compiler_options=compiler_options())
+    compute = compiled(Model(config).logits)
     return np.asarray(compute(params, tokens()))
 
 
@@ -233,7 +233,7 @@ def exported_as_theirs(config: ModelConfig, folder: Path) -> str:
     params = lively(Model(config))
     architecture = export_huggingface(folder, config, params)
     ids = tokens()[:, : config.context_length] % config.vocab_size
-    compute = jax.jit(Model(config).logits, compiler_options=compiler_options())
+    compute = compiled(Model(config).logits)
     assert error(np.asarray(compute(params, ids)), logits(opened(folder), ids)) < 1e-5
     return architecture
 

@@ -5,6 +5,7 @@ Shared by the tests of parity with the specification, of causality and of decodi
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple, get_args
 
 import jax
@@ -20,7 +21,7 @@ from polygpt.model.feedforward import MENU as FEEDFORWARD
 from polygpt.model.norms import MENU as NORM
 from polygpt.model.positions import MENU as POSITION
 from polygpt.model.rope import SCALINGS
-from polygpt.presets import preset_fields
+from polygpt.presets import PRESETS, preset_fields
 
 LENGTH, VOCAB = 24, 37
 CLAIM_ORDERS = get_args(MoEConfig.model_fields["claim_order"].annotation)
@@ -128,24 +129,29 @@ CASES: dict[str, Case] = {
     "rope-fraction-scaled": Case(
         {"position": {"fraction": 0.5, "scaling": {"kind": "ntk", "factor": 2.0}}, "attention": {"head_dim": 12}}
     ),
-    # Mixtures of experts.
+    # Mixtures of experts: who is served, which mixes tokens.
     "moe-top-one": feeding(MOE, True, top_k=1, capacity_factor=0.7),
-    "moe-plain-experts": feeding(MOE, True, gated=False, bias=True, activation="gelu"),
-    "moe-normalized": feeding(MOE, True, normalize_weights=True, top_k=3, capacity_factor=0.7),
-    "moe-normalized-by-weight": feeding(MOE, True, normalize_weights=True, claim_order="weight", capacity_factor=0.6),
-    "moe-dropless": feeding(MOE, True, dispatch="dropless", bias=True),
-    "moe-evaluated": feeding(MOE, top_k=3, normalize_weights=True, bias=True, capacity_factor=0.3),
-    "moe-shared": feeding(MOE, True, shared_experts=2, bias=True, capacity_factor=0.8),
-    "moe-shared-plain": feeding(MOE, shared_experts=1, gated=False),
-    "moe-balance-by-weight": feeding(MOE, True, balance_rate=0.1, claim_order="weight", capacity_factor=0.3),
-    "moe-balance-evaluated": feeding(MOE, balance_rate=0.1, normalize_weights=True),
     "moe-every-expert": feeding(MOE, True, top_k=4, claim_order="token", capacity_factor=0.5),
+    "moe-dropless": feeding(MOE, True, dispatch="dropless", bias=True),
     "moe-with-documents": feeding(MOE, True, capacity_factor=0.7)._replace(packed=DISTINCT),
-    "soft-moe-in-training": feeding(SOFT, True, bias=True),
-    "soft-moe-plain": feeding(SOFT, gated=False, bias=True),
-    "soft-moe-blockwise-in-training": feeding(BLOCKWISE, True, bias=True),
+    "soft-moe-in-training": feeding(SOFT, True),
+    "soft-moe-blockwise-in-training": feeding(BLOCKWISE, True),
     "soft-moe-blocks-of-one": feeding(BLOCKWISE, block_size=1),
     "soft-moe-two-blocks": feeding(BLOCKWISE, block_size=LENGTH - 4),
+    # What the experts do for a token.
+    "experts-plain": feeding(MOE, True, gated=False, bias=True, activation="gelu"),
+    "experts-normalized": feeding(MOE, True, normalize_weights=True, top_k=3, capacity_factor=0.7),
+    "experts-normalized-by-weight": feeding(
+        MOE, True, normalize_weights=True, claim_order="weight", capacity_factor=0.6
+    ),
+    "experts-evaluated": feeding(MOE, top_k=3, normalize_weights=True, bias=True, capacity_factor=0.3),
+    "experts-shared": feeding(MOE, True, shared_experts=2, bias=True, capacity_factor=0.8),
+    "experts-shared-plain": feeding(MOE, shared_experts=1, gated=False),
+    "experts-balanced-by-weight": feeding(MOE, True, balance_rate=0.1, claim_order="weight", capacity_factor=0.3),
+    "experts-balanced-evaluated": feeding(MOE, balance_rate=0.1, normalize_weights=True),
+    "experts-soft": feeding(SOFT, True, bias=True),
+    "experts-soft-plain": feeding(SOFT, gated=False, bias=True),
+    "experts-soft-blockwise": feeding(BLOCKWISE, True, bias=True),
     # The whole.
     "layernorm-without-bias": Case({"norm": {"kind": "layernorm", "bias": False}}),
     "no-final-norm": Case({"final_norm": False, "head": "untied"}),
@@ -215,8 +221,13 @@ def lively(model: Model, seed: int = 0) -> dict[str, Any]:
     return jax.tree.map(draw, model.parameters)
 
 
+def compiled(function: Callable, **settings: Any) -> Callable:
+    """`jax.jit` for a model as small as these."""
+    return jax.jit(function, compiler_options=_compiler_options(), **settings)
+
+
 @functools.cache
-def compiler_options() -> dict[str, Any]:
+def _compiler_options() -> dict[str, Any]:
     """Those of `COMPILER` that this version of XLA knows; none on a GPU."""
 
     def is_known(name: str) -> bool:
@@ -232,3 +243,24 @@ def compiler_options() -> dict[str, Any]:
 def config_of(case: Case) -> ModelConfig:
     """The configuration of a case."""
     return validate(ModelConfig, merge(BASE, case.changes))
+
+
+# Left out of what is asked of models in which tokens meet: what is done to a token alone (activations, norms, what an
+# expert does), angles, and documents.
+ALONE = ("mlp-", "glu-", "experts-", "norm-", "layernorm-", "rmsnorm-", "embedding-", "scaling-", "documents")
+MIXING = [name for name in CASES if not name.startswith(ALONE)]
+# What evaluation and generation do not look at, in a mixture of experts.
+OF_TRAINING = {"dispatch", "capacity_factor", "claim_order", "load_balance_loss", "z_loss", "router_noise"}
+
+
+def evaluated() -> dict[str, ModelConfig]:
+    """The models of `MIXING` and the presets made small, as they are in evaluation: each once, by its first name."""
+    found: dict[ModelConfig, str] = {}
+    for name in MIXING:
+        changes = CASES[name].changes
+        part = changes.get("feedforward", {})
+        feedforward = {key: part[key] for key in part if key not in OF_TRAINING}
+        found.setdefault(config_of(Case(changes | {"feedforward": feedforward})), name)
+    for name in PRESETS:
+        found.setdefault(validate(ModelConfig, shrunk(name)), f"preset-{name}")
+    return {name: config for config, name in found.items()}
