@@ -1,6 +1,7 @@
-"""`hf:owner/name` against a hub on this machine, each time in a process of its own: what comes, is kept, is refused."""
+"""`hf:owner/name` against a hub on this machine: what comes, is kept, is refused."""
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -40,19 +41,32 @@ def hub(folders):
 
 
 @pytest.fixture
-def polygpt(process, hub, tmp_path):
-    """`polygpt(*words, **environment)` with the hub's address and a cache below `tmp_path`."""
+def surroundings(hub, tmp_path):
+    """An environment with the hub's address and a cache below `tmp_path`."""
+    ours = {"HF_HOME": str(tmp_path / "cache"), "HF_ENDPOINT": hub.address, "HF_HUB_DISABLE_TELEMETRY": "1"}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "POLYGPT_MAX"))}
+    return kept | ours
 
-    def call(*words, **environment):
-        own = {"HF_HOME": str(tmp_path / "cache"), "HF_ENDPOINT": hub.address, "HF_HUB_DISABLE_TELEMETRY": "1"}
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "POLYGPT_MAX"))}
-        return process(*words, env=kept | own | environment, cwd=tmp_path)
+
+@pytest.fixture
+def polygpt(program, surroundings, monkeypatch, tmp_path):
+    """`polygpt(*words, **changes)` in this process, with changes of the environment and the library loaded anew: it
+    reads the environment once."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words, **changes):
+        for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
+            del sys.modules[name]
+        logging.getLogger("huggingface_hub").handlers.clear()  # they hold the standard error of another test
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "environ", surroundings | changes)
+            return program(*words)
 
     return call
 
 
-def test_a_model_is_imported_and_afterwards_read_without_the_hub(polygpt, hub, folders, tmp_path):
-    done = polygpt("import", "hf:tiny/model", "--out", "m", "--json")
+def test_a_model_is_imported_and_afterwards_read_without_the_hub(polygpt, process, surroundings, hub, tmp_path):
+    done = process("import", "hf:tiny/model", "--out", "m", "--json", env=surroundings, cwd=tmp_path)
     assert (done.code, done.err) == (0, "")
     facts = json.loads(done.out)
     assert (facts["source"], facts["architecture"], facts["tokenizer"]) == ("hf:tiny/model", "Qwen2ForCausalLM", "char")

@@ -25,7 +25,7 @@ ON_A_CPU = pytest.mark.skipif(jax.default_backend() != "cpu", reason="a form for
 KINDS = {
     "plain": {},
     "untied": {"head": "untied", "attention": {"bias": True}},
-    "pattern": {"num_layers": 5, "pattern": [{"feedforward": zoo.MOE}, {"attention": {"window": 5}}]},
+    "pattern": {"num_layers": 3, "pattern": [{"feedforward": zoo.MOE}, {"attention": {"window": 5}}]},
     "linear": {"attention": zoo.LINEAR, "feedforward": zoo.SOFT},
     "learned": {"position": "learned", "norm": "layernorm", "scan_layers": True, "num_layers": 3},
     "no-head": {"head": "none", "embed_dim": zoo.VOCAB, "attention": {"head_dim": 8}},
