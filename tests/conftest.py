@@ -1,5 +1,6 @@
 """Fixtures that every test may use."""
 
+import gc
 import os
 import random
 import shutil
@@ -18,6 +19,9 @@ from jaxtyping import install_import_hook
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+# Tracing makes objects by the hundred thousand and hardly any garbage: looking for it took a tenth of the time.
+gc.set_threshold(100_000, 50, 100)
 
 # Whoever started the tests may ignore interruptions (a shell does in the background), and so would what they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
