@@ -20,6 +20,14 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1]
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
+# Models this small take fifty times longer to optimise than to run (a GPU is left its own settings).
+if shutil.which("nvidia-smi") is None:
+    os.environ.setdefault(
+        "XLA_FLAGS",
+        "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+        "--xla_cpu_parallel_codegen_split_count=1",
+    )
+
 # Tracing makes objects by the hundred thousand and hardly any garbage: looking for it took a tenth of the time.
 gc.set_threshold(100_000, 50, 100)
 

@@ -2,6 +2,7 @@
 
 from polygpt.training.config import RunConfig, SamplingConfig, TrainingConfig
 from polygpt.training.events import (
+    Ended,
     Evaluated,
     Event,
     Finished,
@@ -22,6 +23,7 @@ from polygpt.training.step import Batch, Trainer, TrainState
 
 __all__ = [
     "Batch",
+    "Ended",
     "Evaluated",
     "Event",
     "Finished",

@@ -87,6 +87,11 @@ class Finished:
 
 
 @dataclass(frozen=True)
+class Ended:
+    """The last event of all, whether the run is complete, was interrupted or failed."""
+
+
+@dataclass(frozen=True)
 class RunResult:
     """What a run comes to. Losses in nats a token; `seconds` is all of it, from preparing the data to the end."""
 
@@ -100,5 +105,5 @@ class RunResult:
     compile_seconds: float
 
 
-Event = Note | Started | Stepped | Evaluated | Measured | Sampled | Saved | Finished
+Event = Note | Started | Stepped | Evaluated | Measured | Sampled | Saved | Finished | Ended
 Listener = Callable[[Event], None]

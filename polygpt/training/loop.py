@@ -26,6 +26,7 @@ from polygpt.loading import CHECKPOINTS, read_origin
 from polygpt.model import Model
 from polygpt.training.config import RunConfig
 from polygpt.training.events import (
+    Ended,
     Evaluated,
     Event,
     Finished,
@@ -79,7 +80,10 @@ def train(
             run = _with_changes(run, config)
     else:
         run = create_run(config, out, lambda text: emit(Note(text)), check=_check)
-    return _Loop(run, emit, started).run(resume)
+    try:
+        return _Loop(run, emit, started).run(resume)
+    finally:
+        emit(Ended())
 
 
 def _emitter(listeners: Iterable[Listener]) -> Listener:

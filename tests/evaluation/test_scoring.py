@@ -40,7 +40,7 @@ def naive(model, params):
     length = model.config.context_length
     rows = [np.array([*context, *continuation])[-(length + 1) :] for context, continuation in PAIRS]
     padded = jnp.asarray([np.pad(row[:-1], (0, length + 1 - len(row))) for row in rows], jnp.int32)
-    logits = zoo.compiled(model.logits)(params, padded)
+    logits = jax.jit(model.logits)(params, padded)
     log_p = log_softmax(np.asarray(logits, np.float64), axis=-1)
     for number, (row, (_, continuation)) in enumerate(zip(rows, PAIRS, strict=True)):
         steps = np.arange(len(row) - 1 - len(continuation), len(row) - 1)

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from make_references import REFERENCES
 from safetensors.numpy import load_file
-from zoo import compiled
 
 import polygpt
 from polygpt.errors import RequestError
@@ -35,7 +34,7 @@ def bits(params):
 
 
 def logits(config, params, tokens):
-    return np.asarray(compiled(Model(config).logits)(params, tokens))
+    return np.asarray(jax.jit(Model(config).logits)(params, tokens))
 
 
 @pytest.fixture

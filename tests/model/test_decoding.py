@@ -21,17 +21,17 @@ def test_prefill_and_decode_equal_the_full_pass(name):
     model = Model(MODELS[name])
     params = zoo.lively(model)
     tokens = jnp.asarray(np.random.default_rng(7).integers(0, zoo.VOCAB, (3, LENGTH)))
-    full = np.asarray(zoo.compiled(model.logits)(params, tokens))
+    full = np.asarray(jax.jit(model.logits)(params, tokens))
     tolerance = 1e-4 * np.abs(full).max()
     real = jnp.arange(PADDED) < PROMPTS[:, None]
     rows = np.arange(3)
 
-    @zoo.compiled
+    @jax.jit
     def prefill(params, tokens, state):
         out = model.hidden(params, tokens, state=state, valid=real, fresh=True)
         return model.module(params).logits(out.hidden), out.state
 
-    @zoo.compiled
+    @jax.jit
     def decode(params, tokens, positions, state):
         out = model.hidden(params, tokens, positions=positions, state=state)
         return model.module(params).logits(out.hidden), out.state
@@ -79,9 +79,9 @@ def test_padding_past_the_end_of_a_cache_changes_nothing(window):
     params = zoo.lively(model)
     tokens = jnp.asarray(np.random.default_rng(7).integers(0, zoo.VOCAB, (2, 16)))
     state = model.init_state(2, 16)
-    expected = zoo.compiled(model.hidden)(params, tokens).hidden
+    expected = jax.jit(model.hidden)(params, tokens).hidden
 
-    @zoo.compiled
+    @jax.jit
     def go_on(span, positions, stop, state):
         out = model.hidden(params, span, positions=positions, valid=positions < stop, state=state)
         return out.hidden, out.state
@@ -130,10 +130,8 @@ def test_bfloat16_states_decode_close_to_float32():
     low, full = (Model(zoo.config_of(zoo.Case({"compute_dtype": dtype}))) for dtype in ("bfloat16", "float32"))
     params = full.init(0)
     tokens = jnp.asarray(np.random.default_rng(7).integers(0, zoo.VOCAB, (2, LENGTH)))
-    out = zoo.compiled(partial(low.hidden, fresh=True))(params, tokens, state=low.init_state(2, LENGTH))
+    out = jax.jit(partial(low.hidden, fresh=True))(params, tokens, state=low.init_state(2, LENGTH))
     # Caches of 16 bits, but on a CPU, whose compiler would convert all of them for every token.
     kept = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(out.state)} == {jnp.dtype(kept)}
-    np.testing.assert_allclose(
-        low.module(params).logits(out.hidden), zoo.compiled(full.logits)(params, tokens), atol=0.02
-    )
+    np.testing.assert_allclose(low.module(params).logits(out.hidden), jax.jit(full.logits)(params, tokens), atol=0.02)

@@ -37,7 +37,7 @@ def test_value_and_gradients_equal_the_plain_ones(chunks, rule, monkeypatch):
         logits = rule.apply(head.project_to_vocabulary(hidden, weight))
         return 3 * (head.nll_of_logits(logits, targets) * weights).sum()
 
-    found, expected = (zoo.compiled(jax.value_and_grad(f, argnums=(0, 1)))(hidden, weight) for f in (fast, plain))
+    found, expected = (jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(hidden, weight) for f in (fast, plain))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5), found, expected)
 
 
@@ -49,11 +49,11 @@ def test_padded_ids_never_come_and_change_nothing():
     params = small.init(0)
     wide = {**params, "embedding": jnp.pad(params["embedding"], [(0, 5), (0, 0)], constant_values=7.0)}
     tokens = jnp.asarray(np.random.default_rng(1).integers(0, 32, (2, 24), np.int32))
-    logits = zoo.compiled(padded.logits)(wide, tokens)
-    np.testing.assert_allclose(logits[..., :32], zoo.compiled(small.logits)(params, tokens), rtol=1e-6, atol=1e-6)
+    logits = jax.jit(padded.logits)(wide, tokens)
+    np.testing.assert_allclose(logits[..., :32], jax.jit(small.logits)(params, tokens), rtol=1e-6, atol=1e-6)
     assert (jax.nn.softmax(logits)[..., 32:] == 0).all()
     named = spec.name_parameters(wide, jax.tree.map(lambda info: info.axes, padded.parameters))
-    expected = zoo.compiled(spec.logits, static_argnums=0)(padded.config, named, tokens)
+    expected = jax.jit(spec.logits, static_argnums=0)(padded.config, named, tokens)
     np.testing.assert_allclose(logits, expected.unwrap("batch", "sequence", "vocab"), rtol=1e-5, atol=1e-6)
 
 

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import zoo
 
 from polygpt.errors import RequestError
 from polygpt.model import Model
@@ -16,9 +15,7 @@ def test_scanned_and_unrolled_layers_agree_to_the_gradient(tiny_config, lively, 
     changes = {"num_layers": 5, "pattern": [{"attention": {"num_heads": 2}}, {"feedforward": {"mlp_dim": 8}}]}
     unrolled, scanned = (Model(tiny_config(scan_layers=scan, **changes)) for scan in (False, True))
     params = lively(unrolled)
-    grads = [
-        zoo.compiled(jax.grad(lambda p, m=m: m.nll(p, tokens, tokens).mean()))(params) for m in (unrolled, scanned)
-    ]
+    grads = [jax.jit(jax.grad(lambda p, m=m: m.nll(p, tokens, tokens).mean()))(params) for m in (unrolled, scanned)]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *grads)
 
 
@@ -26,9 +23,9 @@ def test_bfloat16_computes_close_to_float32_and_scores_in_float32(tiny_config, t
     low, full = (Model(tiny_config(compute_dtype=dtype)) for dtype in ("bfloat16", "float32"))
     params = full.init(0)
     assert jax.eval_shape(low.hidden, params, tokens).hidden.dtype == jnp.bfloat16
-    logits = zoo.compiled(low.logits)(params, tokens)
+    logits = jax.jit(low.logits)(params, tokens)
     assert logits.dtype == jnp.float32
-    np.testing.assert_allclose(logits, zoo.compiled(full.logits)(params, tokens), atol=0.02)
+    np.testing.assert_allclose(logits, jax.jit(full.logits)(params, tokens), atol=0.02)
 
 
 def test_rope_angles_stay_exact_far_out(tiny_config, tokens):
@@ -70,8 +67,8 @@ def test_fan_in_initialisation_is_truncated_and_scaled(tiny_config):
 def test_dropout_drops_in_training_only_and_by_key(tiny_config, tokens):
     model = Model(tiny_config(dropout=0.2, embed_dropout=0.1, attention={"dropout": 0.3}))
     params = model.init(0)
-    loss = zoo.compiled(lambda key: model.loss(params, tokens, tokens, jnp.ones((2, 24)), key)[0])
-    plain, without = (zoo.compiled(m.nll)(params, tokens, tokens).sum() for m in (model, Model(tiny_config())))
+    loss = jax.jit(lambda key: model.loss(params, tokens, tokens, jnp.ones((2, 24)), key)[0])
+    plain, without = (jax.jit(m.nll)(params, tokens, tokens).sum() for m in (model, Model(tiny_config())))
     first, again, other = (float(loss(jax.random.key(seed))) for seed in (1, 1, 2))
     assert first == again
     assert first != other

@@ -15,7 +15,7 @@ MANY = {"kind": "moe", "mlp_dim": 4, "num_experts": 16, "top_k": 1}
 def test_a_short_sequence_finds_a_slot_where_many_experts_share_few():
     model = Model(zoo.config_of(zoo.Case({"feedforward": MANY})))
     tokens = jnp.zeros((2, 4), jnp.int32)
-    loss, effects = zoo.compiled(model.loss)(zoo.lively(model), tokens, tokens, jnp.ones((2, 4)))
+    loss, effects = jax.jit(model.loss)(zoo.lively(model), tokens, tokens, jnp.ones((2, 4)))
     assert np.isfinite(loss)
     assert float(effects.metrics["dropped_share"]) == pytest.approx(0.75)  # equal tokens, one slot a sequence
 
@@ -34,7 +34,7 @@ def test_the_balance_bias_moves_towards_the_unused_and_stays_float32():
     params = jax.tree.map(lambda info: jnp.full(info.shape, 0.1, info.dtype), model.parameters)
     params["blocks"][0]["feedforward"]["balance"] = jnp.full((1, 16), 0.5)
     tokens = jnp.zeros((2, 4), jnp.int32)
-    _, effects = zoo.compiled(model.loss)(params, tokens, tokens, jnp.ones((2, 4)))
+    _, effects = jax.jit(model.loss)(params, tokens, tokens, jnp.ones((2, 4)))
     bias = model.with_updates(params, effects.updates)["blocks"][0]["feedforward"]["balance"]
     assert bias.dtype == jnp.float32
     # All tokens are alike, so one expert has them all and fifteen have none.
@@ -48,7 +48,7 @@ def test_noise_is_of_training_alone_and_by_key():
     def hidden(training, key):
         return model.hidden(params, tokens, training=training, key=key).hidden
 
-    compiled = zoo.compiled(hidden, static_argnums=0)
+    compiled = jax.jit(hidden, static_argnums=0)
     first, again, other = (compiled(True, jax.random.key(seed)) for seed in (1, 1, 2))
     assert (first == again).all()
     assert (first != other).any()
@@ -66,5 +66,5 @@ def test_one_row_reads_the_weights_of_its_experts_alone():
     def decode(params, token, state):
         return model.hidden(params, token, positions=jnp.zeros((1, 1), jnp.int32), state=state).hidden
 
-    compiled = jax.jit(decode).lower(shapes, token, state).compile()
+    compiled = jax.jit(decode).lower(shapes, token, state).compile(compiler_options=zoo.OPTIMIZED)
     assert compiled.memory_analysis().temp_size_in_bytes < 64 * 16 * 32 * 4  # one matrix of all experts

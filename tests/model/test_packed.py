@@ -46,7 +46,7 @@ def both(config: ModelConfig, dtype: str) -> tuple[LanguageModel, LanguageModel]
 
 
 def logits(lm: LanguageModel, tokens: np.ndarray) -> np.ndarray:
-    return np.asarray(zoo.compiled(lm.model.logits)(lm.params, tokens))
+    return np.asarray(jax.jit(lm.model.logits)(lm.params, tokens))
 
 
 def tokens(rows: int, length: int = 10) -> np.ndarray:
@@ -153,7 +153,7 @@ def test_no_weights_are_converted_in_memory_while_decoding_a_row(dtype):
     row, key = jnp.zeros(1, jnp.int32), jax.random.key(0)
     progress = engine.Progress(row, row, state, jnp.zeros(1, bool), jnp.int32(1))
     decode = engine._programs(config, Sampler(temperature=0), ()).decode
-    compiled = decode.lower(params, progress, key).compile()
+    compiled = decode.lower(params, progress, key).compile(compiler_options=zoo.OPTIMIZED)
     one_matrix = 4 * 64 * wide["mlp_dim"]  # bytes in 32 bits, of a layer; the head has a few more
     assert compiled.memory_analysis().temp_size_in_bytes < one_matrix / 4
 
@@ -164,7 +164,8 @@ def test_no_weights_are_copied_while_decoding_some_rows():
     config = tiny("plain").replace(num_layers=12, embed_dim=64, feedforward=wide)
     model = Model(config)
     params = model.pack(model.init(0), "float32")
-    compiled = jax.jit(lambda params, tokens: model.hidden(params, tokens).hidden).lower(params, tokens(8, 1)).compile()
+    lowered = jax.jit(lambda params, tokens: model.hidden(params, tokens).hidden).lower(params, tokens(8, 1))
+    compiled = lowered.compile(compiler_options=zoo.OPTIMIZED)
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * 64 * wide["mlp_dim"]  # bytes of one matrix
 
 

@@ -16,7 +16,7 @@ import transformers
 from families import MODELS, Foreign, build, logits, opened, tokens
 from make_references import REFERENCES, make
 from safetensors.numpy import load_file
-from zoo import compiled, lively, shrunk
+from zoo import lively, shrunk
 
 from polygpt.config import validate
 from polygpt.errors import RequestError
@@ -40,7 +40,7 @@ def error(got, expected) -> float:
 
 
 def ours(config: ModelConfig, params) -> np.ndarray:
-    compute = compiled(Model(config).logits)
+    compute = jax.jit(Model(config).logits)
     return np.asarray(compute(params, tokens()))
 
 
@@ -233,7 +233,7 @@ def exported_as_theirs(config: ModelConfig, folder: Path) -> str:
     params = lively(Model(config))
     architecture = export_huggingface(folder, config, params)
     ids = tokens()[:, : config.context_length] % config.vocab_size
-    compute = compiled(Model(config).logits)
+    compute = jax.jit(Model(config).logits)
     assert error(np.asarray(compute(params, ids)), logits(opened(folder), ids)) < 1e-5
     return architecture
 

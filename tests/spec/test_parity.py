@@ -45,7 +45,7 @@ def compute(forward, params: dict[str, Any]) -> Found:
             losses,
         )
 
-    gradient, found = zoo.compiled(jax.grad(objective, has_aux=True))(params)
+    gradient, found = jax.jit(jax.grad(objective, has_aux=True))(params)
     return Found(*jax.device_get((*found, gradient)))
 
 
@@ -113,10 +113,10 @@ def test_the_loss_agrees():
     params = zoo.lively(model)
     tokens, targets = np.random.default_rng(7).integers(0, zoo.VOCAB, (2, 2, zoo.LENGTH), np.int32)
     weights = np.full(tokens.shape, 1 / tokens.size, np.float32)
-    nats, effects = zoo.compiled(model.loss)(params, tokens, targets, weights)
+    nats, effects = jax.jit(model.loss)(params, tokens, targets, weights)
     axes = jax.tree.map(lambda info: info.axes, model.parameters)
     named = spec.name_parameters(params, axes)
-    expected = zoo.compiled(spec.loss, static_argnums=0)(model.config, named, tokens, targets)
+    expected = jax.jit(spec.loss, static_argnums=0)(model.config, named, tokens, targets)
     assert float(nats + sum(effects.losses.values())) == pytest.approx(float(expected.unwrap()), rel=TOLERANCE)
 
 

@@ -3,9 +3,7 @@
 Shared by the tests of parity with the specification, of causality and of decoding, so that a new entry meets all three.
 """
 
-import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple, get_args
 
 import jax
@@ -25,11 +23,11 @@ from polygpt.presets import PRESETS, preset_fields
 
 LENGTH, VOCAB = 24, 37
 CLAIM_ORDERS = get_args(MoEConfig.model_fields["claim_order"].annotation)
-# Models this small take fifty times longer to optimise than to run.
-COMPILER = {
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_use_fusion_emitters": False,
-    "xla_cpu_parallel_codegen_split_count": 1,
+# As XLA compiles by itself, for tests of what it made: the others are compiled without optimization (conftest.py).
+OPTIMIZED = {
+    "xla_backend_optimization_level": 3,
+    "xla_cpu_use_fusion_emitters": True,
+    "xla_cpu_parallel_codegen_split_count": 32,
 }
 
 BASE: dict[str, Any] = {
@@ -219,25 +217,6 @@ def lively(model: Model, seed: int = 0) -> dict[str, Any]:
         return jnp.asarray(centre + 0.3 * random.standard_normal(info.shape), info.dtype)
 
     return jax.tree.map(draw, model.parameters)
-
-
-def compiled(function: Callable, **settings: Any) -> Callable:
-    """`jax.jit` for a model as small as these."""
-    return jax.jit(function, compiler_options=_compiler_options(), **settings)
-
-
-@functools.cache
-def _compiler_options() -> dict[str, Any]:
-    """Those of `COMPILER` that this version of XLA knows; none on a GPU."""
-
-    def is_known(name: str) -> bool:
-        try:
-            jax.jit(lambda x: x + 1, compiler_options={name: COMPILER[name]})(0.0)
-        except jax.errors.JaxRuntimeError:
-            return False
-        return True
-
-    return {name: value for name, value in COMPILER.items() if jax.default_backend() == "cpu" and is_known(name)}
 
 
 def config_of(case: Case) -> ModelConfig:

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import zoo
 
 from polygpt.config import validate
 from polygpt.errors import RequestError
@@ -35,8 +34,8 @@ def draw(model, seed):
 
 def updates(optimizer, params, gradients):
     """The parameters after each gradient."""
-    state = zoo.compiled(optimizer.init)(params)
-    step = zoo.compiled(optimizer.update)
+    state = jax.jit(optimizer.init)(params)
+    step = jax.jit(optimizer.update)
     for gradient in gradients:
         change, state = step(gradient, state, params)
         params = jax.tree.map(jnp.add, params, change)

@@ -10,7 +10,7 @@ import pytest
 from polygpt import checkpoint
 from polygpt.errors import RequestError
 from polygpt.recipes import load_recipe
-from polygpt.training import Interrupted, Stepped, read_config, train
+from polygpt.training import Ended, Interrupted, Stepped, read_config, train
 from polygpt.training.listeners import RunFiles
 from polygpt.training.run_folder import read_lines
 
@@ -51,8 +51,10 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(workdir, optimizer):
     config = load_recipe("tiny.yaml", changes)
     assert config.model.dropout > 0
     whole = train(config, "whole", listeners=[RunFiles()])
+    events = []
     with pytest.raises(Interrupted):
-        train(config, "parts", listeners=[RunFiles(), stop_after(3)])
+        train(config, "parts", listeners=[RunFiles(), stop_after(3), events.append])
+    assert events[-1] == Ended()
     with pytest.raises(Interrupted):
         train(None, "parts", resume=True, listeners=[RunFiles(), stop_after(5)])
     parts = train(None, "parts", resume=True, listeners=[RunFiles()])

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import zoo
 
 from polygpt.config import validate
 from polygpt.model import Model, ModelConfig
@@ -48,7 +47,7 @@ def state(trainer):
 
 @pytest.fixture(scope="module")
 def step(trainer):
-    return zoo.compiled(trainer.step)
+    return jax.jit(trainer.step)
 
 
 def batch_of(seed, masked=0):
@@ -85,7 +84,7 @@ def test_dropout_differs_from_step_to_step(step, state):
 def test_masked_targets_do_not_count(model, state):
     whole, masked = batch_of(2), batch_of(2, masked=5)
     other = masked._replace(target=masked.target.at[:, :5].set(0))
-    sums = zoo.compiled(lambda batch: nll_sums(model, state.params, batch))
+    sums = jax.jit(lambda batch: nll_sums(model, state.params, batch))
     np.testing.assert_array_equal(sums(masked), sums(other))
     assert float(sums(masked)[1]) == 9
     assert float(sums(whole)[1]) == 24
@@ -94,8 +93,8 @@ def test_masked_targets_do_not_count(model, state):
 def test_the_training_loss_is_the_mean_over_what_counts(model, step, state):
     batch = batch_of(4, masked=3)
     plain = Model(model.config.replace(dropout=0.0))
-    _, metrics = zoo.compiled(trainer_of(plain).step)(state, batch)
-    nats, tokens = zoo.compiled(partial(nll_sums, plain))(state.params, batch)
+    _, metrics = jax.jit(trainer_of(plain).step)(state, batch)
+    nats, tokens = jax.jit(partial(nll_sums, plain))(state.params, batch)
     assert float(metrics.loss) == pytest.approx(float(nats / tokens), rel=1e-5)
     _, empty = step(state, batch._replace(mask=jnp.zeros((3, 8))))
     assert float(empty.loss) == 0
@@ -108,7 +107,7 @@ def test_clipping_bounds_the_global_norm(model, state):
     trainer = trainer_of(model, clip_norm=0.01)
     trainer.optimizer = optax.sgd(1.0)
     start = TrainState(state.params, trainer.optimizer.init(state.params), state.step)
-    after, metrics = zoo.compiled(trainer.step)(start, batch_of(3))
+    after, metrics = jax.jit(trainer.step)(start, batch_of(3))
     length = optax.tree.norm(jax.tree.map(jnp.subtract, after.params, start.params))
     assert float(metrics.grad_norm) > 0.01, "the metric is the norm before clipping"
     assert float(length) == pytest.approx(0.01, rel=1e-3)

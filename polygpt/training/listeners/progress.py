@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from polygpt.training.events import (
+    Ended,
     Evaluated,
     Event,
     Finished,
@@ -85,7 +86,10 @@ class _Lines:
 
 
 class _Bar:
-    """A live bar below the lines; it closes when the run ends or the process does."""
+    """A live bar below the lines, until the run ends.
+
+    (Not until it is deleted: that can be when Python shuts down, where the thread that draws is waited for in vain.)
+    """
 
     def __init__(self, console: Console):
         self.console = console
@@ -106,7 +110,7 @@ class _Bar:
             speed = {} if event.tokens_per_second is None else {"speed": f"{event.tokens_per_second:,.0f}"}
             self.progress.update(self.task, completed=event.step, loss=f"{event.loss:.3f}", **speed)
             return
-        if isinstance(event, Finished):
+        if isinstance(event, Finished | Ended):
             self.progress.stop()
         if line := describe(event):
             self.console.print(line)
@@ -115,6 +119,3 @@ class _Bar:
                 "training", total=event.config.training.steps, completed=event.step, loss="–", speed="–"
             )
             self.progress.start()
-
-    def __del__(self) -> None:
-        self.progress.stop()

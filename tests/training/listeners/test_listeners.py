@@ -9,7 +9,7 @@ from rich.console import Console
 
 from polygpt.errors import PolygptError
 from polygpt.recipes import load_recipe
-from polygpt.training import Evaluated, Finished, Note, RunResult, Sampled, Saved, Started, Stepped
+from polygpt.training import Ended, Evaluated, Finished, Note, RunResult, Sampled, Saved, Started, Stepped
 from polygpt.training.listeners import Baseline, RunFiles, progress_listener, write_report
 from polygpt.training.run_folder import read_lines
 
@@ -95,8 +95,7 @@ def test_without_a_terminal_each_event_is_a_plain_line(tmp_path):
 def test_on_a_terminal_a_bar_is_drawn_and_the_cursor_given_back(tmp_path, finished):
     stream = io.StringIO()
     bar = progress_listener(Console(file=stream, force_terminal=True, width=120))
-    tell(bar, started(tmp_path), *EVENTS[: None if finished else -1])
-    del bar
+    tell(bar, started(tmp_path), *EVENTS[: None if finished else -1], Ended())
     text = stream.getvalue()
     assert text.rfind("\x1b[?25h") > text.rfind("\x1b[?25l") > 0
     assert "11/" in text
