@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import xla
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
@@ -20,16 +21,11 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1]
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
-# Models this small take fifty times longer to optimise than to run (a GPU is left its own settings).
-if shutil.which("nvidia-smi") is None:
-    os.environ.setdefault(
-        "XLA_FLAGS",
-        "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
-        "--xla_cpu_parallel_codegen_split_count=1",
-    )
+if shutil.which("nvidia-smi") is None:  # a GPU is left its own settings
+    os.environ.setdefault("XLA_FLAGS", xla.FLAGS)
 
 # Tracing makes objects by the hundred thousand and hardly any garbage: looking for it took a tenth of the time.
-gc.set_threshold(100_000, 50, 100)
+gc.set_threshold(20_000)
 
 # Whoever started the tests may ignore interruptions (a shell does in the background), and so would what they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)

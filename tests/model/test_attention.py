@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import zoo
+import xla
 
 from polygpt.errors import RequestError
 from polygpt.model.attention import blocked
@@ -107,7 +107,7 @@ def test_blocks_take_memory_by_length_not_by_its_square(window):
             return (attend_blocked(q, k, v, rule, ScoreInputs()) * weights).sum()
 
         gradient = jax.jit(jax.grad(objective, argnums=(0, 1, 2)))
-        compiled = gradient.lower(q, k, v, weights).compile(compiler_options=zoo.OPTIMIZED)
+        compiled = gradient.lower(q, k, v, weights).compile(compiler_options=xla.OPTIMIZED)
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporary(4 * 2048) < 4.2 * temporary(2048)

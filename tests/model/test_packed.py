@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import xla
 import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -153,7 +154,7 @@ def test_no_weights_are_converted_in_memory_while_decoding_a_row(dtype):
     row, key = jnp.zeros(1, jnp.int32), jax.random.key(0)
     progress = engine.Progress(row, row, state, jnp.zeros(1, bool), jnp.int32(1))
     decode = engine._programs(config, Sampler(temperature=0), ()).decode
-    compiled = decode.lower(params, progress, key).compile(compiler_options=zoo.OPTIMIZED)
+    compiled = decode.lower(params, progress, key).compile(compiler_options=xla.OPTIMIZED)
     one_matrix = 4 * 64 * wide["mlp_dim"]  # bytes in 32 bits, of a layer; the head has a few more
     assert compiled.memory_analysis().temp_size_in_bytes < one_matrix / 4
 
@@ -165,7 +166,7 @@ def test_no_weights_are_copied_while_decoding_some_rows():
     model = Model(config)
     params = model.pack(model.init(0), "float32")
     lowered = jax.jit(lambda params, tokens: model.hidden(params, tokens).hidden).lower(params, tokens(8, 1))
-    compiled = lowered.compile(compiler_options=zoo.OPTIMIZED)
+    compiled = lowered.compile(compiler_options=xla.OPTIMIZED)
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * 64 * wide["mlp_dim"]  # bytes of one matrix
 
 

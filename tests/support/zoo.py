@@ -23,12 +23,6 @@ from polygpt.presets import PRESETS, preset_fields
 
 LENGTH, VOCAB = 24, 37
 CLAIM_ORDERS = get_args(MoEConfig.model_fields["claim_order"].annotation)
-# As XLA compiles by itself, for tests of what it made: the others are compiled without optimization (conftest.py).
-OPTIMIZED = {
-    "xla_backend_optimization_level": 3,
-    "xla_cpu_use_fusion_emitters": True,
-    "xla_cpu_parallel_codegen_split_count": 32,
-}
 
 BASE: dict[str, Any] = {
     "vocab_size": VOCAB,
