@@ -82,7 +82,7 @@ REQUESTS = {
     "no tokenizer": (["generate", "bare", "--prompt", "a"], 2, "this model has no tokenizer"),
     "no template": (["generate", "theirs", "--prompt", "a", "--chat"], 2, "this model came without a chat template"),
     "a preset without counterpart": (
-        ["export", "tiny_moe_3", "--format", "hf", "--out", "new"],
+        ["export", "modular", "--format", "hf", "--out", "new"],
         2,
         "has no counterpart",
     ),
