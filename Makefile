@@ -20,7 +20,7 @@ test: dev ## the test suite
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not slow and not gpu and not parity and not llamacpp" $(ARGS)
 
 test-slow: dev ## the tests that take longer
-	$(BIN)/python -m pytest -m "slow and not gpu and not llamacpp" $(ARGS)
+	XLA_FLAGS= $(BIN)/python -m pytest -m "slow and not gpu and not llamacpp" $(ARGS)
 
 test-parity: dev ## against transformers and lm-eval themselves (which are installed for that)
 	$(PIP) install --quiet --constraint constraints.txt --editable ".[parity]"

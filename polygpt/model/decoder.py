@@ -120,7 +120,7 @@ class Decoder(nnx.Module):
     def _layers(
         self, x: Float[Array, "B T D"], context: Context, state: PyTree | None
     ) -> tuple[Float[Array, "B T D"], PyTree | None, Effects]:
-        """All layers: a scan over whole repetitions of the pattern, then the rest of one."""
+        """All layers: a scan over whole repetitions of the pattern, if there are several, then the rest of one."""
         graphs, params, in_place = _split(self.blocks)
         whole, rest = divmod(self.config.num_layers, max(len(graphs), 1))
 
@@ -138,6 +138,7 @@ class Decoder(nnx.Module):
             return (x, states), effects
 
         def alone(carry: tuple[Array, list], index: int, entries: int) -> tuple[tuple[Array, list], list[Effects]]:
+            """Repetition `index`, or its first entries, outside a scan."""
             weights = jax.tree.map(lambda leaf: leaf[index], params[:entries])
             carry, effects = repetition(carry, (index, weights))
             return carry, jax.tree.map(lambda leaf: leaf[None], effects)

@@ -68,22 +68,24 @@ def train(
     started = time.perf_counter()
     out = Path(out).expanduser()
     emit = _emitter(standard_listeners() if listeners is None else listeners)
+    try:
+        return _Loop(_opened(config, out, resume, emit), emit, started).run(resume)
+    finally:
+        emit(Ended())
+
+
+def _opened(config: RunConfig | None, out: Path, resume: bool, emit: Listener) -> Run:
+    """The run in the folder `out`: the one that is there, or a new one with its data prepared."""
     if config is None and not resume:
         raise RequestError("a configuration is needed (such as polygpt.load_recipe('demo')), or resume=True")
     # What can be known of them now is: the data may take long to prepare.
     for index, evaluation in enumerate(config.training.evaluations if config is not None else ()):
         with _naming(index):
             evaluation.check()
-    if resume:
-        run = open_run(out)
-        if config is not None:
-            run = _with_changes(run, config)
-    else:
-        run = create_run(config, out, lambda text: emit(Note(text)), check=_check)
-    try:
-        return _Loop(run, emit, started).run(resume)
-    finally:
-        emit(Ended())
+    if not resume:
+        return create_run(config, out, lambda text: emit(Note(text)), check=_check)
+    run = open_run(out)
+    return run if config is None else _with_changes(run, config)
 
 
 def _emitter(listeners: Iterable[Listener]) -> Listener:

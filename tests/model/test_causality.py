@@ -17,7 +17,8 @@ from polygpt.presets import PRESETS
 LENGTH = zoo.LENGTH
 # The same tokens as one document and as three.
 DOCUMENTS = np.stack([np.zeros(LENGTH, np.int32), zoo.DOCUMENTS[zoo.DISTINCT][0]])
-EVALUATED = zoo.evaluated()
+# (A table of bigrams has no layers, and sees one token alone.)
+EVALUATED = {name: config for name, config in zoo.evaluated().items() if config.num_layers}
 # The other parts have one form only.
 TRAINED = {
     **{name: zoo.config_of(case) for name, case in zoo.CASES.items() if "moe-" in name},
@@ -71,9 +72,7 @@ def assert_causal(found: np.ndarray, documents: np.ndarray) -> None:
 
 @pytest.mark.parametrize("name", EVALUATED)
 def test_evaluation_is_causal_and_keeps_documents_apart(name):
-    model = Model(EVALUATED[name])
-    if model.config.num_layers:  # a table of bigrams sees one token alone
-        assert_causal(dependence(model, DOCUMENTS, training=False), DOCUMENTS)
+    assert_causal(dependence(Model(EVALUATED[name]), DOCUMENTS, training=False), DOCUMENTS)
 
 
 @pytest.mark.parametrize("name", TRAINED)

@@ -226,14 +226,20 @@ MIXING = [name for name in CASES if not name.startswith(ALONE)]
 OF_TRAINING = {"dispatch", "capacity_factor", "claim_order", "load_balance_loss", "z_loss", "router_noise"}
 
 
+def each_once(models: dict[str, ModelConfig]) -> dict[str, ModelConfig]:
+    """Each of `models` under the first of its names."""
+    names: dict[ModelConfig, str] = {}
+    for name, config in models.items():
+        names.setdefault(config, name)
+    return {name: config for config, name in names.items()}
+
+
 def evaluated() -> dict[str, ModelConfig]:
-    """The models of `MIXING` and the presets made small, as they are in evaluation: each once, by its first name."""
-    found: dict[ModelConfig, str] = {}
+    """The models of `MIXING` and the presets made small, as they are in evaluation, each once."""
+    found = {}
     for name in MIXING:
         changes = CASES[name].changes
         part = changes.get("feedforward", {})
         feedforward = {key: part[key] for key in part if key not in OF_TRAINING}
-        found.setdefault(config_of(Case(changes | {"feedforward": feedforward})), name)
-    for name in PRESETS:
-        found.setdefault(validate(ModelConfig, shrunk(name)), f"preset-{name}")
-    return {name: config for config, name in found.items()}
+        found[name] = config_of(Case(changes | {"feedforward": feedforward}))
+    return each_once(found | {f"preset-{name}": validate(ModelConfig, shrunk(name)) for name in PRESETS})
