@@ -71,8 +71,8 @@ def tile_forward(
     weights = weights if kept is None else weights * kept
     b, kv, g, t, _ = q.shape
     rows = weights.astype(v.dtype).reshape(b, kv, g * t, -1)
-    out = jnp.einsum("bkts,bksh->bkth", rows, v).reshape(q.shape) / total.astype(v.dtype)
-    return out, (largest + jnp.log(total))[..., 0]
+    out = jnp.einsum("bkts,bksh->bkth", rows, v, preferred_element_type=jnp.float32).reshape(q.shape) / total
+    return out.astype(q.dtype), (largest + jnp.log(total))[..., 0]
 
 
 def tile_backward(
