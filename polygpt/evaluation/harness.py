@@ -10,6 +10,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable
+from functools import lru_cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -58,16 +59,22 @@ def task_manager(task: str, include_path: str | None = None) -> TaskManager:
     Raises:
         RequestError: it is not installed, or has no task, group or tag of this name.
     """
-    require_harness()
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager(include_path=include_path)
+    manager = _index(include_path)
     if task not in manager.all_tasks:
         raise RequestError(
             f"no task '{task}'; {_nearest(task, ['perplexity', 'hellaswag', *manager.all_tasks])} "
             "(polygpt's own: perplexity, hellaswag; the rest are lm-evaluation-harness')"
         )
     return manager
+
+
+@lru_cache(maxsize=4)
+def _index(include_path: str | None) -> TaskManager:
+    """Made once: the harness reads thousands of files for it, 8 s on two cores."""
+    require_harness()
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include_path)
 
 
 def _nearest(task: str, names: list[str]) -> str:

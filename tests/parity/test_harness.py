@@ -10,6 +10,7 @@ import pytest
 
 from polygpt.loading import load
 from polygpt.tokenizers import TokenizerConfig, train_tokenizer
+from polygpt.training.run_folder import read_lines
 
 pytestmark = pytest.mark.parity
 
@@ -150,6 +151,20 @@ def test_polygpt_eval_runs_a_task_of_the_harness(folder, tasks, both, process, t
     assert (result["n"], result["task"]) == (3, "local_choice")
     lines = (tmp_path / "samples.jsonl").read_text().splitlines()
     assert [json.loads(line)["doc_id"] for line in lines] == [0, 1, 2]
+
+
+def test_a_run_measures_a_task_of_the_harness_as_eval_does(tasks, workdir, program):
+    asked = {"kind": "lm_eval", "task": "local_choice", "include_path": str(tasks), "every": 3}
+    changes = ["data.path=text.txt", "tokenizer={kind: bpe, vocab_size: 300}", "model.context_length=64"]
+    done = program("train", "tiny.yaml", *changes, f"training.evaluations=[{json.dumps(asked)}]", "--out", "run")
+    assert done.code == 0, done.err
+    lines = [line for line in read_lines(workdir / "run/metrics.jsonl") if "local_choice/acc" in line]
+    assert [line["step"] for line in lines] == [3, 6]
+    evaluated = program("eval", "run", "--task", "local_choice", "--include-path", tasks, "--json")
+    found = json.loads(evaluated.out)
+    assert {name: found[name] for name in ("acc", "acc_norm")} == {
+        name: lines[-1][f"local_choice/{name}"] for name in ("acc", "acc_norm")
+    }
 
 
 def test_the_harness_own_command_knows_polygpt(folder, tasks):
