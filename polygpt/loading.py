@@ -51,6 +51,7 @@ def load(
     overrides: Mapping[str, Any] | None = None,
     weights: WeightType | Literal["auto"] | None = None,
     for_text: bool = False,
+    check: Callable[[ModelConfig], object] | None = None,
     warn: Warn = warnings.warn,
     on_progress: Callable[[int], None] = int,
 ) -> LanguageModel:
@@ -65,6 +66,7 @@ def load(
         weights: pack the weights for inference in this type (`LanguageModel.pack`); auto, in their own, on a CPU alone,
             where that is the faster form; None leaves them as parameters.
         for_text: refuse a model without a tokenizer before its weights are read.
+        check: is given the configuration before the weights are read, and may refuse it.
         warn: is given what is worth knowing.
         on_progress: is given the number of weights read, again and again.
 
@@ -76,6 +78,8 @@ def load(
         raise RequestError(NO_TOKENIZER)
     config = adapted(found.config, dtype, overrides or {})
     check_shapes(found.config, config, str(name))
+    if check is not None:
+        check(config)
     if weights == "auto":
         weights = config.param_dtype if jax.default_backend() == "cpu" else None
     params = found.read(config, on_progress, weights)
@@ -102,10 +106,9 @@ def find(name: str | Path, warn: Warn = warnings.warn) -> StoredModel:
         config = preset(str(name)).with_vocab(PRESET_VOCAB)
         return StoredModel(config, _drawn)
     near = suggest(str(name), PRESETS)
-    hint = (
-        near if near.startswith("did you mean") else "name a run's folder, a folder or file of weights, hf:owner/name"
-    )
-    raise RequestError(f"no model '{name}'; {hint}, or a preset (polygpt presets)")
+    if not near.startswith("did you mean"):
+        near = "name a run's folder, a folder or file of weights, hf:owner/name, or a preset (polygpt presets)"
+    raise RequestError(f"no model '{name}'; {near}")
 
 
 def _drawn(config: ModelConfig, on_progress: Callable[[int], None], weights: WeightType | None = None) -> Params:

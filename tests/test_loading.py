@@ -8,6 +8,7 @@ import pytest
 
 import polygpt
 from polygpt.errors import RequestError
+from polygpt.model import Model
 from polygpt.recipes import load_recipe
 from polygpt.tokenizers import TokenizerConfig, train_tokenizer
 from polygpt.training import open_run
@@ -81,3 +82,12 @@ def test_a_step_of_another_shape_is_refused_by_name(run):
     path.write_text(path.read_text().replace("mlp_dim: 32", "mlp_dim: 48"))
     with pytest.raises(RequestError, match=r"feedforward.* is float32\[.*32.*\] here, float32\[.*48.*\] in the model"):
         polygpt.load(run)
+
+
+def test_a_model_is_refused_before_its_weights_are_drawn(monkeypatch):
+    def refuse(config):
+        raise RequestError(f"{config.num_layers} layers have no counterpart")
+
+    monkeypatch.setattr(Model, "init", lambda self, seed: pytest.fail("weights were drawn"))
+    with pytest.raises(RequestError, match="30 layers have no counterpart"):
+        polygpt.load("smollm", check=refuse)

@@ -29,9 +29,12 @@ def export(model: str, form: str, out: Path, dtype: str | None, as_json: bool) -
         raise RequestError(f"--dtype {dtype}: not a type of --format {form}; {suggest(dtype, _TYPES[form])}")
     if out.exists():
         raise RequestError(f"{out}: exists already; choose another --out")
-    lm = reading(model, None, {})
+    write, choose = {
+        "hf": (interop.export_huggingface, interop.choose_family),
+        "gguf": (interop.export_gguf, interop.choose_architecture),
+    }[form]
+    lm = reading(model, None, {}, check=choose)
     tokenizer = lm.tokenizer if lm.has_tokenizer else None
-    write = interop.export_huggingface if form == "hf" else interop.export_gguf
     architecture = write(
         out,
         lm.config,

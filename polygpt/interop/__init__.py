@@ -1,7 +1,7 @@
 """Checkpoints of other people's, in and out. Name maps live here; the model knows nothing of them."""
 
-from polygpt.interop.gguf import export_gguf, is_gguf, open_gguf
-from polygpt.interop.huggingface import HUB, export_huggingface, fetch, is_huggingface, open_huggingface
+from polygpt.interop.gguf import choose_architecture, export_gguf, is_gguf, open_gguf
+from polygpt.interop.huggingface import HUB, choose_family, export_huggingface, fetch, is_huggingface, open_huggingface
 from polygpt.interop.llama2c import open_llama2c
 from polygpt.interop.settings import read_json
 from polygpt.interop.stored import StoredModel
@@ -9,6 +9,8 @@ from polygpt.interop.stored import StoredModel
 __all__ = [
     "HUB",
     "StoredModel",
+    "choose_architecture",
+    "choose_family",
     "export_gguf",
     "export_huggingface",
     "fetch",
