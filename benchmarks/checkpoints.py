@@ -30,8 +30,8 @@ from pathlib import Path
 import numpy as np
 
 TASKS = ("prefill", "decode1", "decode8", "hellaswag", "load", "touch")
-AMOUNT = {"load": 1, "touch": 1, "prefill": 512, "decode1": 128, "decode8": 8 * 128, "hellaswag": 64}
-PROMPT, NEW, ROWS = 16, 128, 64
+AMOUNT = {"load": 1, "touch": 1, "prefill": 512, "decode1": 128, "decode8": 8 * 128, "hellaswag": 200}
+PROMPT, NEW, ROWS = 16, 128, 200
 WEIGHTS = ("float32", "bfloat16", "float16", "int8")
 
 

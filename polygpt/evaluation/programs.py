@@ -73,14 +73,19 @@ def programs_of(config: ModelConfig) -> Programs:
         picks: Picks,
     ) -> tuple[Array, Array]:
         decoder = model.module(params)
-        # Leaves of a state have layers first, then the batch.
-        own = jax.tree.map(lambda leaf: leaf[:, owner], state)
+        own = jax.tree.map(lambda leaf: _of_owners(leaf, owner), state)
         steps = jnp.arange(tokens.shape[1])
         output = decoder(tokens, positions=lengths[:, None] + steps, state=own, valid=steps < counts[:, None])
         hidden = jnp.concatenate([last, output.hidden.reshape(-1, last.shape[-1])])
         return _judge(decoder, hidden, picks)
 
     return Programs(plain, jax.jit(contexts, static_argnums=3), endings)
+
+
+def _of_owners(leaf: Float[Array, "layers Q ..."], owner: Int[Array, " N"]) -> Float[Array, "layers N ..."]:
+    """`leaf[:, owner]`, for which XLA would turn the whole leaf twice (29 MB: 9.9 ms, so 3.7)."""
+    layers, count, *rest = leaf.shape
+    return leaf.reshape(layers * count, *rest)[jnp.arange(layers)[:, None] * count + owner]
 
 
 def _judge(decoder, hidden: Float[Array, "P D"], picks: Picks) -> tuple[Float[Array, " M"], Bool[Array, " M"]]:
