@@ -23,7 +23,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int8
 
-from polygpt.model.stacks import InStack
+from polygpt.model.stacks import InStack, as_numbers
 
 WeightType = Literal["float32", "bfloat16", "float16", "int8"]
 WEIGHT_TYPES: tuple[WeightType, ...] = get_args(WeightType)
@@ -143,7 +143,7 @@ class Packed(InStack):
         return lax.dot_general(x, numbers, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
     def _numbers(self, values: Array) -> Array:
-        return lax.bitcast_convert_type(values, jnp.dtype(self.dtype)) if values.dtype == jnp.uint16 else values
+        return as_numbers(values, self.dtype)
 
 
 def pack(values: Array | np.ndarray, inputs: tuple[int, ...], outputs: tuple[int, ...], dtype: WeightType) -> Packed:

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree, UInt16
 
 
 @dataclass(frozen=True)
@@ -44,3 +45,22 @@ def put_back(stacks: PyTree, after: PyTree, index: Int[Array, ""] | int) -> PyTr
         return replace(new, layer=None) if in_stack(new) else lax.dynamic_update_index_in_dim(leaf, new, index, 0)
 
     return jax.tree.map(one, stacks, after, is_leaf=in_stack)
+
+
+def kept_type(dtype: str | jnp.dtype) -> jnp.dtype:
+    """The type in which a stack keeps numbers of `dtype` on this machine: 16-bit floats on a CPU as their bits.
+
+    XLA slices no 16-bit floats there: it converts the whole stack to 32 bits and back for one layer of it.
+    """
+    dtype = jnp.dtype(dtype)
+    return jnp.dtype(jnp.uint16) if dtype.itemsize == 2 and jax.default_backend() == "cpu" else dtype
+
+
+def as_kept(numbers: Float[Array, "*shape"], kept: jnp.dtype) -> Float[Array, "*shape"] | UInt16[Array, "*shape"]:
+    """`numbers` in the type `kept`: the bits of 16-bit floats, or converted."""
+    return lax.bitcast_convert_type(numbers, kept) if kept == jnp.uint16 else numbers.astype(kept)
+
+
+def as_numbers(values: Array, dtype: str | jnp.dtype) -> Array:
+    """What `values` stand for: of bits the numbers of `dtype`, anything else itself."""
+    return lax.bitcast_convert_type(values, jnp.dtype(dtype)) if values.dtype == jnp.uint16 else values

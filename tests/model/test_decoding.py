@@ -1,7 +1,5 @@
 """Prefill and decoding equal the full pass, over all menus, with prompts of unequal length in one batch."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -126,12 +124,19 @@ def described(tree):
     return jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), tree)
 
 
-def test_bfloat16_states_decode_close_to_float32():
-    low, full = (Model(zoo.config_of(zoo.Case({"compute_dtype": dtype}))) for dtype in ("bfloat16", "float32"))
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_states_of_16_bits_decode_close_to_float32(dtype):
+    low, full = (Model(zoo.config_of(zoo.Case({"compute_dtype": name}))) for name in (dtype, "float32"))
     params = full.init(0)
     tokens = jnp.asarray(np.random.default_rng(7).integers(0, zoo.VOCAB, (2, LENGTH)))
-    out = jax.jit(partial(low.hidden, fresh=True))(params, tokens, state=low.init_state(2, LENGTH))
-    # Caches of 16 bits, but on a CPU, whose compiler would convert all of them for every token.
-    kept = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    assert {leaf.dtype for leaf in jax.tree.leaves(out.state)} == {jnp.dtype(kept)}
-    np.testing.assert_allclose(low.module(params).logits(out.hidden), jax.jit(full.logits)(params, tokens), atol=0.02)
+
+    @jax.jit
+    def decode(params, tokens):
+        before = low.hidden(params, tokens[:, :-1], state=low.init_state(2, LENGTH), fresh=True)
+        after = low.hidden(params, tokens[:, -1:], positions=jnp.full((2, 1), LENGTH - 1), state=before.state)
+        hidden = jnp.concatenate([before.hidden, after.hidden], axis=1)
+        return low.module(params).logits(hidden), after.state
+
+    logits, state = decode(params, tokens)
+    assert {leaf.dtype.itemsize for leaf in jax.tree.leaves(state)} == {2}
+    np.testing.assert_allclose(logits, jax.jit(full.logits)(params, tokens), atol=0.02)

@@ -142,5 +142,5 @@ def attend_positions(
         scores = jnp.concatenate([scores, sink], -1)
     probabilities = jax.nn.softmax(scores, axis=-1)[..., : k.shape[1]].astype(dtype)
     probabilities = dropout(probabilities, rule.dropout, inputs.key)
-    mixed = jnp.einsum("bkgts,bskh->bkgth", probabilities, v)
+    mixed = jnp.einsum("bkgts,bskh->bkgth", probabilities, v, preferred_element_type=jnp.float32)
     return jnp.moveaxis(mixed, 3, 1).astype(q.dtype).reshape(b, t, n, h)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 import jax
@@ -25,7 +25,7 @@ from polygpt.model.attention.scores import ScoreInputs, ScoreRule
 from polygpt.model.norms import rms_normalize
 from polygpt.model.parts import Context, Initializer
 from polygpt.model.rope import rotate
-from polygpt.model.stacks import InStack
+from polygpt.model.stacks import InStack, as_kept, as_numbers, kept_type
 
 Positive = Annotated[float, Field(gt=0)]
 
@@ -36,11 +36,14 @@ class KVCache(InStack):
     """Keys (already rotated) and values of the last S positions; slot s holds a position that is s modulo S.
 
     Attributes:
-        k, v: float [B, K, S, H], of all layers [layers, B, K, S, H]; the keys of a head lie together.
+        k, v: [B, K, S, H], of all layers [layers, B, K, S, H]; the keys of a head lie together. Floats, or the bits of
+            16-bit ones as unsigned integers.
+        dtype: of the numbers.
     """
 
     k: Any
     v: Any
+    dtype: str = field(metadata={"static": True})
 
     @property
     def slots(self) -> int:
@@ -49,13 +52,14 @@ class KVCache(InStack):
     def read(self) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
         """Keys and values of the layer."""
         own = (lax.dynamic_index_in_dim(leaf, self.layer, keepdims=False) for leaf in (self.k, self.v))
-        return tuple(leaf.swapaxes(1, 2) for leaf in own)
+        return tuple(as_numbers(leaf, self.dtype).swapaxes(1, 2) for leaf in own)
 
     def write(self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], index: Int[Array, "B T"]) -> KVCache:
         """With these in the slots of `index`; an index beyond the last slot writes nothing."""
         rows = jnp.arange(k.shape[0])[:, None]
         where = self.layer, rows, slice(None), index
-        k, v = (old.at[where].set(new.astype(old.dtype), mode="drop") for old, new in ((self.k, k), (self.v, v)))
+        pairs = ((self.k, k), (self.v, v))
+        k, v = (old.at[where].set(as_kept(new, old.dtype), mode="drop") for old, new in pairs)
         return replace(self, k=k, v=v)
 
 
@@ -123,10 +127,9 @@ class SoftmaxAttentionConfig(HeadsConfig):
 
     def init_state(self, model, batch: int, length: int) -> KVCache:
         slots = min(length, self.rule(model).window or length)
-        # XLA on a CPU converts all of a 16-bit cache for every token: 8 rows took 50 ms for it and 7.5 ms in 32 bits.
-        dtype = jnp.float32 if jax.default_backend() == "cpu" else model.compute_dtype
-        empty = jnp.zeros((batch, self.kv_heads, slots, self.size(model)), dtype)
-        return KVCache(empty, empty)
+        # A token of 8 rows took 49 ms with 16 bits kept as bits, 51 with float32, and 50 more with 16-bit floats.
+        empty = jnp.zeros((batch, self.kv_heads, slots, self.size(model)), kept_type(model.compute_dtype))
+        return KVCache(empty, empty, model.compute_dtype)
 
 
 class SoftmaxAttention(Projections):
