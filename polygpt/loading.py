@@ -105,10 +105,10 @@ def find(name: str | Path, warn: Warn = warnings.warn) -> StoredModel:
     if str(name) in PRESETS:
         config = preset(str(name)).with_vocab(PRESET_VOCAB)
         return StoredModel(config, _drawn)
-    near = suggest(str(name), PRESETS)
-    if not near.startswith("did you mean"):
-        near = "name a run's folder, a folder or file of weights, hf:owner/name, or a preset (polygpt presets)"
-    raise RequestError(f"no model '{name}'; {near}")
+    hint = suggest(str(name), PRESETS)
+    if not hint.startswith("did you mean"):
+        hint = "name a run's folder, a folder or file of weights, hf:owner/name, or a preset (polygpt presets)"
+    raise RequestError(f"no model '{name}'; {hint}")
 
 
 def _drawn(config: ModelConfig, on_progress: Callable[[int], None], weights: WeightType | None = None) -> Params:
