@@ -147,7 +147,10 @@ def check_shapes(stored: ModelConfig, wanted: ModelConfig, name: str) -> None:
         theirs, ours = there.get(path), here.get(path)
         if theirs is None or ours is None or not all(map(_serves, theirs.shape, ours.shape, ours.axes)):
             had, asked = ("no such parameter" if i is None else list(i.shape) for i in (theirs, ours))
-            raise RequestError(f"{name}: {path} is {had} there, {asked} in the model asked for; change what does that")
+            raise RequestError(
+                f"{name}: {path} is {had} there, {asked} in the model asked for; its sizes cannot be changed: "
+                "leave out what asks for others"
+            )
 
 
 def _serves(stored: int, wanted: int, axis: str) -> bool:

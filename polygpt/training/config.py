@@ -94,6 +94,7 @@ class RunConfig(Config):
             raise ValueError(
                 "tokenizer.kind=initial is that of training.initial, which is not given"
                 if initial is None
-                else f"training.initial={initial} brings its own tokenizer; leave tokenizer out (kind initial)"
+                else f"training.initial={initial} brings its own tokenizer; give tokenizer.kind=initial (or take the "
+                "recipe finetune)"
             )
         return self

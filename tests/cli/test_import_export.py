@@ -57,6 +57,7 @@ def test_settings_that_keep_shapes_can_be_changed(theirs, program):
     assert (lm.config.vocab_size, lm.config.vocab_padding, lm.config.context_length) == (64, 14, 20)
     assert lm.config.param_dtype == lm.config.compute_dtype == "bfloat16"
     assert program("export", "m", "--format", "hf", "--dtype", "float32", "--out", "x").code == 0
+    assert len({path.stat().st_mode for path in Path("x").iterdir()}) == 1  # nothing is its owner's alone
     back, first = polygpt.load("x"), polygpt.load("theirs", dtype="bfloat16")
     assert (back.config.vocab_size, back.config.param_dtype) == (50, "float32")
     assert np.array_equal(np.asarray(back.params["embedding"]), np.asarray(first.params["embedding"], np.float32))
@@ -74,7 +75,7 @@ REQUESTS = {
     "a type of export": ([*EXPORT, "--dtype", "q8_0"], 2, "--dtype q8_0: not a type of --format hf"),
     "a format": (["export", "theirs", "--format", "onnx", "--out", "new"], 2, "'onnx' is not one of 'hf', 'gguf'"),
     "no format": (["export", "theirs", "--out", "new"], 2, "Missing option '--format'"),
-    "another width": ([*IMPORT, "model.embed_dim=32"], 2, "in the model asked for; change what does that"),
+    "another width": ([*IMPORT, "model.embed_dim=32"], 2, "in the model asked for; its sizes cannot be changed"),
     "fewer ids": ([*IMPORT, "model.vocab_size=49"], 2, "model.vocab_size=49: this model has 50 ids, and none can be"),
     "ids that are none": ([*IMPORT, "model.vocab_size=x"], 2, "model.vocab_size=x"),
     "a key": ([*IMPORT, "model.num_layer=1"], 2, "did you mean 'num_layers'?"),

@@ -123,7 +123,10 @@ def write_safetensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], s
 
     def flush() -> None:
         path = folder / f"part-{len(shards)}.safetensors"
+        path.touch()
+        mode = path.stat().st_mode
         save_file(held, path, metadata={"format": "pt"})
+        path.chmod(mode)  # which the package narrows to its owner
         shards.append((path, list(held)))
         held.clear()
 
