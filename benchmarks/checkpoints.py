@@ -30,8 +30,8 @@ from pathlib import Path
 import numpy as np
 
 TASKS = ("prefill", "decode1", "decode8", "hellaswag", "load", "touch")
-AMOUNT = {"load": 1, "touch": 1, "prefill": 512, "decode1": 128, "decode8": 8 * 128, "hellaswag": 200}
-PROMPT, NEW, ROWS = 16, 128, 200
+LENGTH, PROMPT, NEW, ROWS = 512, 16, 128, 200
+AMOUNT = {"load": 1, "touch": 1, "prefill": LENGTH, "decode1": NEW, "decode8": 8 * NEW, "hellaswag": ROWS}
 WEIGHTS = ("float32", "bfloat16", "float16", "int8")
 
 
@@ -166,7 +166,7 @@ def polygpt_tasks(arguments: argparse.Namespace) -> dict[str, Callable[[], objec
     return {
         "load": load,
         "touch": load,
-        "prefill": lambda: jax.block_until_ready(last(lm.params, prompts(1, 512))),
+        "prefill": lambda: jax.block_until_ready(last(lm.params, prompts(1, LENGTH))),
         "decode1": lambda: decode(1),
         "decode8": lambda: decode(8),
         "hellaswag": hellaswag,
@@ -196,7 +196,7 @@ def transformers_tasks(arguments: argparse.Namespace) -> dict[str, Callable[[], 
 
     @torch.no_grad()
     def prefill() -> None:
-        model(torch.from_numpy(prompts(1, 512)).long(), logits_to_keep=1)
+        model(torch.from_numpy(prompts(1, LENGTH)).long(), logits_to_keep=1)
 
     @torch.no_grad()
     def decode(rows: int) -> None:

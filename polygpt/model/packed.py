@@ -66,9 +66,9 @@ class Packed(InStack):
 
     def __getitem__(self, index: Any) -> Float[Array, "..."]:
         if not self.inputs:
-            numbers = self._numbers(self.values[index])
+            numbers = as_numbers(self.values[index], self.dtype)
             return numbers if self.scale is None else numbers * self.scale[index][..., None]
-        numbers = self._numbers(self._own(self.values))
+        numbers = as_numbers(self._own(self.values), self.dtype)
         if self.scale is not None:
             numbers = numbers * self._own(self.scale)[..., None]
         return numbers.swapaxes(-1, -2).reshape(*numbers.shape[:-2], *self.inputs, *self.outputs)[index]
@@ -124,7 +124,7 @@ class Packed(InStack):
             return jnp.stack([self._of_row(row, matrix) for row in x])
         if x.dtype == jnp.bfloat16 or x.shape[0] > SOME_ROWS:
             return self._at_once(x, matrix)
-        return keep(jnp.matmul(self._numbers(matrix).astype(x.dtype), keep(x.T))).T.astype(jnp.float32)
+        return keep(jnp.matmul(as_numbers(matrix, self.dtype).astype(x.dtype), keep(x.T))).T.astype(jnp.float32)
 
     def _of_row(self, row: Float[Array, " I"], matrix: Array) -> Float[Array, " O"]:
         """As products short enough to be fused, each of which converts its weights while it reads them."""
@@ -132,18 +132,15 @@ class Packed(InStack):
         edges = np.linspace(0, row.size, row.size // FUSED + 2).astype(int)
         y = jnp.zeros(len(matrix))
         for piece in (slice(*pair) for pair in itertools.pairwise(edges)):
-            numbers = self._numbers(matrix[:, piece]).astype(jnp.float32)
+            numbers = as_numbers(matrix[:, piece], self.dtype).astype(jnp.float32)
             # Not y + row @ numbers.T: XLA joins an addition with the product before it, which then no longer takes
             # the conversion in, and the weights are written to memory in 32 bits.
             y -= keep(keep(-row[piece]) @ numbers.T)
         return y
 
     def _at_once(self, x: Float[Array, "M I"], matrix: Array) -> Float[Array, "M O"]:
-        numbers = self._numbers(matrix).astype(x.dtype)
+        numbers = as_numbers(matrix, self.dtype).astype(x.dtype)
         return lax.dot_general(x, numbers, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-
-    def _numbers(self, values: Array) -> Array:
-        return as_numbers(values, self.dtype)
 
 
 def pack(values: Array | np.ndarray, inputs: tuple[int, ...], outputs: tuple[int, ...], dtype: WeightType) -> Packed:
