@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
 
 from polygpt import checkpoint
 from polygpt.config import Config, merge, read_yaml, to_yaml, validate
@@ -23,6 +25,7 @@ from polygpt.language_model import NO_TOKENIZER, LanguageModel, Origin
 from polygpt.model import Model, ModelConfig, ParameterInfo, Params, WeightType
 from polygpt.presets import PRESET_VOCAB, PRESETS, preset
 from polygpt.process import command_line
+from polygpt.sharding import placement
 from polygpt.tokenizers import Tokenizer, load_tokenizer
 
 CONFIG, TOKENIZER, CHECKPOINTS, ORIGIN = "config.yaml", "tokenizer.json", "checkpoints", "origin.json"
@@ -52,6 +55,7 @@ def load(
     weights: WeightType | Literal["auto"] | None = None,
     for_text: bool = False,
     check: Callable[[ModelConfig], object] | None = None,
+    mesh: Mesh | None = None,
     warn: Warn = warnings.warn,
     on_progress: Callable[[int], None] = int,
 ) -> LanguageModel:
@@ -67,6 +71,8 @@ def load(
             where that is the faster form; None leaves them as parameters.
         for_text: refuse a model without a tokenizer before its weights are read.
         check: is given the configuration before the weights are read, and may refuse it.
+        mesh: of axes `data` and `model`; the weights are laid over it by their logical axes, one after the other. None
+            is the first device.
         warn: is given what is worth knowing.
         on_progress: is given the number of weights read, again and again.
 
@@ -80,9 +86,16 @@ def load(
     check_shapes(found.config, config, str(name))
     if check is not None:
         check(config)
+    if mesh is not None and weights is not None:
+        raise RequestError("packed weights lie on one device: leave out weights or mesh")
+    placed = None if mesh is None else flatten_dict(placement(Model(config).parameters, mesh))
     if weights == "auto":
         weights = config.param_dtype if jax.default_backend() == "cpu" else None
     params = found.read(config, on_progress, weights)
+    if placed is not None:
+        flat = flatten_dict(params)
+        del params  # so that no second copy of all is made
+        params = unflatten_dict({path: jax.device_put(flat.pop(path), where) for path, where in placed.items()})
     origin = Origin(found.stop_tokens, found.chat_template, dict(found.facts))
     return LanguageModel(config, params, found.tokenizer, origin, weights)
 

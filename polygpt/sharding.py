@@ -11,6 +11,9 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+
+from polygpt.errors import RequestError
 
 # Logical axis -> mesh axis. An axis that is not listed is not split.
 RULES: dict[str, str] = {
@@ -36,3 +39,26 @@ def sharding_of(axes: Sequence[str], mesh: Mesh) -> NamedSharding:
     """
     places = [RULES.get(axis) for axis in axes]
     return NamedSharding(mesh, PartitionSpec(*(None if p in places[:i] else p for i, p in enumerate(places))))
+
+
+def placement(parameters: PyTree, mesh: Mesh) -> PyTree:
+    """Where each parameter goes on `mesh`, for a tree of what has `shape` and `axes`.
+
+    Raises:
+        RequestError: the mesh has other axes, or a parameter cannot be split over them evenly.
+    """
+    if missing := set(RULES.values()) - set(mesh.axis_names):
+        raise RequestError(f"the mesh has no axis {' or '.join(sorted(missing))}: it is of ('data', 'model')")
+
+    def place(path: tuple, info) -> NamedSharding:
+        sharding = sharding_of(info.axes, mesh)
+        try:
+            sharding.shard_shape(info.shape)
+        except ValueError:
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise RequestError(
+                f"{name} {list(info.shape)} cannot be split over the mesh {dict(mesh.shape)} evenly"
+            ) from None
+        return sharding
+
+    return jax.tree.map_with_path(place, parameters)

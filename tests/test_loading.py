@@ -1,15 +1,20 @@
 """From a name to a model: runs, presets, and what is neither."""
 
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 
 import polygpt
 from polygpt.errors import RequestError
 from polygpt.model import Model
 from polygpt.recipes import load_recipe
+from polygpt.sharding import make_mesh
 from polygpt.tokenizers import TokenizerConfig, train_tokenizer
 from polygpt.training import open_run
 
@@ -91,3 +96,32 @@ def test_a_model_is_refused_before_its_weights_are_drawn(monkeypatch):
     monkeypatch.setattr(Model, "init", lambda self, seed: pytest.fail("weights were drawn"))
     with pytest.raises(RequestError, match="30 layers have no counterpart"):
         polygpt.load("smollm", check=refuse)
+
+
+ON_TWO = """
+import sys, jax, numpy as np, polygpt
+from jax.sharding import Mesh
+mesh = Mesh(np.array(jax.devices()).reshape(1, 2), ("data", "model"))
+split, whole = polygpt.load(sys.argv[1], mesh=mesh), polygpt.load(sys.argv[1])
+query = split.params["blocks"][0]["attention"]["query"]
+assert [shard.data.shape[2] for shard in query.addressable_shards] == [1, 1], query.sharding
+tokens = [[1, 2, 3, 4]]
+assert np.allclose(split.logits(tokens), whole.logits(tokens), atol=1e-5)
+"""
+
+
+def test_a_model_is_laid_over_a_mesh(tiny_run):
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    command = [sys.executable, "-c", ON_TWO, str(tiny_run)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_a_mesh_cannot_hold_is_named(tiny_run):
+    mesh = AbstractMesh((1, 3), ("data", "model"))
+    with pytest.raises(RequestError, match=r"\[.*\] cannot be split over the mesh \{'data': 1, 'model': 3\} evenly"):
+        polygpt.load(tiny_run, mesh=mesh)
+    with pytest.raises(RequestError, match="the mesh has no axis data or model"):
+        polygpt.load(tiny_run, mesh=AbstractMesh((1,), ("x",)))
+    with pytest.raises(RequestError, match="packed weights lie on one device"):
+        polygpt.load(tiny_run, mesh=make_mesh(), weights="float32")

@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from polygpt.model import Effects, Model, Params
-from polygpt.sharding import make_mesh, sharding_of
+from polygpt.sharding import make_mesh, placement
 from polygpt.training.config import TrainingConfig
 
 
@@ -63,8 +63,7 @@ class Trainer:
 
     def place(self, params: Params) -> Params:
         """`params` where their logical axes belong on the mesh."""
-        shardings = jax.tree.map(lambda info: sharding_of(info.axes, self.mesh), self.model.parameters)
-        return jax.device_put(params, shardings)
+        return jax.device_put(params, placement(self.model.parameters, self.mesh))
 
     def abstract_state(self) -> TrainState:
         """Shapes and dtypes of the state, nothing allocated."""
