@@ -8,7 +8,7 @@ The legend of axis letters, for every einsum and every shape in the project:
 from polygpt.model.block import BlockConfig
 from polygpt.model.config import LayerConfig, ModelConfig
 from polygpt.model.decoder import Decoder, Output
-from polygpt.model.model import Model, ParameterInfo, Params
+from polygpt.model.model import Model, ParameterInfo, Params, model_of
 from polygpt.model.packed import ALIGNMENT, WEIGHT_TYPES, WeightType, pack_rows
 from polygpt.model.parts import (
     NO_EFFECTS,
@@ -19,6 +19,8 @@ from polygpt.model.parts import (
     Initializer,
     NormConfig,
     PositionConfig,
+    Scope,
+    architecture,
     dense,
     dropout,
 )
@@ -42,8 +44,11 @@ __all__ = [
     "ParameterInfo",
     "Params",
     "PositionConfig",
+    "Scope",
     "WeightType",
+    "architecture",
     "dense",
     "dropout",
+    "model_of",
     "pack_rows",
 ]

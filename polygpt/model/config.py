@@ -11,7 +11,8 @@ from polygpt.config import Config, Tuple, merge, slot
 from polygpt.model import attention, block, feedforward, norms, positions
 from polygpt.model.block import BlockConfig
 from polygpt.model.head import LogitRule
-from polygpt.model.parts import AttentionConfig, FeedForwardConfig, InitScheme, NormConfig, PositionConfig
+from polygpt.model.parts import AttentionConfig, FeedForwardConfig, InitScheme, NormConfig, PositionConfig, Scope
+from polygpt.model.parts import architecture as architecture_of
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Rate = Annotated[float, Field(ge=0, lt=1)]
@@ -74,15 +75,15 @@ class ModelConfig(Config):
     pattern: Tuple[LayerConfig] = (LayerConfig(),)
     final_norm: bool = True
     head: Literal["tied", "untied", "none"] = "tied"
-    dropout: Rate = 0.0
-    embed_dropout: Rate = 0.0
+    dropout: Annotated[Rate, Scope.TRAINING] = 0.0
+    embed_dropout: Annotated[Rate, Scope.TRAINING] = 0.0
     embed_scale: Positive | Literal["sqrt"] = 1.0
     logit_softcap: Positive | None = None
-    init: InitScheme = "normal"
-    init_std: Annotated[float, Field(gt=0, le=1)] = 0.02
+    init: Annotated[InitScheme, Scope.TRAINING] = "normal"
+    init_std: Annotated[float, Field(gt=0, le=1), Scope.TRAINING] = 0.02
     compute_dtype: Dtype = "float32"
     param_dtype: Dtype = "float32"
-    scan_layers: bool | None = None
+    scan_layers: Annotated[bool | None, Scope.EXECUTION] = None
 
     @model_validator(mode="before")
     @classmethod
@@ -149,6 +150,10 @@ class ModelConfig(Config):
     def scans(self) -> bool:
         """Whether layers are scanned over (see `scan_layers`)."""
         return self.num_layers > 8 if self.scan_layers is None else self.scan_layers
+
+    def architecture(self) -> dict[str, Any]:
+        """What the model is: its plain fields without those that say how it is run or trained (`Scope`)."""
+        return architecture_of(self)
 
     def with_vocab(self, size: int) -> ModelConfig:
         """The configuration with an open `vocab_size` filled in."""

@@ -19,7 +19,7 @@ from polygpt.model.block import LayerState
 from polygpt.model.config import ModelConfig
 from polygpt.model.head import nll_of_logits, project_to_vocabulary, weighted_nll
 from polygpt.model.packed import Packed
-from polygpt.model.parts import Context, Draws, Effects, Initializer, dropout
+from polygpt.model.parts import Context, Effects, Initializer, dropout
 from polygpt.model.stacks import in_stack, of_layer, put_back
 
 
@@ -41,9 +41,8 @@ class Output(NamedTuple):
 class Decoder(nnx.Module):
     """tokens [B, T] -> hidden states [B, T, D] -> logits [B, T, V]."""
 
-    def __init__(self, config: ModelConfig, draws: Draws):
+    def __init__(self, config: ModelConfig):
         init = Initializer(
-            draws=draws,
             scheme=config.init,
             std=config.init_std,
             residual_scale=(2 * max(config.num_layers, 1)) ** -0.5 if config.init == "normal" else 1.0,

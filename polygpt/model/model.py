@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import jax
@@ -22,8 +22,9 @@ from polygpt.errors import RequestError
 from polygpt.model.block import LayerState
 from polygpt.model.config import ModelConfig
 from polygpt.model.decoder import Decoder, Output
+from polygpt.model.initial import draw_parameters
 from polygpt.model.packed import WeightType, pack
-from polygpt.model.parts import Draws, Effects
+from polygpt.model.parts import Effects
 
 Params = dict[str, Any]
 
@@ -40,6 +41,7 @@ class ParameterInfo:
             (a bias or gain), which weight decay leaves alone.
         stack: how many leading axes count matrices: layers, experts.
         active: the share of it that one token uses.
+        mean, deviation: of its initial values; a deviation of 0 leaves them all equal.
     """
 
     shape: tuple[int, ...]
@@ -48,6 +50,8 @@ class ParameterInfo:
     inputs: int | None = None
     stack: int = 0
     active: Fraction = Fraction(1)
+    mean: float = 0.0
+    deviation: float = 0.0
 
     @property
     def size(self) -> int:
@@ -65,8 +69,9 @@ def _info(path: tuple, variable: nnx.Variable) -> ParameterInfo:
     if "axes" not in metadata:
         name = ".".join(map(str, path))
         raise RequestError(f"parameter {name} has no logical axes: make it by init.weight or init.constant")
-    declared = {name: metadata[name] for name in ("axes", "inputs", "stack", "active") if name in metadata}
-    return ParameterInfo(tuple(variable.shape), variable.dtype, **declared)
+    names = ("axes", "inputs", "stack", "active", "mean", "deviation")
+    declared = {name: metadata[name] for name in names if name in metadata}
+    return ParameterInfo(tuple(variable.shape), jnp.dtype(variable.dtype), **declared)
 
 
 class Model:
@@ -83,7 +88,7 @@ class Model:
 
     @cached_property
     def _abstract(self) -> tuple[nnx.GraphDef, nnx.State]:
-        return nnx.split(jax.eval_shape(lambda: Decoder(self.config, Draws())))
+        return nnx.split(Decoder(self.config))
 
     def module(self, params: Params) -> Decoder:
         """The NNX module that holds `params`; inside a compiled function this costs nothing at run time."""
@@ -116,18 +121,13 @@ class Model:
         """`params` in the form that inference reads fastest, for every function below that takes no gradient.
 
         Matrices that stand between activations are packed, and the embedding; experts, which are chosen by token, and
-        vectors are not. Empties the dictionaries of `params` as it goes, so that no second copy is made.
+        vectors are not. `params` stays as it is: drop it, or both are kept in memory.
         """
-
-        def packed(own: dict, infos: dict, path: tuple = ()) -> dict:
-            for name, info in infos.items():
-                if isinstance(info, dict):
-                    own[name] = packed(own[name], info, (*path, name))
-                elif (*path, name) in self.packable:
-                    own[name] = pack(own[name], *info.sides, dtype)
-            return own
-
-        return packed(params, self.parameters)
+        infos = flatten_dict(self.parameters)
+        flat = flatten_dict(params).items()
+        return unflatten_dict(
+            {path: pack(leaf, *infos[path].sides, dtype) if path in self.packable else leaf for path, leaf in flat}
+        )
 
     @cached_property
     def packable(self) -> frozenset[tuple]:
@@ -138,16 +138,16 @@ class Model:
 
     # --- Pure functions -------------------------------------------------------------------------------------
 
-    def init(self, seed: int | PRNGKeyArray) -> Params:
-        """Freshly drawn parameters."""
-        count = sum(info.size for info in jax.tree.leaves(self.parameters) if info.inputs is not None)
-        truncated = self.config.init == "fan_in"
+    def init(self, seed: int | PRNGKeyArray, shardings: PyTree | None = None) -> Params:
+        """Freshly drawn parameters: those of one path depend on the seed, the path and the shape alone.
 
-        def draw(key: PRNGKeyArray) -> Params:
-            numbers = jax.random.truncated_normal(key, -2, 2, count) if truncated else jax.random.normal(key, count)
-            return nnx.to_pure_dict(nnx.state(Decoder(self.config, Draws(numbers))))
-
-        return jax.jit(draw)(jax.random.key(seed) if isinstance(seed, int) else seed)
+        Args:
+            seed: or a key.
+            shardings: where each parameter goes, if not to the default device; it is drawn there.
+        """
+        key = jax.random.key(seed) if isinstance(seed, int) else seed
+        draw = partial(draw_parameters, infos=self.parameters, truncated=self.config.init == "fan_in")
+        return jax.jit(draw, out_shardings=shardings)(key)
 
     def hidden(self, params: Params, tokens: Int[Array, "B T"], **inputs: Any) -> Output:
         """Hidden states; keyword arguments are those of `Decoder.__call__`."""
@@ -170,10 +170,16 @@ class Model:
         targets: Int[Array, "B T"],
         token_weights: Float[Array, "B T"],
         key: PRNGKeyArray | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, ""], Effects]:
-        """Σ token_weights · nll in training form (`key` is for dropout and noise), and what the parts say beside it."""
+        """Σ token_weights · nll in training form, and what the parts report beside it.
+
+        Args:
+            key: for dropout and noise; None draws nothing.
+            segment_ids: each document of a packed row is a run of equal ids, and sees itself alone.
+        """
         decoder = self.module(params)
-        output = decoder(tokens, training=True, key=key)
+        output = decoder(tokens, segment_ids=segment_ids, training=True, key=key)
         return decoder.loss(output.hidden, targets, token_weights), output.effects
 
     def with_updates(self, params: Params, updates: dict[int, dict[str, Array]]) -> Params:
@@ -252,3 +258,13 @@ class Model:
             weights += self.config.vocab_size * self.config.width
         parts = [part for layer in self.config.layers for part in (layer.attention, layer.feedforward)]
         return 3 * (2 * weights + sum(part.flops_per_token(self.config) for part in parts))
+
+
+@lru_cache(maxsize=64)
+def model_of(config: ModelConfig) -> Model:
+    """The model of a configuration, made once: its facts and compiled functions are then shared by all who ask.
+
+    Raises:
+        RequestError: the configuration leaves `vocab_size` open.
+    """
+    return Model(config)

@@ -11,6 +11,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
@@ -20,7 +21,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from polygpt.config import PartConfig
+from polygpt.config import Config, PartConfig
 from polygpt.model.packed import Packed
 
 if TYPE_CHECKING:
@@ -29,34 +30,40 @@ if TYPE_CHECKING:
 InitScheme = Literal["normal", "fan_in"]
 
 
-class Draws:
-    """Standard normal numbers (truncated for `fan_in`), handed out in order to the parameters of one model.
+class Scope(Enum):
+    """Marks a field of a configuration that does not say what a model is; `architecture` leaves such fields out."""
 
-    They are drawn all at once: a generator compiled for every shape took 4.5 s of the demo's start on two cores,
-    one for all takes 1.3. Without numbers, shapes alone can be found (`jax.eval_shape`).
-    """
+    EXECUTION = "how it is computed on a machine: any value gives the same numbers, up to rounding"
+    TRAINING = "what happens in training alone: initial values, noise, auxiliary losses, dropped tokens"
 
-    def __init__(self, numbers: Float[Array, " count"] | None = None):
-        self.numbers, self.used = numbers, 0
 
-    def take(self, shape: tuple[int, ...]) -> Float[Array, "..."]:
-        """The next numbers, float32 of `shape`."""
-        if self.numbers is None:
-            return jnp.zeros(shape)
-        start, self.used = self.used, self.used + math.prod(shape)
-        return self.numbers[start : self.used].reshape(shape)
+def architecture(config: Config) -> dict[str, Any]:
+    """The plain fields of `config`, and of the parts in it, without those marked with a `Scope`."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Config):
+            return architecture(value)
+        return [plain(entry) for entry in value] if isinstance(value, tuple) else value
+
+    fields = type(config).model_fields.items()
+    return {
+        name: plain(getattr(config, name))
+        for name, field in fields
+        if not any(isinstance(mark, Scope) for mark in field.metadata)
+    }
 
 
 @dataclass(frozen=True)
 class Initializer:
-    """Draws the parameters of modules, each with its logical axes; `layers` stacks them for a scan.
+    """Declares the parameters of modules: shape, logical axes and distribution. `layers` stacks them for a scan.
+
+    A module holds shapes, not numbers; `Model.init` draws the values, each parameter's from a generator of its own.
 
     `normal` is GPT-2's: N(0, `std`), with projections that write to the residual stream scaled by
     1/sqrt(2·layers of the model) (Radford et al. 2019, section 2.3). `fan_in` draws from a normal truncated at
     two deviations, with variance 1/fan-in.
     """
 
-    draws: Draws
     scheme: InitScheme
     std: float
     residual_scale: float
@@ -89,9 +96,9 @@ class Initializer:
         scale = self.std if self.scheme == "normal" else 1 / (math.sqrt(fan_in) * 0.87962566103423978)
         if residual:
             scale *= self.residual_scale
-        values = (scale * self.draws.take(full)).astype(self.dtype)
         stack = (self.layers is not None) + experts
-        return nnx.Param(values, axes=axes, inputs=inputs, stack=stack, active=active)
+        value = jax.ShapeDtypeStruct(full, self.dtype)
+        return nnx.Param(value, axes=axes, inputs=inputs, stack=stack, active=active, deviation=scale)
 
     def constant(
         self,
@@ -103,7 +110,7 @@ class Initializer:
     ) -> nnx.Param:
         """A vector of equal values: a bias or a gain. Not decayed. `dtype` by default that of all parameters."""
         full, axes = self._stack(shape, axes)
-        return nnx.Param(jnp.full(full, value, dtype or self.dtype), axes=axes, active=active)
+        return nnx.Param(jax.ShapeDtypeStruct(full, dtype or self.dtype), axes=axes, active=active, mean=value)
 
     def _stack(self, shape: tuple[int, ...], axes: tuple[str, ...]) -> tuple[tuple[int, ...], tuple[str, ...]]:
         if len(shape) != len(axes):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from polygpt.errors import RequestError
-from polygpt.model import Model
+from polygpt.model import Model, model_of
 
 
 def test_scanned_and_unrolled_layers_agree_to_the_gradient(tiny_config, lively, tokens):
@@ -115,3 +115,40 @@ def test_compile_text_of_a_scanned_model_does_not_grow_with_depth(tiny_config, t
         return len(jax.jit(model.logits).lower(model.init(0), tokens).as_text())
 
     assert length(12) < 1.05 * length(3)
+
+
+def test_initial_values_depend_on_seed_path_and_shape_alone(tiny_config):
+    plain = Model(tiny_config(num_layers=2)).init(0)
+    changed = Model(
+        tiny_config(num_layers=2, position="learned", head="untied", feedforward={"kind": "glu", "mlp_dim": 20})
+    ).init(0)
+    attention, other = plain["blocks"][0]["attention"], changed["blocks"][0]["attention"]
+    jax.tree.map(np.testing.assert_array_equal, attention, other)
+    np.testing.assert_array_equal(plain["embedding"], changed["embedding"])
+    assert not np.array_equal(
+        attention["query"], Model(tiny_config(num_layers=2)).init(1)["blocks"][0]["attention"]["query"]
+    )
+    # A table that grows keeps the rows it had, and no two parameters are drawn alike.
+    grown = Model(tiny_config(vocab_size=60)).init(0)["embedding"]
+    np.testing.assert_array_equal(grown[:37], plain["embedding"])
+    assert np.abs(np.corrcoef(attention["key"].ravel(), attention["value"].ravel())[0, 1]) < 0.2
+
+
+def test_a_model_is_made_once_for_equal_configurations(tiny_config):
+    assert model_of(tiny_config()) is model_of(tiny_config())
+    assert model_of(tiny_config()) is not model_of(tiny_config(num_layers=3))
+
+
+def test_the_architecture_leaves_out_how_a_model_is_run_and_trained(tiny_config):
+    moe = {"kind": "moe", "mlp_dim": 8, "num_experts": 4}
+    plain = tiny_config(feedforward=moe)
+    run_otherwise = tiny_config(
+        scan_layers=True,
+        dropout=0.5,
+        attention={"implementation": "xla", "dropout": 0.1},
+        feedforward={**moe, "z_loss": 0.5, "router_noise": 0.1, "dispatch": "dropless"},
+    )
+    assert run_otherwise != plain
+    assert run_otherwise.architecture() == plain.architecture()
+    for change in ({"attention": {"window": 5}}, {"feedforward": {**moe, "top_k": 1}}, {"norm": {"eps": 1e-3}}):
+        assert tiny_config(**{"feedforward": moe, **change}).architecture() != plain.architecture()

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from pydantic import Field, PositiveInt, model_validator
 
 from polygpt.model.attention.projections import HeadsConfig, Projections
-from polygpt.model.parts import Context, Initializer
+from polygpt.model.parts import Context, Initializer, Scope
 from polygpt.model.rope import rotate
 
 
@@ -33,7 +33,7 @@ class LinearAttentionConfig(HeadsConfig):
 
     kind: Literal["linear"] = "linear"
     decay: bool = False
-    chunk: PositiveInt = 64
+    chunk: Annotated[PositiveInt, Scope.EXECUTION] = 64
     eps: Annotated[float, Field(gt=0, le=1e-1)] = 1e-6
 
     @model_validator(mode="before")

@@ -23,7 +23,7 @@ from polygpt.model.attention.core import (
 from polygpt.model.attention.projections import HeadsConfig, Projections
 from polygpt.model.attention.scores import ScoreInputs, ScoreRule
 from polygpt.model.norms import rms_normalize
-from polygpt.model.parts import Context, Initializer
+from polygpt.model.parts import Context, Initializer, Scope
 from polygpt.model.rope import rotate
 from polygpt.model.stacks import InStack, as_kept, as_numbers, kept_type
 
@@ -81,14 +81,14 @@ class SoftmaxAttentionConfig(HeadsConfig):
     """
 
     kind: Literal["softmax"] = "softmax"
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Annotated[float, Field(ge=0, lt=1), Scope.TRAINING] = 0.0
     window: PositiveInt | None = None
     qk_norm: bool = False
     qk_norm_eps: Annotated[float, Field(gt=0, le=1e-1)] = 1e-6
     softcap: Positive | None = None
     sinks: bool = False
     scale: Positive | None = None
-    implementation: Implementation = "auto"
+    implementation: Annotated[Implementation, Scope.EXECUTION] = "auto"
 
     def rule(self, model) -> ScoreRule:
         """How scores become probabilities. A window that spans the context is none."""

@@ -15,7 +15,7 @@ from pydantic import Field, PositiveInt
 from polygpt.model.feedforward.experts import Experts, ExpertsConfig
 from polygpt.model.feedforward.glu import GLUConfig
 from polygpt.model.feedforward.mlp import MLPConfig
-from polygpt.model.parts import NO_EFFECTS, Context, Effects, FeedForwardConfig, Initializer
+from polygpt.model.parts import NO_EFFECTS, Context, Effects, FeedForwardConfig, Initializer, Scope
 
 Weight = Annotated[float, Field(ge=0)]
 # Beyond so many experts ranks are found by sorting: counting each takes P·E (8,192 pairs, 64 experts: 14 ms against 3).
@@ -53,13 +53,13 @@ class MoEConfig(ExpertsConfig):
 
     kind: Literal["moe"] = "moe"
     top_k: PositiveInt = 2
-    dispatch: Literal["capacity", "dropless"] = "capacity"
-    capacity_factor: Annotated[float, Field(gt=0)] = 1.25
-    claim_order: Literal["choice", "weight", "token"] = "choice"
+    dispatch: Annotated[Literal["capacity", "dropless"], Scope.TRAINING] = "capacity"
+    capacity_factor: Annotated[float, Field(gt=0), Scope.TRAINING] = 1.25
+    claim_order: Annotated[Literal["choice", "weight", "token"], Scope.TRAINING] = "choice"
     normalize_weights: bool = False
-    load_balance_loss: Weight = 1e-2
-    z_loss: Weight = 1e-3
-    router_noise: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    load_balance_loss: Annotated[Weight, Scope.TRAINING] = 1e-2
+    z_loss: Annotated[Weight, Scope.TRAINING] = 1e-3
+    router_noise: Annotated[float, Field(ge=0, lt=1), Scope.TRAINING] = 0.0
     shared_experts: Annotated[int, Field(ge=0)] = 0
     balance_rate: Weight = 0.0
 
