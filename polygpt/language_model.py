@@ -17,7 +17,8 @@ from jaxtyping import Array, Float, Int
 from polygpt.config import validate
 from polygpt.errors import RequestError
 from polygpt.generation import FinishReason, Sampler, generate_tokens
-from polygpt.model import WEIGHT_TYPES, Model, ModelConfig, Params, WeightType
+from polygpt.kernels import WEIGHT_TYPES, WeightType
+from polygpt.model import Model, ModelConfig, Params
 from polygpt.tokenizers import Tokenizer, render_chat
 
 NO_TOKENIZER = "this model has no tokenizer: a preset has none, nor has a folder without tokenizer.json"

@@ -21,8 +21,9 @@ from polygpt.config import Config, merge, read_yaml, to_yaml, validate
 from polygpt.errors import RequestError, suggest
 from polygpt.files import new_folder, write_text
 from polygpt.interop import HUB, StoredModel, fetch, is_huggingface, open_huggingface, read_json
+from polygpt.kernels import WeightType
 from polygpt.language_model import NO_TOKENIZER, LanguageModel, Origin
-from polygpt.model import Model, ModelConfig, ParameterInfo, Params, WeightType
+from polygpt.model import Model, ModelConfig, ParameterInfo, Params
 from polygpt.presets import PRESET_VOCAB, PRESETS, preset
 from polygpt.process import command_line
 from polygpt.sharding import placement

@@ -31,7 +31,7 @@ gc.set_threshold(20_000)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Shapes and dtypes that the model's room declares are checked at every call; must be set before it is imported.
-install_import_hook("polygpt.model", "beartype.beartype")
+install_import_hook(["polygpt.kernels", "polygpt.model"], "beartype.beartype")
 
 # The same examples every time, and no deadline: the first call of a compiled function takes what it takes.
 settings.register_profile("polygpt", derandomize=True, deadline=None)

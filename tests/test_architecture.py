@@ -21,6 +21,7 @@ ROOMS = [
     "config",
     "sharding",
     "tokenizers",
+    "kernels",
     "model",
     "spec",
     "presets",

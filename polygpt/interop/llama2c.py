@@ -21,7 +21,8 @@ from polygpt.interop.names import Layout, foreign_tensors
 from polygpt.interop.score_bpe import SPACE, PieceKind, score_bpe
 from polygpt.interop.stored import StoredModel
 from polygpt.interop.weights import TensorInfo, check, read_params
-from polygpt.model import Model, ModelConfig, Params, WeightType
+from polygpt.kernels import WeightType
+from polygpt.model import Model, ModelConfig, Params
 from polygpt.tokenizers import Tokenizer
 
 _MAGIC = 0x616B3432  # of its later formats

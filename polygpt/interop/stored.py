@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from polygpt.model import ModelConfig, Params, WeightType
+from polygpt.kernels import WeightType
+from polygpt.model import ModelConfig, Params
 from polygpt.tokenizers import Tokenizer
 
 

@@ -15,7 +15,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from polygpt.errors import RequestError, suggest
 from polygpt.interop.names import ForeignTensor, Path
-from polygpt.model import ALIGNMENT, Model, ParameterInfo, Params, WeightType, pack_rows
+from polygpt.kernels import ALIGNMENT, WeightType, pack_rows
+from polygpt.model import Model, ParameterInfo, Params
 
 FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 

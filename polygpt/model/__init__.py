@@ -1,4 +1,4 @@
-"""The model's room: one decoder whose parts are chosen by name.
+"""One decoder whose parts are chosen by name.
 
 The legend of axis letters, for every einsum and every shape in the project:
     B batch, T query position, S key position, D embedding, N heads, K kv heads, G query heads a kv head,
@@ -9,7 +9,6 @@ from polygpt.model.block import BlockConfig
 from polygpt.model.config import LayerConfig, ModelConfig
 from polygpt.model.decoder import Decoder, Output
 from polygpt.model.model import Model, ParameterInfo, Params, model_of
-from polygpt.model.packed import ALIGNMENT, WEIGHT_TYPES, WeightType, pack_rows
 from polygpt.model.parts import (
     NO_EFFECTS,
     AttentionConfig,
@@ -26,9 +25,7 @@ from polygpt.model.parts import (
 )
 
 __all__ = [
-    "ALIGNMENT",
     "NO_EFFECTS",
-    "WEIGHT_TYPES",
     "AttentionConfig",
     "BlockConfig",
     "Context",
@@ -45,10 +42,8 @@ __all__ = [
     "Params",
     "PositionConfig",
     "Scope",
-    "WeightType",
     "architecture",
     "dense",
     "dropout",
     "model_of",
-    "pack_rows",
 ]

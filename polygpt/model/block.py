@@ -1,7 +1,8 @@
-"""One layer: attention and a feed-forward around the residual stream; this is the menu of ways to arrange them."""
+"""One layer: attention and a feed-forward around the residual stream, and the registry of ways to arrange them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from flax import nnx
@@ -13,10 +14,11 @@ if TYPE_CHECKING:
     from polygpt.model.config import LayerConfig, ModelConfig
 
 Hidden = Float[Array, "B T D"]
+Sublayer = Callable[[Hidden], Hidden]
 
 
 class LayerState(NamedTuple):
-    """The decoding state of one layer: what its attention and its feed-forward keep."""
+    """The decoding state of one layer: that of its attention and that of its feed-forward."""
 
     attention: PyTree
     feedforward: PyTree
@@ -26,8 +28,36 @@ class BlockConfig(ModelPart):
     """The slot `block`: builds a module that maps x [B, T, D] to [B, T, D], the next state, and effects."""
 
     def build(self, layer: LayerConfig, model: ModelConfig, init: Initializer) -> Any:
-        """The NNX module of one layer, with its parameters drawn from `init`."""
+        """The NNX module of one layer, its parameters declared by `init`."""
         raise NotImplementedError
+
+
+class Block(nnx.Module):
+    """The two sublayers of a layer; a subclass says how they are arranged around the residual stream."""
+
+    def __init__(self, layer: LayerConfig, model: ModelConfig, init: Initializer):
+        self.dropout = model.dropout
+        self.attention = layer.attention.build(model, init)
+        self.feedforward = layer.feedforward.build(model, init)
+
+    def arrange(self, x: Hidden, attention: Sublayer, feedforward: Sublayer) -> Hidden:
+        """The layer's output from its input and its sublayers, each of which is called once."""
+        raise NotImplementedError
+
+    def __call__(self, x: Hidden, context: Context, state: LayerState) -> tuple[Hidden, LayerState, Effects]:
+        """Runs the layer. The sublayers' states and effects are carried here, and dropout is applied."""
+        after: dict[str, Any] = {}
+
+        def attention(x: Hidden) -> Hidden:
+            mixed, after["attention"] = self.attention(x, context.fold(0), state.attention)
+            return dropout(mixed, self.dropout, context.fold(1).key)
+
+        def feedforward(x: Hidden) -> Hidden:
+            y, after["feedforward"], after["effects"] = self.feedforward(x, context.fold(2), state.feedforward)
+            return dropout(y, self.dropout, context.fold(3).key)
+
+        y = self.arrange(x, attention, feedforward)
+        return y, LayerState(after["attention"], after["feedforward"]), after["effects"]
 
 
 class PreNormConfig(BlockConfig):
@@ -39,29 +69,15 @@ class PreNormConfig(BlockConfig):
         return PreNorm(layer, model, init)
 
 
-class PreNorm(nnx.Module):
+class PreNorm(Block):
     def __init__(self, layer: LayerConfig, model: ModelConfig, init: Initializer):
-        self.dropout = model.dropout
+        super().__init__(layer, model, init)
         self.attention_norm = layer.norm.build(model, init)
-        self.attention = layer.attention.build(model, init)
         self.feedforward_norm = layer.norm.build(model, init)
-        self.feedforward = layer.feedforward.build(model, init)
 
-    def attend(self, x: Hidden, context: Context, state: LayerState) -> tuple[Hidden, PyTree]:
-        """Attention's output after dropout, and its next state."""
-        mixed, after = self.attention(x, context.fold(0), state.attention)
-        return dropout(mixed, self.dropout, context.fold(1).key), after
-
-    def feed(self, x: Hidden, context: Context, state: LayerState) -> tuple[Hidden, PyTree, Effects]:
-        """The feed-forward's output after dropout, its next state and its effects."""
-        fed, after, effects = self.feedforward(x, context.fold(2), state.feedforward)
-        return dropout(fed, self.dropout, context.fold(3).key), after, effects
-
-    def __call__(self, x: Hidden, context: Context, state: LayerState) -> tuple[Hidden, LayerState, Effects]:
-        mixed, attention_state = self.attend(self.attention_norm(x), context, state)
-        h = x + mixed
-        fed, feedforward_state, effects = self.feed(self.feedforward_norm(h), context, state)
-        return h + fed, LayerState(attention_state, feedforward_state), effects
+    def arrange(self, x: Hidden, attention: Sublayer, feedforward: Sublayer) -> Hidden:
+        h = x + attention(self.attention_norm(x))
+        return h + feedforward(self.feedforward_norm(h))
 
 
 class PostNormConfig(BlockConfig):
@@ -74,11 +90,9 @@ class PostNormConfig(BlockConfig):
 
 
 class PostNorm(PreNorm):
-    def __call__(self, x: Hidden, context: Context, state: LayerState) -> tuple[Hidden, LayerState, Effects]:
-        mixed, attention_state = self.attend(x, context, state)
-        h = self.attention_norm(x + mixed)
-        fed, feedforward_state, effects = self.feed(h, context, state)
-        return self.feedforward_norm(h + fed), LayerState(attention_state, feedforward_state), effects
+    def arrange(self, x: Hidden, attention: Sublayer, feedforward: Sublayer) -> Hidden:
+        h = self.attention_norm(x + attention(x))
+        return self.feedforward_norm(h + feedforward(h))
 
 
 class SandwichConfig(BlockConfig):
@@ -96,11 +110,9 @@ class Sandwich(PreNorm):
         self.attention_out_norm = layer.norm.build(model, init)
         self.feedforward_out_norm = layer.norm.build(model, init)
 
-    def __call__(self, x: Hidden, context: Context, state: LayerState) -> tuple[Hidden, LayerState, Effects]:
-        mixed, attention_state = self.attend(self.attention_norm(x), context, state)
-        h = x + self.attention_out_norm(mixed)
-        fed, feedforward_state, effects = self.feed(self.feedforward_norm(h), context, state)
-        return h + self.feedforward_out_norm(fed), LayerState(attention_state, feedforward_state), effects
+    def arrange(self, x: Hidden, attention: Sublayer, feedforward: Sublayer) -> Hidden:
+        h = x + self.attention_out_norm(attention(self.attention_norm(x)))
+        return h + self.feedforward_out_norm(feedforward(self.feedforward_norm(h)))
 
 
 class ParallelConfig(BlockConfig):
@@ -112,18 +124,14 @@ class ParallelConfig(BlockConfig):
         return Parallel(layer, model, init)
 
 
-class Parallel(PreNorm):
+class Parallel(Block):
     def __init__(self, layer: LayerConfig, model: ModelConfig, init: Initializer):
-        self.dropout = model.dropout
+        super().__init__(layer, model, init)
         self.norm = layer.norm.build(model, init)
-        self.attention = layer.attention.build(model, init)
-        self.feedforward = layer.feedforward.build(model, init)
 
-    def __call__(self, x: Hidden, context: Context, state: LayerState) -> tuple[Hidden, LayerState, Effects]:
+    def arrange(self, x: Hidden, attention: Sublayer, feedforward: Sublayer) -> Hidden:
         normed = self.norm(x)
-        mixed, attention_state = self.attend(normed, context, state)
-        fed, feedforward_state, effects = self.feed(normed, context, state)
-        return x + mixed + fed, LayerState(attention_state, feedforward_state), effects
+        return x + attention(normed) + feedforward(normed)
 
 
 MENU: dict[str, type[BlockConfig]] = {

@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from polygpt.config import Config, Tuple, merge, slot
+from polygpt.kernels import LogitRule
 from polygpt.model import attention, block, feedforward, norms, positions
 from polygpt.model.block import BlockConfig
-from polygpt.model.head import LogitRule
 from polygpt.model.parts import AttentionConfig, FeedForwardConfig, InitScheme, NormConfig, PositionConfig, Scope
 from polygpt.model.parts import architecture as architecture_of
 
@@ -39,13 +39,13 @@ class ModelConfig(Config):
 
     Attributes:
         vocab_size: V; None means the tokenizer's, and is filled in when one is at hand.
-        vocab_padding: the last so many ids round the vocabulary up to a size that is fast to multiply; they stand for
-            nothing and have probability 0.
+        vocab_padding: this many ids at the end only round the vocabulary up to a size that is fast to multiply; they
+            mean nothing and have probability 0.
         context_length: the longest sequence.
         embed_dim: D; None means V, which only `head: none` allows (the bigram model).
         num_layers: L.
-        pattern: layers cycle through these entries: layer i takes entry i mod len. An entry's part that names
-            its kind replaces the model's part; without a kind it changes fields of it.
+        pattern: layers cycle through these entries: layer i takes entry i mod len. A part in an entry replaces the
+            model's part if it names a kind; without a kind it changes fields of it.
         block: how attention, feed-forward and norms are arranged in a layer.
         final_norm: a norm before the head, of the model's own kind.
         head: `tied` to the embedding, `untied`, or `none` (the last hidden states are the logits).
@@ -56,10 +56,10 @@ class ModelConfig(Config):
         init: `normal` (GPT-2's) or `fan_in` (truncated, variance 1/fan-in).
         init_std: standard deviation of `normal`.
         compute_dtype: of activations; norms' statistics, softmax, RoPE angles, logits and loss stay float32.
-        param_dtype: of stored parameters. In 16 bits a gain near 1 moves by steps of 0.004 to 0.008 or not at all, so
-            small learning rates leave it where it is.
+        param_dtype: of stored parameters. In 16 bits a gain near 1 moves in steps of 0.004 to 0.008 or not at all, so
+            small learning rates may not change it.
         scan_layers: compile one repetition of the pattern and scan over it, so that compile time does not grow
-            with depth; None means from 9 layers on (unrolled is faster to run where it compiles quickly).
+            with depth; None means from 9 layers on (fewer compile quickly unrolled, and run faster).
     """
 
     vocab_size: PositiveInt | None = None
@@ -87,7 +87,7 @@ class ModelConfig(Config):
 
     @model_validator(mode="before")
     @classmethod
-    def _lay_pattern_over_model(cls, data: Any) -> Any:
+    def _merge_pattern_into_model(cls, data: Any) -> Any:
         if not isinstance(data, Mapping) or not isinstance(data.get("pattern"), (list, tuple)):
             return data
         return {**data, "pattern": [_complete(entry, data) for entry in data["pattern"]]}
@@ -143,7 +143,7 @@ class ModelConfig(Config):
 
     @property
     def logit_rule(self) -> LogitRule:
-        """What becomes of the head's products."""
+        """How the head's products become logits."""
         return LogitRule(self.logit_softcap, self.vocab_padding)
 
     @property
@@ -161,7 +161,7 @@ class ModelConfig(Config):
 
 
 def _complete(entry: Any, model: Mapping[str, Any]) -> Any:
-    """A pattern's entry in which parts without a kind have been laid over the model's own."""
+    """A pattern's entry in which parts without a kind have been merged into the model's own."""
     if not isinstance(entry, Mapping):
         return entry
     return {

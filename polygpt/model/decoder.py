@@ -15,12 +15,18 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
+from polygpt.kernels import (
+    dropout,
+    in_stack,
+    layer_view,
+    nll_of_logits,
+    project_to_vocabulary,
+    weighted_nll,
+    write_back,
+)
 from polygpt.model.block import LayerState
 from polygpt.model.config import ModelConfig
-from polygpt.model.head import nll_of_logits, project_to_vocabulary, weighted_nll
-from polygpt.model.packed import Packed
-from polygpt.model.parts import Context, Effects, Initializer, dropout
-from polygpt.model.stacks import in_stack, of_layer, put_back
+from polygpt.model.parts import Context, Effects, Initializer
 
 
 class Output(NamedTuple):
@@ -28,9 +34,9 @@ class Output(NamedTuple):
 
     Attributes:
         hidden: [B, T, D], ready for the head.
-        state: the decoding state after these tokens; None where none was given.
-        effects: what the layers say in training: losses summed and metrics averaged over layers; `updates` has an entry
-            for each of the pattern, shaped like the parameters of its feed-forward that they are to be added to.
+        state: the decoding state after these tokens; None if none was given.
+        effects: of training: losses summed and metrics averaged over layers; `loads` by the index of the pattern's
+            entry, those of the layers that it serves stacked.
     """
 
     hidden: Float[Array, "B T D"]
@@ -77,12 +83,12 @@ class Decoder(nnx.Module):
 
         Args:
             tokens: int32 [B, T].
-            positions: int32 [B, T], consecutive in each row; 0, 1, 2, ... by default. With a state they go on where it
-                ends, and a sequence begins at 0.
-            segment_ids: int32 [B, T]; each document is a run of equal ids, and sees itself alone.
+            positions: int32 [B, T], consecutive in each document; 0, 1, 2, ... by default. With a state they continue
+                where it ends, and a sequence starts at 0.
+            segment_ids: int32 [B, T]; each document is a run of equal ids, and sees only itself.
             valid: bool [B, T]; False for padding at the end of a row, which enters no decoding state.
-            state: a decoding state (`Model.init_state`): tokens then see what came before them, too.
-            fresh: the state is empty still, so that these tokens may be computed as a sequence of their own.
+            state: a decoding state (`Model.init_state`): tokens then also see what came before them.
+            fresh: the state is still empty, so these tokens may be computed as a sequence of their own.
             training: take the training form of parts that have one (capacity, noise, auxiliary losses).
             key: for dropout and noise; None draws nothing.
 
@@ -90,12 +96,14 @@ class Decoder(nnx.Module):
             ValueError: `segment_ids` and `state` are both given: a decoding state holds one document.
         """
         if segment_ids is not None and state is not None:
-            raise ValueError("segment_ids do not go with a decoding state, which holds one document")
-        if segment_ids is not None:  # runs, numbered: an id that comes again is another document
-            opens = segment_ids[:, 1:] != segment_ids[:, :-1]
-            segment_ids = jnp.pad(jnp.cumsum(opens, axis=1), ((0, 0), (1, 0)))
+            raise ValueError("segment_ids cannot be combined with a decoding state, which holds one document")
+        if segment_ids is not None:  # number the runs: an id that returns later is another document
+            starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+            segment_ids = jnp.cumsum(starts, axis=1)
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+            if segment_ids is not None:
+                positions = positions - lax.cummax(jnp.where(starts, positions, 0), axis=1)
         sizes = {layer.attention.rotation_size(self.config) for layer in self.config.layers} - {None}
         context = Context(
             positions=positions,
@@ -129,11 +137,11 @@ class Decoder(nnx.Module):
             (x, states), (index, weights) = carry, inputs
             states, effects = list(states), []
             for entry, leaves in enumerate(weights):
-                layer = nnx.merge(graphs[entry], unflatten_dict(leaves | of_layer(in_place[entry], index)))
-                before = of_layer(states[entry], index)
-                x, after, said = layer(x, context.fold(index * len(graphs) + entry), before)
-                states[entry] = put_back(states[entry], after, index)
-                effects.append(said)
+                layer = nnx.merge(graphs[entry], unflatten_dict(leaves | layer_view(in_place[entry], index)))
+                before = layer_view(states[entry], index)
+                x, after, reported = layer(x, context.fold(index * len(graphs) + entry), before)
+                states[entry] = write_back(states[entry], after, index)
+                effects.append(reported)
             return (x, states), effects
 
         def alone(carry: tuple[Array, list], index: int, entries: int) -> tuple[tuple[Array, list], list[Effects]]:
@@ -143,11 +151,11 @@ class Decoder(nnx.Module):
             return carry, jax.tree.map(lambda leaf: leaf[None], effects)
 
         carry = (x, [LayerState(None, None)] * len(graphs) if state is None else state)
-        if whole == 1:  # a scan of one takes half as long again to trace and to differentiate
+        if whole == 1:  # a scan of one repetition takes half as long again to trace and differentiate
             carry, effects = alone(carry, 0, len(graphs))
         else:
             head = jax.tree.map(lambda leaf: leaf[:whole], params)
-            # Fully unrolled where that is faster to run; the gradient of the stack stays one concatenation.
+            # Fully unrolled if that runs faster; the gradient of the stack is still one concatenation.
             carry, effects = lax.scan(
                 repetition, carry, (jnp.arange(whole), head), unroll=1 if self.config.scans else max(whole, 1)
             )
@@ -160,16 +168,12 @@ class Decoder(nnx.Module):
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """float32 logits of hidden states."""
         if self.config.head == "none":
-            logits = hidden.astype(jnp.float32)
+            products = hidden.astype(jnp.float32)
+        elif self.config.head == "tied":
+            products = project_to_vocabulary(hidden, self.embedding.get_value(), transposed=True)
         else:
-            logits = project_to_vocabulary(hidden, self.head_weight)
-        return self.config.logit_rule.apply(logits)
-
-    @property
-    def head_weight(self) -> Float[Array, "D V"] | Packed:
-        """The matrix of the head: its own, or the embedding's transpose (which a packed table stands for, too)."""
-        weight = (self.embedding if self.head is None else self.head).get_value()
-        return weight if self.head is not None or isinstance(weight, Packed) else weight.T
+            products = project_to_vocabulary(hidden, self.head.get_value())
+        return self.config.logit_rule.apply(products)
 
     def nll(self, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
         """Negative log likelihood of each target in nats, float32."""
@@ -178,15 +182,15 @@ class Decoder(nnx.Module):
     def loss(
         self, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"], token_weights: Float[Array, "B T"]
     ) -> Float[Array, ""]:
-        """Σ token_weights · nll, as `nll` would give it, in the form that is fast to differentiate."""
+        """Σ token_weights · nll, equal to that of `nll`, in a form that is fast to differentiate."""
         if self.config.head == "none":
             return (self.nll(hidden, targets) * token_weights).sum()
-        return weighted_nll(hidden, self.head_weight, targets, token_weights, self.config.logit_rule)
+        weight = self.embedding[...].T if self.config.head == "tied" else self.head[...]
+        return weighted_nll(hidden, weight, targets, token_weights, self.config.logit_rule)
 
 
 def _split(blocks: nnx.List) -> tuple[list[nnx.GraphDef], list[dict], list[dict]]:
-    """Each pattern entry's structure; its parameters by path, stacked over the layers it serves; and those of them that
-    are read where they lie."""
+    """Each pattern entry's structure, its stacked parameters by path, and those of them that are read in place."""
     graphs, params, in_place = [], [], []
     for block in blocks:
         graph, leaves = nnx.split(block)
@@ -198,7 +202,7 @@ def _split(blocks: nnx.List) -> tuple[list[nnx.GraphDef], list[dict], list[dict]
 
 
 def _over_layers(effects: list[Effects]) -> Effects:
-    """The effects of all layers, given for each entry of the pattern with the layers it serves stacked."""
+    """The effects of all layers, from those of each pattern entry with the layers that it serves stacked."""
     losses: dict[str, Array] = {}
     metrics: dict[str, list[Array]] = {}
     for entry in effects:
@@ -207,4 +211,4 @@ def _over_layers(effects: list[Effects]) -> Effects:
         for name, values in entry.metrics.items():
             metrics.setdefault(name, []).append(values)
     means = {name: jnp.concatenate(values).mean() for name, values in metrics.items()}
-    return Effects(losses, means, {i: entry.updates for i, entry in enumerate(effects) if entry.updates})
+    return Effects(losses, means, {i: entry.loads for i, entry in enumerate(effects) if entry.loads})

@@ -1,7 +1,7 @@
-"""A configured decoder as pure functions of arrays: what everything outside the model's room works with.
+"""A configured decoder as pure functions of arrays: what everything outside this package works with.
 
 The NNX module is split once, here; parameters travel as nested dictionaries of arrays and every function below can
-be compiled, differentiated and sharded as it is.
+be compiled, differentiated and sharded directly.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from polygpt.errors import RequestError
+from polygpt.kernels import WeightType, pack
 from polygpt.model.block import LayerState
 from polygpt.model.config import ModelConfig
 from polygpt.model.decoder import Decoder, Output
 from polygpt.model.initial import draw_parameters
-from polygpt.model.packed import WeightType, pack
 from polygpt.model.parts import Effects
 
 Params = dict[str, Any]
@@ -31,7 +31,7 @@ Params = dict[str, Any]
 
 @dataclass(frozen=True)
 class ParameterInfo:
-    """What is known of a parameter without its values.
+    """What is known about a parameter without its values.
 
     Attributes:
         shape: with a leading `layers` axis for parameters of blocks.
@@ -59,7 +59,7 @@ class ParameterInfo:
 
     @property
     def sides(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of one matrix the axes that are contracted, and those that remain (of a table all)."""
+        """The axes of one matrix that are contracted, and those that remain (all, for a table)."""
         first = self.stack + (self.inputs or 0)
         return self.shape[self.stack : first], self.shape[first:]
 
@@ -95,7 +95,7 @@ class Model:
         return nnx.merge(self._abstract[0], params)
 
     def check(self) -> None:
-        """Traces the model where it has parts of a user's own, before anything is compiled or allocated.
+        """Traces a model with parts of a user's own, before anything is compiled or allocated.
 
         Raises:
             RequestError: a part does not do what its slot asks of it; its kind and the reason are named.
@@ -120,8 +120,8 @@ class Model:
     def pack(self, params: Params, dtype: WeightType) -> Params:
         """`params` in the form that inference reads fastest, for every function below that takes no gradient.
 
-        Matrices that stand between activations are packed, and the embedding; experts, which are chosen by token, and
-        vectors are not. `params` stays as it is: drop it, or both are kept in memory.
+        Matrices that multiply activations are packed, and the embedding; experts, which are chosen by token, and
+        vectors are not. `params` is left unchanged: drop it, or both are kept in memory.
         """
         infos = flatten_dict(self.parameters)
         flat = flatten_dict(params).items()
@@ -182,14 +182,15 @@ class Model:
         output = decoder(tokens, segment_ids=segment_ids, training=True, key=key)
         return decoder.loss(output.hidden, targets, token_weights), output.effects
 
-    def with_updates(self, params: Params, updates: dict[int, dict[str, Array]]) -> Params:
-        """`params` after the updates that feed-forwards ask for (`Effects.updates`)."""
+    def with_updates(self, params: Params, loads: dict[int, dict[str, Array]]) -> Params:
+        """`params` after the updates that feed-forwards compute from their `loads` (those of `Effects`)."""
         blocks = dict(params.get("blocks", {}))
-        for entry, changes in updates.items():
+        for entry, own_loads in loads.items():
             own = blocks[entry]["feedforward"]
+            changes = self.config.layers[entry].feedforward.updates(own_loads)
             moved = {name: own[name] + change.astype(own[name].dtype) for name, change in changes.items()}
             blocks[entry] = {**blocks[entry], "feedforward": {**own, **moved}}
-        return {**params, "blocks": blocks} if updates else params
+        return {**params, "blocks": blocks}
 
     def init_state(self, batch: int, length: int) -> PyTree:
         """An empty decoding state for `batch` sequences of at most `length` tokens."""
@@ -203,7 +204,7 @@ class Model:
         return states
 
     def attention_implementation(self) -> str:
-        """What computes attention in training on this machine, for the log; several where layers differ."""
+        """The attention kernels of training on this machine, for the log; several if layers differ."""
         names = {layer.attention.implementation_name(self.config) for layer in self.config.layers}
         return " + ".join(sorted(names)) or "none"
 
@@ -230,13 +231,13 @@ class Model:
 
     @cached_property
     def state_bytes_per_token(self) -> int:
-        """Bytes of decoding state (KV cache) that a further token adds at full context; 0 where the state is fixed."""
+        """Bytes of decoding state (KV cache) that one more token adds at full context; 0 if the state is fixed."""
         context = self.config.context_length
         return self.state_bytes(context) - self.state_bytes(context - 1) if context > 1 else self.state_bytes(1)
 
     @cached_property
     def training_caveat(self) -> str | None:
-        """What is to be known of the training loss where a part's training form is not causal; None where all are."""
+        """What to know about the training loss if a part's training form is not causal; None if all are."""
         parts = {(name, getattr(layer, name)) for layer in self.config.layers for name in ("attention", "feedforward")}
         late = sorted({f"{name} {part.kind}" for name, part in parts if not part.causal_in_training(self.config)})
         if not late:
@@ -250,7 +251,7 @@ class Model:
     def flops_per_token(self) -> int:
         """FLOPs of training on one token at full context: three times the forward pass's products.
 
-        2 FLOPs an active weight that multiplies, the head's included when tied, plus what parts add (Chowdhery et
+        2 FLOPs for each active weight that multiplies, a tied head's included, plus what parts add (Chowdhery et
         al. 2022, appendix B). Looked-up tables, norms and activations are not counted.
         """
         weights = sum(int(info.size * info.active) for info in jax.tree.leaves(self.parameters) if info.inputs)

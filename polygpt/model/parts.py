@@ -1,8 +1,8 @@
-"""What a part is: the interfaces of the four slots, the drawing of parameters, and the context of one call.
+"""What a part is: the interfaces of the slots, the declaration of parameters, and the context of one call.
 
 A part is a frozen configuration with a `kind` and one method that matters, `build`, which makes its NNX module.
 The configuration also states what the part costs and which model shapes it accepts, so that a mistake is found
-before anything is compiled or allocated. Knows nothing of the parts that exist; the rooms' menus list those.
+before anything is compiled or allocated. Knows nothing of the parts that exist; each slot's registry lists those.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from polygpt.config import Config, PartConfig
-from polygpt.model.packed import Packed
+from polygpt.kernels import dropout as dropout  # for parts of a user's own, too
+from polygpt.kernels import matmul
 
 if TYPE_CHECKING:
     from polygpt.model.config import ModelConfig
@@ -84,10 +85,15 @@ class Initializer:
         experts: bool = False,
         active: Fraction = Fraction(1),
     ) -> nnx.Param:
-        """A matrix whose first `inputs` axes are contracted (0: a table that is looked up).
+        """A matrix whose first `inputs` axes are contracted (0: a table that is looked up). Weight decay applies to it.
 
-        Matrices are what weight decay applies to. `residual`: it writes to the residual stream. `experts`: the first
-        axis counts matrices, one an expert, and `inputs` begins after it. `active`: the share that one token uses.
+        Args:
+            shape: without the `layers` axis.
+            axes: the logical name of each axis.
+            inputs: how many axes are contracted.
+            residual: it writes to the residual stream.
+            experts: the first axis counts matrices, one for each expert, and `inputs` begins after it.
+            active: the share of it that one token uses.
         """
         own = shape[1:] if experts else shape
         fan_in = math.prod(own[:inputs]) if inputs else own[-1]
@@ -108,7 +114,7 @@ class Initializer:
         active: Fraction = Fraction(1),
         dtype: DTypeLike | None = None,
     ) -> nnx.Param:
-        """A vector of equal values: a bias or a gain. Not decayed. `dtype` by default that of all parameters."""
+        """A vector of equal values: a bias or a gain, which is not decayed. `dtype`: if not that of all parameters."""
         full, axes = self._stack(shape, axes)
         return nnx.Param(jax.ShapeDtypeStruct(full, dtype or self.dtype), axes=axes, active=active, mean=value)
 
@@ -122,18 +128,18 @@ class Initializer:
 
 @dataclass(frozen=True)
 class Context:
-    """What every layer of one call sees beside the hidden states.
+    """What every layer sees in one call beside the hidden states.
 
     Attributes:
-        positions: int32 [B, T], the index of each token in its sequence.
+        positions: int32 [B, T], the index of each token in its sequence or packed document.
         segment_ids: int32 [B, T] or None; each document of a packed sequence is a run of equal ids, and tokens of
-            different runs do not see each other.
+            different documents do not see each other.
         valid: bool [B, T] or None (all): False for padding after a prompt, which must not enter a decoding state.
         rotations: for each head size, the RoPE table of `positions` (see `positions.py`); empty without RoPE.
-        slopes: for a number of heads, the penalty of distance that ALiBi subtracts from scores, float32 [N], or None.
-        training: parts whose training form differs (capacity, noise, auxiliary losses) use it.
-        key: for dropout; None drops nothing.
-        fresh: the decoding state given is empty, so these tokens see each other alone.
+        slopes: for a number of heads, the penalty per position that ALiBi subtracts from scores, float32 [N], or None.
+        training: parts whose training form differs (capacity, noise, auxiliary losses) take that form.
+        key: for dropout and noise; None draws nothing.
+        fresh: the decoding state is still empty, so these tokens see only each other.
     """
 
     positions: Int[Array, "B T"]
@@ -153,49 +159,30 @@ class Context:
 
 
 class Effects(NamedTuple):
-    """What a layer says in training beside its output; empty in evaluation.
+    """What a layer reports in training beside its output; empty in evaluation.
 
     Attributes:
         losses: float32 scalars by name, weighted, to be added to the objective (summed over layers).
-        metrics: float32 scalars by name, worth a line in the log (averaged over layers).
-        updates: for parameters of the part that no gradient reaches: what to add to them after the step, by name.
+        metrics: float32 scalars by name, to be logged (averaged over layers).
+        loads: means over the batch by name, from which the part's `updates` follow; of several batches their mean.
     """
 
     losses: dict[str, Float[Array, ""]]
     metrics: dict[str, Float[Array, ""]]
-    updates: dict[str, Array]
+    loads: dict[str, Array]
 
 
 NO_EFFECTS = Effects({}, {}, {})
 
 
-def dropout(x: Float[Array, "..."], rate: float, key: PRNGKeyArray | None) -> Float[Array, "..."]:
-    """`x` with a share `rate` of its entries zeroed and the rest scaled by 1/(1-rate); `x` without a key."""
-    if rate == 0.0 or key is None:
-        return x
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
-    return jnp.where(keep, x / (1 - rate), jnp.zeros((), x.dtype))
-
-
 def dense(x: Float[Array, "B T ..."], kernel: nnx.Param, bias: nnx.Param | None = None) -> Float[Array, "B T ..."]:
-    """Contracts the trailing axes of `x` with the leading (`inputs`) axes of `kernel`, over flat tokens.
-
-    The product is taken as [B·T, inputs] @ [inputs, outputs]: on a CPU the gradient of the three-dimensional
-    form runs at half the speed, because XLA transposes operands of a contraction over two axes.
-    """
-    inputs: int = kernel.get_metadata()["inputs"]
-    weight, flat = kernel.get_value(), x.reshape(x.shape[0] * x.shape[1], -1)
-    if isinstance(weight, Packed):
-        out_shape, y = weight.outputs, weight.times(flat).astype(x.dtype)
-    else:
-        out_shape = weight.shape[inputs:]
-        y = flat @ weight.astype(x.dtype).reshape(math.prod(weight.shape[:inputs]), -1)
-    y = y.reshape(*x.shape[:2], *out_shape)
+    """x·W + b, contracting the trailing axes of `x` with the first (`inputs`) axes of `kernel`."""
+    y = matmul(x, kernel.get_value(), kernel.get_metadata()["inputs"])
     return y if bias is None else y + bias[...].astype(x.dtype)
 
 
 class AttentionModule(Protocol):
-    """Mixes tokens: x [B, T, D] -> [B, T, D], causally; with a decoding state it also returns the next one."""
+    """Mixes tokens causally: x [B, T, D] -> [B, T, D]; with a decoding state it also returns the next one."""
 
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, state: PyTree | None
@@ -203,7 +190,7 @@ class AttentionModule(Protocol):
 
 
 class FeedForwardModule(Protocol):
-    """Transforms tokens: x [B, T, D] -> [B, T, D]; also the next decoding state, and what it says in training."""
+    """Transforms tokens: x [B, T, D] -> [B, T, D]; also returns the next decoding state and its effects."""
 
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, state: PyTree | None
@@ -211,30 +198,27 @@ class FeedForwardModule(Protocol):
 
 
 class ModelPart(PartConfig):
-    """What fills a slot of the model.
-
-    A subclass defines `build`; `needed` lists what else a part of its slot must define.
-    """
+    """What fills a slot of the model. A subclass defines `build` and whatever else `needed` lists for its slot."""
 
     needed: ClassVar[tuple[str, ...]] = ("build",)
 
     def build(self, model: ModelConfig, init: Initializer) -> Any:
-        """The NNX module, with its parameters drawn from `init`."""
+        """The NNX module, its parameters declared by `init`."""
         raise NotImplementedError
 
     def check(self, model: ModelConfig) -> None:
-        """Raises ValueError where the part does not fit the model's shape, naming the two fields."""
+        """Raises ValueError if the part does not fit the model's shape, naming the two fields."""
 
 
 class MixingPart(ModelPart):
-    """A part that may mix tokens, and then keeps a state while decoding."""
+    """A part that may mix tokens and then keeps a state while decoding."""
 
     def init_state(self, model: ModelConfig, batch: int, length: int) -> PyTree:
-        """An empty decoding state for `batch` sequences of at most `length` tokens; None where none is needed."""
+        """An empty decoding state for `batch` sequences of at most `length` tokens; None if none is needed."""
         return None
 
     def causal_in_training(self, model: ModelConfig) -> bool:
-        """Whether in training, too, no token's output depends on later tokens. In evaluation none ever does."""
+        """Whether no token's output depends on later tokens in training either. In evaluation none ever does."""
         return True
 
     def flops_per_token(self, model: ModelConfig) -> int:
@@ -248,16 +232,20 @@ class AttentionConfig(MixingPart):
     needed = ("build", "init_state")
 
     def rotation_size(self, model: ModelConfig) -> int | None:
-        """The head size for which RoPE tables are wanted; None if the part does not rotate."""
+        """The head size that RoPE tables are needed for; None if the part does not rotate."""
         return None
 
     def implementation_name(self, model: ModelConfig) -> str:
-        """What computes it in training on this machine, for the log."""
+        """The kernel that computes it in training on this machine, for the log."""
         return self.kind
 
 
 class FeedForwardConfig(MixingPart):
     """The slot `feedforward`: builds a `FeedForwardModule`."""
+
+    def updates(self, loads: dict[str, Array]) -> dict[str, Array]:
+        """What to add, after a step, to parameters that no gradient reaches, by name; from `Effects.loads`."""
+        return {}
 
 
 class NormConfig(ModelPart):

@@ -1,4 +1,4 @@
-"""How the decoder knows the order of tokens; this is the menu. Rotary position has a file of its own, `rope.py`."""
+"""How the decoder knows the order of tokens, and the registry of kinds. Rotary position is in `rope.py`."""
 
 from __future__ import annotations
 

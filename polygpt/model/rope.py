@@ -1,7 +1,7 @@
 """`rope`: rotary position, and the ways of stretching it beyond the length it was trained at.
 
-Each pair (i, i + R/2) of the first R dimensions of a query or key turns by position · frequency_i. The scalings change
-the frequencies; angles are float32 always (in bfloat16 they collapse past position 256).
+Each pair (i, i + R/2) of the first R dimensions of a query or key is rotated by position · frequency_i. The scalings
+change the frequencies; angles are always float32 (in bfloat16 they collapse past position 256).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class RopeScaling(PartConfig):
     """The slot `position.scaling`."""
 
     def frequencies(self, theta: float, size: int) -> np.ndarray:
-        """The angle that each pair turns a position, float64 [size/2]."""
+        """The angle by which each pair is rotated per position, float64 [size/2]."""
         raise NotImplementedError
 
     @property
@@ -70,10 +70,10 @@ class NTKScaling(RopeScaling):
 class YarnScaling(RopeScaling):
     """Slow pairs are squeezed as by `linear`, fast ones kept, with a ramp between (Peng et al. 2023, section 3.2-3.4).
 
-    With r(ω) = original_context_length · ω / 2π the turns a pair makes in the original context, pairs with more than
-    `beta_fast` turns are kept, those with fewer than `beta_slow` squeezed. The ramp runs linearly over the pair's
-    index i between the (rounded down, rounded up) indices at which r equals the two, clipped to 0 and R-1. cos and sin
-    are multiplied by `attention_factor`, by default 0.1·ln(factor) + 1.
+    r(ω) = original_context_length · ω / 2π is the number of full rotations of a pair in the original context. Pairs
+    with more than `beta_fast` rotations are kept, those with fewer than `beta_slow` squeezed. The ramp is linear in the
+    pair's index i, between the (rounded down, rounded up) indices at which r equals the two, clipped to 0 and R-1. cos
+    and sin are multiplied by `attention_factor`, by default 0.1·ln(factor) + 1.
     """
 
     kind: Literal["yarn"] = "yarn"
@@ -161,13 +161,13 @@ class RopeConfig(PositionConfig):
         return round(1 / theta, 6) if theta < 1 else theta
 
     @model_validator(mode="after")
-    def _turns(self) -> RopeConfig:
+    def _theta_differs_from_one(self) -> RopeConfig:
         if self.theta == 1.0:
-            raise ValueError("theta=1 turns every pair alike; it must differ from 1 (usually 10000)")
+            raise ValueError("theta=1 rotates every pair alike; it must differ from 1 (usually 10000)")
         return self
 
     def rotated_size(self, head_size: int) -> int:
-        """R, the dimensions of a head that turn."""
+        """R, the dimensions of a head that are rotated."""
         return int(head_size * self.fraction)
 
     def build(self, model, init: Initializer) -> Rope:
@@ -223,5 +223,5 @@ def rotate(x: Float[Array, "B T N H"], rotation: Rotation | None) -> Float[Array
     half = cos.shape[-1]
     x32 = x.astype(jnp.float32)
     first, second, rest = x32[..., :half], x32[..., half : 2 * half], x32[..., 2 * half :]
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
-    return turned.astype(x.dtype)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+    return rotated.astype(x.dtype)

@@ -38,7 +38,7 @@ def for_every_head(config: Any, x: Named) -> Named:
 def softmax_weights(config: Any, model: ModelConfig, params: Params, query: Named, key: Named, at: Places) -> Named:
     """A_nts = softmax over s of cap(scale · q_nt·k_ns) - penalty, over the tokens that t sees.
 
-    (Vaswani et al. 2017, eq. 1.) Before, queries and keys are normalised (Dehghani et al. 2023) and turned by the
+    (Vaswani et al. 2017, eq. 1.) Before, queries and keys are normalised (Dehghani et al. 2023) and rotated by the
     position, in this order. cap(z) = c · tanh(z/c) (Gemma Team 2024). The penalty is ALiBi's. A sink is one more score
     a head, with nothing to gather there, so that the weights may sum to less than 1 (Xiao et al. 2023; gpt-oss).
     """
@@ -72,8 +72,8 @@ def linear_weights(config: Any, model: ModelConfig, params: Params, query: Named
     products = seen * contract(query, as_keys(key), "head_dim")
     position = POSITION[model.position.kind]
     query, key = (position.turn(model.position, x, at) for x in (query, key))
-    turned = seen * contract(query, as_keys(key), "head_dim")
-    return turned / (along(jnp.sum, products, "key_sequence") + config.eps)
+    numerator = seen * contract(query, as_keys(key), "head_dim")
+    return numerator / (along(jnp.sum, products, "key_sequence") + config.eps)
 
 
 def decay(config: Any, at: Places) -> Named | float:

@@ -1,4 +1,4 @@
-"""Tokens become vectors, and know where they stand."""
+"""Tokens become vectors, and know their positions."""
 
 from __future__ import annotations
 
@@ -12,27 +12,28 @@ from polygpt.spec.named import Named, Params, as_keys
 
 
 class Places(NamedTuple):
-    """Where each token stands.
+    """Where each token is.
 
     Attributes:
         index: its place in the row, from 0, [sequence].
         document: the number of its document in a packed row, [..., sequence].
+        position: its place in its document, from 0, [..., sequence].
     """
 
     index: Named
     document: Named
+    position: Named
 
 
 def places(length: int, segment_ids: Named | None = None) -> Places:
     """The places of a row of tokens. A document is a run of equal segment ids; without ids there is one."""
     index = pz.nx.arange("sequence", length)
     if segment_ids is None:
-        document = pz.nx.zeros({"sequence": length}, jnp.int32)
-    else:
-        ids = segment_ids.untag("sequence")
-        begins = pz.nx.nmap(lambda ids: jnp.concatenate([jnp.zeros(1, bool), ids[1:] != ids[:-1]]))(ids)
-        document = begins.cumsum().tag("sequence")
-    return Places(index, document)
+        return Places(index, pz.nx.zeros({"sequence": length}, jnp.int32), index)
+    ids = segment_ids.untag("sequence")
+    begins = pz.nx.nmap(lambda ids: jnp.concatenate([jnp.zeros(1, bool), ids[1:] != ids[:-1]]))(ids)
+    first = pz.nx.nmap(lambda begins: jnp.maximum.accumulate(jnp.where(begins, jnp.arange(length), 0)))(begins)
+    return Places(index, begins.cumsum().tag("sequence"), index - first.tag("sequence"))
 
 
 def visible(at: Places, window: int | None = None) -> Named:

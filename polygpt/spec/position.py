@@ -41,7 +41,7 @@ class Position(NamedTuple):
 
 def learned(config: Any, params: Params, x: Named, at: Places) -> Named:
     """x_t + P[t], a learned vector for each position (Radford et al. 2018, section 3.1)."""
-    return x + params["table"][{"position": at.index}]
+    return x + params["table"][{"position": at.position}]
 
 
 def sinusoidal(config: Any, params: Params, x: Named, at: Places) -> Named:
@@ -49,7 +49,7 @@ def sinusoidal(config: Any, params: Params, x: Named, at: Places) -> Named:
     width = x.named_shape["embed"]
     dimension = pz.nx.arange("embed", width)
     even = dimension - dimension % 2
-    angle = at.index * elementwise(lambda even: jnp.float32(config.theta) ** (-even / width))(even)
+    angle = at.position * elementwise(lambda even: jnp.float32(config.theta) ** (-even / width))(even)
     return x + where(dimension % 2 == 0, elementwise(jnp.sin)(angle), elementwise(jnp.cos)(angle))
 
 

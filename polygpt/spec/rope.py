@@ -1,6 +1,6 @@
 """Rotary position: queries and keys turn by angles that grow with their positions (Su et al. 2021, section 3.2).
 
-The product of two vectors that turned by t·ω and s·ω depends on them and on t - s alone: absolute rotations give
+The product of two vectors rotated by t·ω and s·ω depends only on them and on t - s: absolute rotations give
 relative position. The scalings change the frequencies ω, so that a model reads longer texts than it was trained on.
 """
 
@@ -25,12 +25,12 @@ def rope(config: Any, x: Named, at: Places) -> Named:
     """
     size = int(x.named_shape["head_dim"] * config.fraction)
     omega, magnitude = frequencies(config, size)
-    angle = at.index * pz.nx.wrap(jnp.asarray(omega, jnp.float32), "pair")
+    angle = at.position * pz.nx.wrap(jnp.asarray(omega, jnp.float32), "pair")
     cos, sin = elementwise(jnp.cos)(angle) * magnitude, elementwise(jnp.sin)(angle) * magnitude
     a = rename(x[{"head_dim": pz.slice[: size // 2]}], head_dim="pair")
     b = rename(x[{"head_dim": pz.slice[size // 2 : size]}], head_dim="pair")
-    turned = [rename(half, pair="head_dim") for half in (a * cos - b * sin, a * sin + b * cos)]
-    return pz.nx.concatenate([*turned, x[{"head_dim": pz.slice[size:]}]], "head_dim")
+    rotated = [rename(half, pair="head_dim") for half in (a * cos - b * sin, a * sin + b * cos)]
+    return pz.nx.concatenate([*rotated, x[{"head_dim": pz.slice[size:]}]], "head_dim")
 
 
 def frequencies(config: Any, size: int) -> tuple[np.ndarray, float]:

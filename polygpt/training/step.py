@@ -84,7 +84,7 @@ class Trainer:
             scale = jnp.minimum(1.0, self.config.clip_norm / jnp.maximum(norm, 1e-12))
             gradients = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients)
         updates, optimizer = self.optimizer.update(gradients, state.optimizer, state.params)
-        params = self.model.with_updates(optax.apply_updates(state.params, updates), effects.updates)
+        params = self.model.with_updates(optax.apply_updates(state.params, updates), effects.loads)
         rate = jnp.asarray(self.learning_rate(state.step), jnp.float32)
         metrics = Metrics(loss, norm, rate, {**effects.losses, **effects.metrics})
         return TrainState(params, optimizer, state.step + 1), metrics

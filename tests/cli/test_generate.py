@@ -6,7 +6,7 @@ import os
 import pytest
 
 from polygpt.cli.generate import generate
-from polygpt.model import WEIGHT_TYPES
+from polygpt.kernels import WEIGHT_TYPES
 
 GREEDY = ["--temperature", "0", "--max-new-tokens", "6"]
 

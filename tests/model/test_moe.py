@@ -36,7 +36,7 @@ def test_the_balance_bias_moves_towards_the_unused_and_stays_float32():
     params["blocks"][0]["feedforward"]["balance"] = jnp.full((1, 16), 0.5)
     tokens = jnp.zeros((2, 4), jnp.int32)
     _, effects = jax.jit(model.loss)(params, tokens, tokens, jnp.ones((2, 4)))
-    bias = model.with_updates(params, effects.updates)["blocks"][0]["feedforward"]["balance"]
+    bias = model.with_updates(params, effects.loads)["blocks"][0]["feedforward"]["balance"]
     assert bias.dtype == jnp.float32
     # All tokens are alike, so one expert has them all and fifteen have none.
     assert sorted(np.round((np.asarray(bias[0]) - 0.5) / 1e-4)) == [-1] + [1] * 15

@@ -18,7 +18,8 @@ from polygpt.interop.names import foreign_tensors
 from polygpt.interop.settings import Settings
 from polygpt.interop.stored import StoredModel
 from polygpt.interop.weights import TensorInfo, check, read_params
-from polygpt.model import Model, ModelConfig, Params, WeightType
+from polygpt.kernels import WeightType
+from polygpt.model import Model, ModelConfig, Params
 
 _HEAD, _EMBEDDING = "output.weight", "token_embd.weight"
 _ROPE_FREQS_LIMIT = 1 << 12

@@ -21,7 +21,8 @@ from polygpt.interop.names import ForeignTensor, foreign_tensors
 from polygpt.interop.settings import Settings, read_json
 from polygpt.interop.stored import StoredModel
 from polygpt.interop.weights import TensorSource, check, read_params
-from polygpt.model import Model, ModelConfig, Params, WeightType
+from polygpt.kernels import WeightType
+from polygpt.model import Model, ModelConfig, Params
 
 CONFIG = "config.json"
 ARCHITECTURES: dict[str, Family] = {family.name: family for family in (GPT2, LLAMA, *VARIANTS)}

@@ -1,4 +1,4 @@
-"""Attention: a file a kind; this is the menu."""
+"""Attention: one file for each kind, and the registry of kinds."""
 
 from polygpt.model.attention.linear import LinearAttentionConfig
 from polygpt.model.attention.local import LocalAttentionConfig

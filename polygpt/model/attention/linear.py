@@ -22,12 +22,12 @@ from polygpt.model.rope import rotate
 class LinearAttentionConfig(HeadsConfig):
     """y_t = Σ_{s≤t} γ^(t-s) (R_t φ(q_t))·(R_s φ(k_s)) v_s / (Σ_{s≤t} γ^(t-s) φ(q_t)·φ(k_s) + eps), φ(x) = elu(x) + 1.
 
-    (Katharopoulos et al. 2020, eq. 8-12.) R is the rotation of `position: rope`, which stands in the numerator alone
+    (Katharopoulos et al. 2020, eq. 8-12.) R is the rotation of `position: rope`, which applies to the numerator only
     (Su et al. 2021, eq. 19); without rope it is the identity.
 
     Attributes:
         decay: γ_k = 1 - 2^(-5-k) for key head k = 0, 1, ... (Sun et al. 2023, RetNet, eq. 8); otherwise γ = 1.
-        chunk: tokens that are mixed by one product in training; it changes the speed, not the result.
+        chunk: tokens mixed by one product in training; it changes the speed, not the result.
         eps: keeps the denominator from 0.
     """
 
@@ -69,7 +69,7 @@ class LinearAttentionConfig(HeadsConfig):
 
 
 class LinearState(NamedTuple):
-    """What the tokens so far come to, whatever their number: float32.
+    """The recurrent state, a summary of all tokens so far, float32.
 
     Attributes:
         values: Σ_s γ^(t-s) R_s φ(k_s) v_sᵀ, [B, K, H, H].
@@ -96,7 +96,7 @@ class LinearAttention(Projections):
         before = state
         if state is None:
             before = LinearState(jnp.zeros((batch, heads, size, size)), jnp.zeros((batch, heads, size)))
-        # log γ of each key head: log1p, since 1 - 2^(-5-k) loses its distance from 1 where there are many.
+        # log γ of each key head. By log1p, because 1 - 2^(-5-k) is rounded to 1 for large k.
         decay = np.log1p(-(2.0 ** (-5 - np.arange(heads)))) * self.config.decay
         mixed, after = _mix(streams, before, context, jnp.asarray(decay, jnp.float32), self.config)
         return self.merge(mixed.astype(x.dtype)), None if state is None else after
@@ -107,8 +107,8 @@ class _Streams(NamedTuple):
 
     q: Float[Array, "B T N H"]
     k: Float[Array, "B T K H"]
-    q_turned: Float[Array, "B T N H"]
-    k_turned: Float[Array, "B T K H"]
+    q_rotated: Float[Array, "B T N H"]
+    k_rotated: Float[Array, "B T K H"]
     v: Float[Array, "B T K H"]
 
 
@@ -138,12 +138,12 @@ def _mix(
     def by_head(x: Float[Array, "B T *K H"]) -> Float[Array, "chunks B *K C H"]:
         return jnp.moveaxis(chunked(x), 2, -2)
 
-    q, q_turned = (by_head(x.reshape(batch, length, heads, -1, x.shape[-1])) for x in (streams.q, streams.q_turned))
-    parts = _Streams(q, by_head(streams.k), q_turned, by_head(streams.k_turned), by_head(streams.v))
+    q, q_rotated = (by_head(x.reshape(batch, length, heads, -1, x.shape[-1])) for x in (streams.q, streams.q_rotated))
+    parts = _Streams(q, by_head(streams.k), q_rotated, by_head(streams.k_rotated), by_head(streams.v))
     real = chunked(real)
     ages = jnp.cumsum(real[:, :, None] * decay[:, None], -1)
     chunks = _Chunk(parts, ages, real, chunked(segments, "edge"))
-    # The products within a chunk are computed again in the gradient: kept, they would be most of the memory.
+    # The products within a chunk are recomputed in the gradient: stored, they would take most of the memory.
     step = jax.checkpoint(lambda carry, chunk: _mix_chunk(carry, chunk, config.eps))
     (state, _), mixed = lax.scan(step, (state, segments[:, 0]), chunks)
     mixed = jnp.moveaxis(mixed, (0, -2), (1, 2)).reshape(batch, length + padding, -1, streams.v.shape[-1])
@@ -155,22 +155,22 @@ def _mix_chunk(
 ) -> tuple[tuple[LinearState, Int[Array, " B"]], Float[Array, "B K G C H"]]:
     """One chunk's outputs from the state before it, and the state (and its document) after."""
     (values, keys), document = carry
-    (q, k, q_turned, k_turned, v), ages, real, segments = chunk
+    (q, k, q_rotated, k_rotated, v), ages, real, segments = chunk
     tokens = jnp.arange(ages.shape[-1])
     seen = (tokens[:, None] >= tokens) & (segments[:, :, None] == segments[:, None, :]) & real[:, None, :]
     age = jnp.where(seen[:, None], ages[..., :, None] - ages[..., None, :], -jnp.inf)
     weight = jnp.exp(age)[:, :, None]  # γ^(t-s), 0 where t does not see s
-    held = jnp.exp(ages) * (segments == document[:, None])[:, None]  # what is left of the state at each token
+    remaining = jnp.exp(ages) * (segments == document[:, None])[:, None]  # of the incoming state at each token
 
-    within = jnp.einsum("bkgth,bksh->bkgts", q_turned, k_turned) * weight
-    above = jnp.einsum("bkgts,bksi->bkgti", within, v)
-    above = above + held[:, :, None, :, None] * jnp.einsum("bkgth,bkhi->bkgti", q_turned, values)
-    below = (jnp.einsum("bkgth,bksh->bkgts", q, k) * weight).sum(-1)
-    below = below + held[:, :, None] * jnp.einsum("bkgth,bkh->bkgt", q, keys)
+    within = jnp.einsum("bkgth,bksh->bkgts", q_rotated, k_rotated) * weight
+    numerator = jnp.einsum("bkgts,bksi->bkgti", within, v)
+    numerator = numerator + remaining[:, :, None, :, None] * jnp.einsum("bkgth,bkhi->bkgti", q_rotated, values)
+    denominator = (jnp.einsum("bkgth,bksh->bkgts", q, k) * weight).sum(-1)
+    denominator = denominator + remaining[:, :, None] * jnp.einsum("bkgth,bkh->bkgt", q, keys)
 
     last = segments[:, -1]
     to_end = jnp.exp(ages[..., -1:] - ages) * ((segments == last[:, None]) & real)[:, None]
     kept = (jnp.exp(ages[..., -1]) * (last == document)[:, None])[..., None]
-    values = kept[..., None] * values + jnp.einsum("bksh,bks,bksi->bkhi", k_turned, to_end, v)
+    values = kept[..., None] * values + jnp.einsum("bksh,bks,bksi->bkhi", k_rotated, to_end, v)
     keys = kept * keys + jnp.einsum("bksh,bks->bkh", k, to_end)
-    return (LinearState(values, keys), last), above / (below[..., None] + eps)
+    return (LinearState(values, keys), last), numerator / (denominator[..., None] + eps)

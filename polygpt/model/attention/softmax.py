@@ -2,65 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int
 from pydantic import Field, PositiveInt
 
-from polygpt.model.attention.core import (
-    ODD_HEAD,
+from polygpt.kernels import (
+    AttentionSpec,
     Implementation,
-    attend,
-    attend_positions,
-    choose,
-    is_odd,
-    refusals,
+    KVCache,
+    ScoreInputs,
+    ScoreRule,
+    attention,
+    choose_attention,
+    reference_attention,
 )
 from polygpt.model.attention.projections import HeadsConfig, Projections
-from polygpt.model.attention.scores import ScoreInputs, ScoreRule
 from polygpt.model.norms import rms_normalize
 from polygpt.model.parts import Context, Initializer, Scope
 from polygpt.model.rope import rotate
-from polygpt.model.stacks import InStack, as_kept, as_numbers, kept_type
 
 Positive = Annotated[float, Field(gt=0)]
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class KVCache(InStack):
-    """Keys (already rotated) and values of the last S positions; slot s holds a position that is s modulo S.
-
-    Attributes:
-        k, v: [B, K, S, H], of all layers [layers, B, K, S, H]; the keys of a head lie together. Floats, or the bits of
-            16-bit ones as unsigned integers.
-        dtype: of the numbers.
-    """
-
-    k: Any
-    v: Any
-    dtype: str = field(metadata={"static": True})
-
-    @property
-    def slots(self) -> int:
-        return self.k.shape[-2]
-
-    def read(self) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
-        """Keys and values of the layer."""
-        own = (lax.dynamic_index_in_dim(leaf, self.layer, keepdims=False) for leaf in (self.k, self.v))
-        return tuple(as_numbers(leaf, self.dtype).swapaxes(1, 2) for leaf in own)
-
-    def write(self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], index: Int[Array, "B T"]) -> KVCache:
-        """With these in the slots of `index`; an index beyond the last slot writes nothing."""
-        rows = jnp.arange(k.shape[0])[:, None]
-        where = self.layer, rows, slice(None), index
-        pairs = ((self.k, k), (self.v, v))
-        k, v = (old.at[where].set(as_kept(new, old.dtype), mode="drop") for old, new in pairs)
-        return replace(self, k=k, v=v)
 
 
 class SoftmaxAttentionConfig(HeadsConfig):
@@ -91,32 +54,23 @@ class SoftmaxAttentionConfig(HeadsConfig):
     implementation: Annotated[Implementation, Scope.EXECUTION] = "auto"
 
     def rule(self, model) -> ScoreRule:
-        """How scores become probabilities. A window that spans the context is none."""
+        """How scores become probabilities. A window that spans the whole context is dropped."""
         window = self.window if self.window is not None and self.window < model.context_length else None
         return ScoreRule(self.scale or self.size(model) ** -0.5, window, self.softcap, self.dropout)
 
+    def spec(self, model) -> AttentionSpec:
+        """What is asked of the kernel at full context."""
+        extras = {"sinks": self.sinks, "alibi": model.position.kind == "alibi"}
+        return AttentionSpec.of(self.rule(model), model.compute_dtype, model.context_length, self.size(model), **extras)
+
     def check(self, model) -> None:
         super().check(model)
-        reasons = refusals(self.implementation, jnp.dtype(model.compute_dtype), self._extras(model))
-        if reasons:
-            raise ValueError(f"attention.implementation={self.implementation} needs {' and '.join(reasons)}")
-
-    def _extras(self, model) -> dict[str, bool]:
-        """What a fused kernel may not know of, by the name of its setting, and whether it is asked for."""
-        rule = self.rule(model)
-        return {
-            "window": rule.window is not None,
-            "softcap": self.softcap is not None,
-            "sinks": self.sinks,
-            "dropout": self.dropout > 0,
-            "alibi": model.position.kind == "alibi",
-            ODD_HEAD: is_odd(self.size(model)),
-        }
+        obstacles = self.spec(model).obstacles(self.implementation)
+        if obstacles:
+            raise ValueError(f"attention.implementation={self.implementation} needs {' and '.join(obstacles)}")
 
     def implementation_name(self, model) -> str:
-        dtype = jnp.dtype(model.compute_dtype)
-        asked = tuple(name for name, wanted in self._extras(model).items() if wanted)
-        return choose(self.implementation, dtype, model.context_length, asked)
+        return choose_attention(self.implementation, self.spec(model))
 
     def flops_per_token(self, model) -> int:
         # q·kᵀ and p·v, 2 FLOPs a product, over the whole context as is the custom (PaLM, appendix B).
@@ -127,9 +81,7 @@ class SoftmaxAttentionConfig(HeadsConfig):
 
     def init_state(self, model, batch: int, length: int) -> KVCache:
         slots = min(length, self.rule(model).window or length)
-        # A token of 8 rows took 49 ms with 16 bits kept as bits, 51 with float32, and 50 more with 16-bit floats.
-        empty = jnp.zeros((batch, self.kv_heads, slots, self.size(model)), kept_type(model.compute_dtype))
-        return KVCache(empty, empty, model.compute_dtype)
+        return KVCache.empty(batch, self.kv_heads, slots, self.size(model), model.compute_dtype)
 
 
 class SoftmaxAttention(Projections):
@@ -157,45 +109,24 @@ class SoftmaxAttention(Projections):
             key=context.key,
         )
         if state is None:
-            return self.merge(attend(q, k, v, self.rule, inputs, self.config.implementation)), None
+            return self.merge(attention(q, k, v, self.rule, inputs, self.config.implementation)), None
         last = _last_positions(context)
-        after = _write(state, k, v, context.positions, last)
+        after = state.write(k, v, context.positions, last)
         if context.fresh:
-            mixed = attend(q, k, v, self.rule, inputs, self.config.implementation)
+            mixed = attention(q, k, v, self.rule, inputs, self.config.implementation)
         elif q.shape[1] == 1 or self.rule.window is None:  # nothing that these queries see was overwritten
-            held = _held_positions(last, after)
-            mixed = attend_positions(q, *after.read(), self.rule, inputs, context.positions, held)
+            mixed = reference_attention(q, *after.read(), self.rule, inputs, context.positions, after.positions(last))
         else:
-            held = _held_positions(context.positions[:, :1] - 1, state)
+            held = state.positions(context.positions[:, :1] - 1)
             keys, values = (jnp.concatenate(pair, 1) for pair in zip(state.read(), (k, v), strict=True))
             held = jnp.concatenate([held, context.positions], 1)
-            mixed = attend_positions(q, keys, values, self.rule, inputs, context.positions, held)
+            mixed = reference_attention(q, keys, values, self.rule, inputs, context.positions, held)
         return self.merge(mixed), after
 
 
 def _last_positions(context: Context) -> Int[Array, "B 1"]:
-    """The last position of each row that is not padding; the one before these tokens where all are."""
+    """The last position of each row that is not padding; the one before these tokens if all are padding."""
     positions = context.positions
     if context.valid is None:
         return positions[:, -1:]
     return jnp.where(context.valid, positions, positions[:, :1] - 1).max(1, keepdims=True)
-
-
-def _write(
-    state: KVCache,
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    positions: Int[Array, "B T"],
-    last: Int[Array, "B 1"],
-) -> KVCache:
-    """The cache with these keys and values up to `last`, position p in slot p modulo S; padding is left out."""
-    slots = state.slots
-    # Of tokens that share a slot only the last may write: the order of equal indices is not defined.
-    index = jnp.where((positions <= last) & (positions > last - slots), positions % slots, slots)
-    return state.write(k, v, index)
-
-
-def _held_positions(last: Int[Array, "B 1"], cache: KVCache) -> Int[Array, "B S"]:
-    """The position that each slot holds once `last` is written; negative where none was."""
-    slots = cache.slots
-    return last - (last - jnp.arange(slots)) % slots

@@ -1,4 +1,4 @@
-"""Feed-forwards: a file a kind; this is the menu."""
+"""Feed-forwards: one file for each kind, and the registry of kinds."""
 
 from polygpt.model.feedforward.activations import ACTIVATIONS, Activation
 from polygpt.model.feedforward.glu import GLUConfig

@@ -12,13 +12,14 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 from pydantic import Field, PositiveInt
 
+from polygpt.kernels import take_rows
 from polygpt.model.feedforward.experts import Experts, ExpertsConfig
 from polygpt.model.feedforward.glu import GLUConfig
 from polygpt.model.feedforward.mlp import MLPConfig
 from polygpt.model.parts import NO_EFFECTS, Context, Effects, FeedForwardConfig, Initializer, Scope
 
 Weight = Annotated[float, Field(ge=0)]
-# Beyond so many experts ranks are found by sorting: counting each takes P·E (8,192 pairs, 64 experts: 14 ms against 3).
+# With more experts than this, ranks are found by sorting: counting takes P·E (8,192 pairs, 64 experts: 14 ms, not 3).
 SORTED_FROM = 32
 
 
@@ -26,29 +27,29 @@ class MoEConfig(ExpertsConfig):
     """y_t = Σ_{e in top-k of p_t} p_te · expert_e(x_t) [+ shared(x_t)], p_t = softmax(x_t·W_router) in float32.
 
     The probabilities are used as they are, unless `normalize_weights`. In training with `dispatch: capacity` an expert
-    serves at most C = max(int(capacity_factor · top_k · T / E), 1) tokens of a sequence (Lepikhin et al. 2020), which
-    documents packed into it share; a token that finds no slot gets nothing from that expert. In evaluation and
+    serves at most C = max(int(capacity_factor · top_k · T / E), 1) tokens of a sequence (Lepikhin et al. 2020), shared
+    by the documents packed into it; a token that finds no slot gets nothing from that expert. In evaluation and
     generation nothing is dropped.
 
     Attributes:
         top_k: experts a token.
-        dispatch: `capacity`, or `dropless`, which drops nothing in training either (Gale et al. 2022).
+        dispatch: `capacity`, or `dropless`, which does not drop tokens in training either (Gale et al. 2022).
         capacity_factor: see above.
-        claim_order: who gets the slots of a sequence. `choice`: all first choices in order of position, then all second
-            ones. `weight`: the same, tokens in order of their largest probability (Riquelme et al. 2021, "batch
-            prioritized routing"). `token`: each token all its choices before the next token; the only one of them that
-            is causal.
+        claim_order: the order in which tokens claim the slots of a sequence. `choice`: all first choices by position,
+            then all second ones. `weight`: the same, but tokens by their largest probability (Riquelme et al. 2021,
+            "batch prioritized routing"). `token`: each token makes all its choices before the next token; the only
+            causal one.
         normalize_weights: the chosen probabilities are divided by their sum.
         load_balance_loss: weight of E·Σ_e f_e·P_e, f_e the share of (token, choice) pairs that went to expert e before
             any was dropped, P_e the mean probability, both over the batch (Fedus et al. 2021, eq. 4-6).
         z_loss: weight of mean(logsumexp(router logits)²) (Zoph et al. 2022, eq. 5).
         router_noise: in training the router's input is multiplied by uniform numbers in 1 ± router_noise (Fedus et al.
             2021, "jitter").
-        shared_experts: one more gated (or plain) feed-forward of this many times `mlp_dim`, which serves every token
-            with weight 1 (Dai et al. 2024).
-        balance_rate: a bias is added to each expert's probability where experts are chosen (not in the weights), and
-            moves after each step by this much towards the underused: rate · sign(mean load - load) (Wang et al. 2024).
-            It makes the loss unnecessary (set `load_balance_loss: 0`). 0 has no such bias.
+        shared_experts: one more gated (or plain) feed-forward, this many times `mlp_dim` wide, which serves every
+            token with weight 1 (Dai et al. 2024).
+        balance_rate: a bias is added to each expert's probability when experts are chosen (not to the weights). After
+            each step it moves by this much towards underused experts: rate · sign(mean load - load) (Wang et al. 2024).
+            It makes the loss unnecessary (set `load_balance_loss: 0`). 0 means no bias.
     """
 
     kind: Literal["moe"] = "moe"
@@ -83,6 +84,9 @@ class MoEConfig(ExpertsConfig):
     def causal_in_training(self, model) -> bool:
         return self.dispatch == "dropless" or self.claim_order == "token"
 
+    def updates(self, loads: dict[str, Array]) -> dict[str, Array]:
+        return {"balance": self.balance_rate * jnp.sign(1 / self.num_experts - loads["load"])}
+
     def build(self, model, init: Initializer) -> MoE:
         return MoE(self, model, init)
 
@@ -98,7 +102,7 @@ class MoE(Experts):
         super().__init__(config, model.width, init, active=Fraction(config.top_k, config.num_experts))
         self.config = config
         self.router = init.weight((model.width, config.num_experts), ("embed", "expert"))
-        # Not trained: moved by `Effects.updates`, in steps that 16 bits would lose.
+        # Not trained: moved by `updates`, in steps that 16 bits would lose.
         shape = (config.num_experts,), ("expert",)
         self.balance = init.constant(0.0, *shape, dtype=jnp.float32) if config.balance_rate else None
         self.shared = _shared(config).build(model, init) if config.shared_experts else None
@@ -127,7 +131,7 @@ class MoE(Experts):
         if context.training and context.key is not None and self.config.router_noise:
             noise = self.config.router_noise
             seen = seen * jax.random.uniform(context.key, seen.shape, minval=1 - noise, maxval=1 + noise)
-        # At full precision: else a GPU multiplies float32 in TF32, and prefill and decoding may choose differently.
+        # At full precision: a GPU would multiply float32 in TF32, and prefill and decoding might choose differently.
         logits = jnp.einsum("btd,de->bte", seen, self.router[...].astype(jnp.float32), precision=lax.Precision.HIGHEST)
         probabilities = jax.nn.softmax(logits)
         preference = probabilities
@@ -140,34 +144,32 @@ class MoE(Experts):
         return logits, choices, weights
 
     def _serve(self, x: Float[Array, "M D"], weights: Float[Array, "M k"], routing: _Routing) -> Float[Array, "M D"]:
-        """Σ over each token's choices of weight · expert(x); a choice that was dropped adds nothing."""
+        """Σ over each token's choices of weight · expert(x); dropped choices add nothing."""
         top_k, width = weights.shape[1], x.shape[1]
-        rows = _take_rows(x, routing.pair_of // top_k, routing.slot_of)
+        rows = take_rows(x, routing.pair_of // top_k, routing.slot_of)
         served = self.transform(rows.reshape(*routing.blocks, width), routing.expert_of).reshape(-1, width)
-        picked = _take_rows(served, routing.slot_of.reshape(-1), routing.pair_of[:, None])
+        picked = take_rows(served, routing.slot_of.reshape(-1), routing.pair_of[:, None])
         return (picked.reshape(*weights.shape, width) * weights[..., None].astype(x.dtype)).sum(1)
 
     def _effects(self, logits: Float[Array, "B T E"], choices: Int[Array, "B T k"], routing: _Routing) -> Effects:
         config = self.config
         count = jnp.bincount(choices.reshape(-1), length=config.num_experts)
         load = count / choices.size  # f_e
-        losses, updates = {}, {}
+        losses = {}
         if config.load_balance_loss:
             importance = jax.nn.softmax(logits).mean((0, 1))  # P_e
             losses["load_balance"] = config.load_balance_loss * config.num_experts * (load * importance).sum()
         if config.z_loss:
             losses["z_loss"] = config.z_loss * jnp.square(jax.nn.logsumexp(logits, -1)).mean()
-        if self.balance is not None:
-            updates["balance"] = config.balance_rate * jnp.sign(1 / config.num_experts - load)
         metrics = {
             "expert_load_max": load.max() * config.num_experts,  # 1 is even
             "dropped_share": (routing.slot_of >= routing.pair_of.size).mean(),
         }
-        return Effects(losses, metrics, updates)
+        return Effects(losses, metrics, {"load": load} if config.balance_rate else {})
 
 
 class _Routing(NamedTuple):
-    """Where pairs of (token, choice) are served: blocks of rows, each of one expert.
+    """Where each pair of (token, choice) is served: rows in blocks, each block of one expert.
 
     Attributes:
         slot_of: the row that serves each of a token's choices; the number of rows where it was dropped. [M, k]
@@ -203,7 +205,7 @@ def _with_capacity(
         case "weight":
             place = jnp.argsort(jnp.argsort(-confidence, axis=1), axis=1)
             turn = choice * length + place[:, :, None]
-    turn = turn.reshape(batch, -1)  # when each pair claims, 0 first
+    turn = turn.reshape(batch, -1)  # each pair's place in the order of claims
     in_turn = jnp.take_along_axis(choices.reshape(batch, -1), jnp.argsort(turn, axis=1), axis=1)
     rank = jnp.take_along_axis(_rank(in_turn, config.num_experts), turn, axis=1).reshape(choices.shape)
     row = choices * (batch * capacity) + jnp.arange(batch)[:, None, None] * capacity + rank
@@ -213,9 +215,9 @@ def _with_capacity(
 
 
 def _dropless(choices: Int[Array, "M k"], num_experts: int) -> _Routing:
-    """As many rows as each expert needs, in blocks of which only an expert's last is not full."""
+    """As many rows as each expert needs, in blocks; only an expert's last block may be partly empty."""
     pairs = choices.size
-    if pairs <= num_experts:  # a block a pair: only the weights that are needed are read
+    if pairs <= num_experts:  # one block for each pair: only the weights that are needed are read
         order = jnp.argsort(choices.reshape(-1))
         slot_of = jnp.argsort(order).reshape(choices.shape)
         return _Routing.of(slot_of, choices.reshape(-1)[order], (pairs, 1))
@@ -225,7 +227,7 @@ def _dropless(choices: Int[Array, "M k"], num_experts: int) -> _Routing:
     last = jnp.cumsum(-(-count // size))  # the block after each expert's last one
     first = last - -(-count // size)
     slot_of = (first[expert] * size + _rank(expert, num_experts)).reshape(choices.shape)
-    blocks = pairs // size + num_experts  # never more: each expert has one block that is not full
+    blocks = pairs // size + num_experts  # an upper bound: each expert has at most one block that is not full
     expert_of = jnp.searchsorted(last, jnp.arange(blocks), side="right").clip(max=num_experts - 1)
     return _Routing.of(slot_of, expert_of, (blocks, size))
 
@@ -236,7 +238,7 @@ def _block_rows(pairs: int, num_experts: int) -> int:
 
 
 def _rank(experts: Int[Array, "B P"], num_experts: int) -> Int[Array, "B P"]:
-    """How many of the entries before each one name the same expert."""
+    """For each entry, how many earlier ones name the same expert."""
     if num_experts > SORTED_FROM:
         order = jnp.argsort(experts, axis=1)
         in_order = jnp.take_along_axis(experts, order, axis=1)
@@ -245,23 +247,3 @@ def _rank(experts: Int[Array, "B P"], num_experts: int) -> Int[Array, "B P"]:
         return jnp.take_along_axis(rank, jnp.argsort(order, axis=1), axis=1)
     mine = experts[..., None] == jnp.arange(num_experts)
     return jnp.where(mine, jnp.cumsum(mine, axis=1) - 1, 0).sum(-1)
-
-
-@jax.custom_vjp
-def _take_rows(x: Float[Array, "M D"], index: Int[Array, " R"], readers: Int[Array, "M c"]) -> Float[Array, "R D"]:
-    """x[index], zeros where the index is beyond x. `readers` lists, for each row of x, who reads it (or beyond R).
-
-    The gradient gathers by `readers`: the scatter that it would be is many times slower on a CPU.
-    """
-    return jnp.take(x, index, axis=0, mode="fill", fill_value=0)
-
-
-def _take_forward(x: Array, index: Array, readers: Array) -> tuple[Array, Array]:
-    return _take_rows(x, index, readers), readers
-
-
-def _take_backward(readers: Int[Array, "M c"], d_y: Float[Array, "R D"]) -> tuple[Array, None, None]:
-    return jnp.take(d_y, readers, axis=0, mode="fill", fill_value=0).sum(1), None, None
-
-
-_take_rows.defvjp(_take_forward, _take_backward)

@@ -1,4 +1,4 @@
-"""Slots of a soft mixture as running sums: a softmax-weighted mean of tokens that more tokens may still join."""
+"""The slots of a soft mixture of experts as running softmax-weighted means, to which tokens can be added."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Pool(NamedTuple):
     """A softmax-weighted mean of tokens for each slot, as a running sum; float32.
 
     Attributes:
-        largest: the largest logit so far; -inf while there is none.
+        largest: the largest logit so far; -inf if there is none.
         weight: Σ exp(logit - largest).
         total: Σ exp(logit - largest) · x.
     """
@@ -34,7 +34,7 @@ class Pool(NamedTuple):
 
     @classmethod
     def of(cls, x: Float[Array, "B T D"], logits: Float[Array, "B T E S"], seen: Bool[Array, "B T"]) -> Pool:
-        """The pool of those tokens that are `seen`."""
+        """The pool of the tokens that are `seen`."""
         logits = jnp.where(seen[:, :, None, None], logits, -jnp.inf)
         largest = lax.stop_gradient(logits.max(1))  # a shift that cancels out
         weights = jnp.exp(logits - _finite(largest)[:, None])
@@ -52,7 +52,7 @@ class Pool(NamedTuple):
         return jax.tree.map(lambda a, b: jnp.where(kept.reshape(-1, *[1] * (a.ndim - 1)), a, b), self, otherwise)
 
     def mean(self, dtype: DTypeLike) -> Float[Array, "B E S D"]:
-        """The slots; zeros while there is no token."""
+        """The slots; zeros if there is no token."""
         return (self.total / jnp.where(self.weight == 0, 1, self.weight)[..., None]).astype(dtype)
 
 
@@ -62,11 +62,11 @@ def _finite(largest: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 class Token(NamedTuple):
-    """One token of each row, on its way into a pool."""
+    """One token of each row, to be added to a pool."""
 
     x: Float[Array, "B D"]
     logits: Float[Array, "B E S"]
-    opens: Bool[Array, " B"]  # the first token of a packed document: what came before is another's
+    opens: Bool[Array, " B"]  # the first token of a packed document, which does not see those before it
     valid: Bool[Array, " B"]
     position: Int[Array, " B"]
 

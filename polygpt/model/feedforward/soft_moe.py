@@ -20,11 +20,11 @@ class SoftMoEConfig(ExpertsConfig):
     """Slot p is Σ_t D_tp x_t with D = softmax of X·Φ over tokens; its expert transforms it; token t gets Σ_p C_tp ỹ_p.
 
     C is the softmax of X·Φ over slots (Puigcerver et al. 2023, eq. 1-3). X·Φ and both softmaxes are float32. In
-    training D runs over all tokens of a sequence, hence over later ones, too; in evaluation and generation token t is
-    computed from the sequence up to t alone, prefix by prefix.
+    training D runs over all tokens of a sequence, later ones included; in evaluation and generation token t is
+    computed from the sequence up to t only, prefix by prefix.
 
     Attributes:
-        slots_per_expert: so many slots, each with a learned vector of Φ, for each of the experts.
+        slots_per_expert: slots of each expert, every one with a learned vector of Φ.
     """
 
     kind: Literal["soft_moe"] = "soft_moe"
@@ -37,7 +37,7 @@ class SoftMoEConfig(ExpertsConfig):
         return self._flops_per_token(model, served_tokens=model.context_length)
 
     def _flops_per_token(self, model, served_tokens: int) -> int:
-        """Where all slots are filled and served once for so many tokens; the weights are not used once a token."""
+        """If all slots are computed once for this many tokens. (The weights are not used once per token.)"""
         slots = self.num_experts * self.slots_per_expert
         weights = (3 if self.gated else 2) * model.width * self.mlp_dim
         experts = 2 * weights * (slots / served_tokens - self.num_experts)
@@ -84,14 +84,14 @@ class SoftMoE(Experts):
         return self.transform(rows).reshape(experts, batch, count, width).transpose(1, 0, 2, 3)
 
     def _combine(self, logits: Float[Array, "B T E S"], served: Float[Array, "B E S D"]) -> Float[Array, "B T D"]:
-        """What each token takes from the slots: their mean, weighted by its softmax over all of them."""
+        """Each token's mean of the slots, weighted by its softmax over all of them."""
         weights = jax.nn.softmax(logits, axis=(-2, -1)).astype(served.dtype)
         return jnp.einsum("btes,besd->btd", weights, served)
 
     def _prefix_by_prefix(
         self, x: Float[Array, "B T D"], logits: Float[Array, "B T E S"], context: Context, state: Pool | None
     ) -> tuple[Float[Array, "B T D"], Pool | None]:
-        """Each token from slots made of the tokens up to itself: T times the experts' work."""
+        """Each token from slots made of the tokens up to itself, which takes T times the experts' work."""
 
         def one(pool: Pool, token: Token) -> tuple[Pool, Float[Array, "B D"]]:
             pool = token.enter(pool)
@@ -104,14 +104,14 @@ class SoftMoE(Experts):
 
 
 class CausalSoftMoEConfig(SoftMoEConfig):
-    """`soft_moe` in blocks of tokens, causal in training, too: the slots that serve a block come from earlier blocks.
+    """`soft_moe` in blocks of tokens, causal in training as well: a block's slots are made of earlier blocks.
 
     For tokens of block b, D is the softmax over all tokens of blocks before b; the first block meets learned slots.
-    With packed documents a token meets slots made of its own document's tokens in earlier blocks, and the learned ones
-    where there are none.
+    With packed documents a token meets slots made of its own document's tokens in earlier blocks, or the learned slots
+    if there are none.
 
     Attributes:
-        block_size: tokens a block; blocks begin at multiples of it.
+        block_size: tokens in a block; blocks start at multiples of it.
     """
 
     kind: Literal["causal_soft_moe"] = "causal_soft_moe"
@@ -139,7 +139,7 @@ class CausalSoftMoEConfig(SoftMoEConfig):
 
 
 class _Blocks(NamedTuple):
-    """Decoding state: all tokens so far, and what the experts made of the slots that serve the present block."""
+    """Decoding state: the pool of all tokens so far, and the experts' outputs for the current block's slots."""
 
     pool: Pool
     served: Float[Array, "B E S D"]
@@ -148,7 +148,7 @@ class _Blocks(NamedTuple):
 class CausalSoftMoE(SoftMoE):
     def __init__(self, config: CausalSoftMoEConfig, model, init: Initializer):
         super().__init__(config, model, init)
-        # Φ's vectors stand for directions of tokens, these for slots themselves: [E, S, D].
+        # Φ scores tokens; these are the contents of the first block's slots, [E, S, D].
         self.first_slots = init.weight(
             (config.num_experts, config.slots_per_expert, model.width), ("expert", "slot", "embed"), inputs=0
         )
@@ -162,14 +162,14 @@ class CausalSoftMoE(SoftMoE):
         return (*self._block_by_block(x, logits, context, state), NO_EFFECTS)
 
     def _learned(self, batch: int, dtype: jnp.dtype) -> Float[Array, "B E S D"]:
-        """What the experts make of the learned slots."""
+        """The experts' outputs for the learned slots."""
         served = self._served(self.first_slots[...].astype(dtype)[None])
         return jnp.broadcast_to(served, (batch, *served.shape[1:]))
 
     def _block_by_block(
         self, x: Float[Array, "B T D"], logits: Float[Array, "B T E S"], context: Context, state: _Blocks | None
     ) -> tuple[Float[Array, "B T D"], _Blocks | None]:
-        """A sequence from its beginning: the pools of all blocks first, then the experts on all slots at once."""
+        """A sequence from its start: first the pools of all blocks, then the experts on all slots at once."""
         batch, length, width = x.shape
         size = self.config.block_size
         padding = -length % size
@@ -210,7 +210,7 @@ class CausalSoftMoE(SoftMoE):
     def _token_by_token(
         self, x: Float[Array, "B T D"], logits: Float[Array, "B T E S"], context: Context, state: _Blocks
     ) -> tuple[Float[Array, "B T D"], _Blocks]:
-        """Decoding: the experts run only where a row begins a block."""
+        """Decoding: the experts run only when a row starts a new block."""
 
         def one(state: _Blocks, token: Token) -> tuple[_Blocks, Float[Array, "B D"]]:
             begins = token.position % self.config.block_size == 0

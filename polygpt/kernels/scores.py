@@ -1,4 +1,4 @@
-"""What shapes a score beside q·k (scale, cap, distance, window, segments, sinks), for every way of computing it."""
+"""What shapes a score beside q·k (scale, cap, distance, window, segments, sinks), for every attention kernel."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 @dataclass(frozen=True)
 class ScoreRule:
-    """How scores become probabilities; what is known before any array is.
+    """How scores become probabilities: the settings, known before there are arrays.
 
     Attributes:
         scale: of q·k.
-        window: each query sees so many keys up to its own, itself included; None sees all of them.
+        window: each query sees this many keys, the last of them at its own position; None sees all.
         softcap: scores become softcap · tanh(scores / softcap) (Gemma Team 2024, section 2).
-        dropout: share of probabilities dropped where there is a key.
+        dropout: share of probabilities dropped if a key is given.
     """
 
     scale: float
@@ -26,7 +26,7 @@ class ScoreRule:
     dropout: float = 0.0
 
     def scaled(self, q: Float[Array, "..."]) -> Float[Array, "..."]:
-        """Queries times the scale, which 16 bits would round."""
+        """Queries times the scale; the scale itself is not rounded to 16 bits."""
         return (q.astype(jnp.float32) * self.scale).astype(q.dtype)
 
     def cap(self, scores: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -39,7 +39,7 @@ class ScoreInputs(NamedTuple):
 
     Attributes:
         sinks: a learned logit for each head that joins the softmax and carries no value, [N] (OpenAI 2025, gpt-oss).
-        slopes: what is subtracted a position of distance, for each head, float32 [N] (ALiBi).
+        slopes: subtracted per position of distance, for each head, float32 [N] (ALiBi).
         segment_ids: int32 [B, T].
         key: for dropout.
     """
@@ -51,7 +51,7 @@ class ScoreInputs(NamedTuple):
 
 
 def visible(queries: Int[Array, "*B T"], keys: Int[Array, "*B S"], window: int | None) -> Bool[Array, "*B T S"]:
-    """Which positions of keys each position of a query sees; a negative position is that of no key."""
+    """Which keys each query sees, by their positions; a negative position means that there is no key."""
     distance = queries[..., :, None] - keys[..., None, :]
     seen = (distance >= 0) & (keys >= 0)[..., None, :]
     return seen if window is None else seen & (distance < window)

@@ -8,7 +8,8 @@ import zoo
 
 from polygpt import spec
 from polygpt.config import validate
-from polygpt.model import Model, ModelConfig, head
+from polygpt.kernels import LogitRule, loss, nll_of_logits, project_to_vocabulary, weighted_nll
+from polygpt.model import Model, ModelConfig
 
 
 @pytest.mark.parametrize(
@@ -16,13 +17,13 @@ from polygpt.model import Model, ModelConfig, head
 )
 def test_chunks_are_equal_and_small_enough(rows, vocab, count, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
-    assert head._chunk_count(rows, vocab) == count
+    assert loss._chunk_count(rows, vocab) == count
 
 
-@pytest.mark.parametrize("rule", [head.LogitRule(), head.LogitRule(cap=2.0), head.LogitRule(2.0, padding=3)])
+@pytest.mark.parametrize("rule", [LogitRule(), LogitRule(cap=2.0), LogitRule(2.0, padding=3)])
 @pytest.mark.parametrize("chunks", [1, 3, 7, 12])
 def test_value_and_gradients_equal_the_plain_ones(chunks, rule, monkeypatch):
-    monkeypatch.setattr(head, "_chunk_count", lambda rows, vocab: chunks)
+    monkeypatch.setattr(loss, "_chunk_count", lambda rows, vocab: chunks)
     random = np.random.default_rng(0)
     hidden, weight = (jnp.asarray(random.standard_normal(shape), jnp.float32) for shape in ((2, 12, 5), (5, 9)))
     targets, weights = (
@@ -31,11 +32,11 @@ def test_value_and_gradients_equal_the_plain_ones(chunks, rule, monkeypatch):
     )
 
     def fast(hidden, weight):
-        return 3 * head.weighted_nll(hidden, weight, targets, weights, rule)
+        return 3 * weighted_nll(hidden, weight, targets, weights, rule)
 
     def plain(hidden, weight):
-        logits = rule.apply(head.project_to_vocabulary(hidden, weight))
-        return 3 * (head.nll_of_logits(logits, targets) * weights).sum()
+        logits = rule.apply(project_to_vocabulary(hidden, weight))
+        return 3 * (nll_of_logits(logits, targets) * weights).sum()
 
     found, expected = (jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(hidden, weight) for f in (fast, plain))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5), found, expected)
@@ -58,7 +59,7 @@ def test_padded_ids_never_come_and_change_nothing():
 
 
 def test_chunks_stay_few_where_no_divisor_is_near(monkeypatch):
-    monkeypatch.setattr(head.jax, "default_backend", lambda: "cpu")
-    assert head._chunk_count(2048, 8192) == 4
-    assert head._chunk_count(2039, 8192) == 4  # a prime: rows are padded
-    assert head._chunk_count(16 * 257, 50257) < 100
+    monkeypatch.setattr(loss.jax, "default_backend", lambda: "cpu")
+    assert loss._chunk_count(2048, 8192) == 4
+    assert loss._chunk_count(2039, 8192) == 4  # a prime: rows are padded
+    assert loss._chunk_count(16 * 257, 50257) < 100

@@ -15,11 +15,10 @@ import polygpt
 from polygpt.config import merge, validate
 from polygpt.errors import RequestError
 from polygpt.generation import Sampler, engine, generate_tokens
+from polygpt.kernels import WEIGHT_TYPES, layer_view, pack, packed
 from polygpt.language_model import LanguageModel
 from polygpt.loading import save
-from polygpt.model import WEIGHT_TYPES, Model, ModelConfig, packed
-from polygpt.model.packed import pack
-from polygpt.model.stacks import of_layer
+from polygpt.model import Model, ModelConfig
 
 # Elsewhere products are taken in another form, which needs none of this.
 ON_A_CPU = pytest.mark.skipif(jax.default_backend() != "cpu", reason="a form for CPUs alone")
@@ -130,7 +129,7 @@ def test_a_packed_matrix_gives_its_numbers_back(stack, inputs, outputs, dtype):
 def test_a_layer_has_its_own_matrix_of_the_stack(dtype):
     own = np.random.default_rng(0).standard_normal((3, 16, 8)).astype(np.float32)
     x = jnp.asarray(np.random.default_rng(1).standard_normal((300, 16)), jnp.float32)
-    layer = of_layer(pack(own, (16,), (8,), dtype), jnp.int32(1))
+    layer = layer_view(pack(own, (16,), (8,), dtype), jnp.int32(1))
     np.testing.assert_allclose(layer[...], own[1], atol=0.02)
     for rows in (1, 8, 300):
         np.testing.assert_allclose(layer.times(x[:rows]), x[:rows] @ np.asarray(layer[...]), rtol=1e-4, atol=1e-4)

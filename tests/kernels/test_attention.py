@@ -7,11 +7,10 @@ import pytest
 import xla
 
 from polygpt.errors import RequestError
-from polygpt.model.attention import blocked
-from polygpt.model.attention.blocked import BLOCK, MAX_BLOCKS, attend_blocked
-from polygpt.model.attention.core import attend, attend_positions, choose
-from polygpt.model.attention.pallas import attend_pallas
-from polygpt.model.attention.scores import ScoreInputs, ScoreRule
+from polygpt.kernels import AttentionSpec, ScoreInputs, ScoreRule, attention, blocked, choose_attention
+from polygpt.kernels import reference_attention as reference
+from polygpt.kernels.blocked import BLOCK, MAX_SPANS, blocked_attention
+from polygpt.kernels.pallas import pallas_attention
 
 SINKS, SLOPES = jnp.asarray([0.1, 0.5, -1.0, 2.0]), jnp.asarray([0.4, 0.1, 0.03, 0.2])
 
@@ -28,7 +27,7 @@ def documents(b, t):
 
 def by_equation(q, k, v, rule, inputs):
     positions = jnp.arange(q.shape[1])[None]
-    return attend_positions(q, k, v, rule, inputs, positions, positions)
+    return reference(q, k, v, rule, inputs, positions, positions)
 
 
 def assert_same(function, q, k, v, weights, rule, inputs, tolerance=2e-5):
@@ -53,7 +52,7 @@ def assert_same(function, q, k, v, weights, rule, inputs, tolerance=2e-5):
         ((1, 2 * BLOCK, 3, 1, 4), {}, ()),
         ((4, 3 * BLOCK - 5, 4, 4, 16), {"softcap": 2.0}, ("sinks", "slopes", "documents")),
         ((2, 3, 2, 1, 4), {}, ()),
-        ((1, BLOCK * MAX_BLOCKS + 100, 2, 1, 4), {}, ()),
+        ((1, BLOCK * MAX_SPANS + 100, 2, 1, 4), {}, ()),
         ((2, 3 * BLOCK + 7, 4, 2, 8), {"window": 10}, ("sinks", "documents")),
         ((1, 3 * BLOCK + 7, 4, 2, 8), {"window": BLOCK + 6, "softcap": 1.5}, ("slopes", "sinks")),
         ((1, 5 * BLOCK, 4, 1, 8), {"window": 3 * BLOCK}, ()),
@@ -68,7 +67,7 @@ def test_blocks_equal_the_equation_in_value_and_gradient(shape, rule, extra):
         slopes=SLOPES[:n] if "slopes" in extra else None,
         segment_ids=documents(b, t) if "documents" in extra else None,
     )
-    assert_same(attend_blocked, *draw(*shape), ScoreRule(h**-0.5, **rule), inputs)
+    assert_same(blocked_attention, *draw(*shape), ScoreRule(h**-0.5, **rule), inputs)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +80,7 @@ def test_the_pallas_kernel_interpreted_equals_the_equation(rule, extra):
     )
 
     def kernel(q, k, v, rule, inputs):
-        return attend_pallas(q, k, v, rule, inputs, interpret=True)
+        return pallas_attention(q, k, v, rule, inputs, interpret=True)
 
     assert_same(kernel, q, k, v, weights, ScoreRule(32**-0.5, **rule), inputs, tolerance=1e-4)
 
@@ -91,7 +90,7 @@ def test_blocks_hold_large_scores():
     rule = ScoreRule(0.5)
     out, expected = (
         jax.jit(form, static_argnums=3)(100 * q, 100 * k, v, rule, ScoreInputs())
-        for form in (attend_blocked, by_equation)
+        for form in (blocked_attention, by_equation)
     )
     assert np.isfinite(out).all()
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
@@ -104,7 +103,7 @@ def test_blocks_take_memory_by_length_not_by_its_square(window):
         rule = ScoreRule(0.3, window)
 
         def objective(q, k, v, weights):
-            return (attend_blocked(q, k, v, rule, ScoreInputs()) * weights).sum()
+            return (blocked_attention(q, k, v, rule, ScoreInputs()) * weights).sum()
 
         gradient = jax.jit(jax.grad(objective, argnums=(0, 1, 2)))
         compiled = gradient.lower(q, k, v, weights).compile(compiler_options=xla.OPTIMIZED)
@@ -116,7 +115,7 @@ def test_blocks_take_memory_by_length_not_by_its_square(window):
 def test_segments_see_only_themselves():
     q, k, v, _ = draw(1, 12, 2, 2, 4)
     rule = ScoreRule(0.5)
-    compiled = jax.jit(attend, static_argnums=3)
+    compiled = jax.jit(attention, static_argnums=3)
     out = compiled(q, k, v, rule, ScoreInputs(segment_ids=jnp.asarray([[0] * 5 + [1] * 7])))
     alone = compiled(q[:, 5:], k[:, 5:], v[:, 5:], rule, ScoreInputs())
     np.testing.assert_allclose(out[:, 5:], alone, rtol=1e-5, atol=1e-6)
@@ -127,7 +126,7 @@ def test_dropped_probabilities_are_a_share_of_all(length, window):
     q, k, _, _ = draw(2, length, 1, 1, 4)
     ones = jnp.ones((2, length, 1, 4))
     rule, inputs = ScoreRule(0.1, window, dropout=0.5), ScoreInputs(key=jax.random.key(0))
-    compiled = jax.jit(attend, static_argnums=3)
+    compiled = jax.jit(attention, static_argnums=3)
     out = compiled(q, k, ones, rule, inputs)
     assert float(out.std()) > 0.01  # without dropout a mean of ones is 1
     assert float(out.mean()) == pytest.approx(1, abs=0.1)
@@ -142,7 +141,7 @@ def test_the_gradient_drops_what_the_forward_pass_dropped():
     rule, inputs = ScoreRule(0.5, window=50, dropout=0.3), ScoreInputs(key=jax.random.key(3))
 
     def objective(q, v):
-        return (attend_blocked(q, k, v, rule, inputs) * weights).sum()
+        return (blocked_attention(q, k, v, rule, inputs) * weights).sum()
 
     value = jax.jit(objective)
     along_q, along_v = jax.jit(jax.grad(objective, argnums=(0, 1)))(q, v)
@@ -155,23 +154,24 @@ def test_the_gradient_drops_what_the_forward_pass_dropped():
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="says what a CPU does")
 def test_who_computes_attention_on_a_cpu():
-    assert choose("auto", jnp.float32, BLOCK) == "xla"
-    assert choose("auto", jnp.float32, BLOCK + 1) == "xla in blocks"
-    assert choose("xla", jnp.float32, 8, ["window"]) == "xla in blocks"
+    short, long = (AttentionSpec(jnp.float32, length, 64) for length in (BLOCK, BLOCK + 1))
+    assert choose_attention("auto", short) == "xla"
+    assert choose_attention("auto", long) == "xla in blocks"
+    assert choose_attention("xla", short._replace(extras=frozenset({"window"}))) == "xla in blocks"
     for name, machine in (("cudnn", "GPU"), ("pallas", "TPU")):
         with pytest.raises(RequestError, match=f"implementation={name} needs .*{machine}"):
-            choose(name, jnp.bfloat16, 128)
+            choose_attention(name, AttentionSpec(jnp.bfloat16, 128, 64))
 
 
 @pytest.mark.gpu
 def test_cudnn_is_causal_fused_and_close_to_the_equation():
     q, k, v, weights = draw(2, 256, 4, 2, 64, jnp.bfloat16)
     rule, inputs = ScoreRule(0.125), ScoreInputs()
-    fused = jax.jit(lambda q, k, v: attend(q, k, v, rule, inputs, implementation="cudnn"))
+    fused = jax.jit(lambda q, k, v: attention(q, k, v, rule, inputs, implementation="cudnn"))
     assert "cudnn" in fused.lower(q, k, v).compile().as_text().lower()
     np.testing.assert_allclose(
         fused(q, k, v).astype(jnp.float32),
-        attend(q, k, v, rule, inputs, implementation="xla").astype(jnp.float32),
+        attention(q, k, v, rule, inputs, implementation="xla").astype(jnp.float32),
         atol=0.03,
     )
     later = jax.grad(lambda k: (fused(q, k, v)[:, :100].astype(jnp.float32) * weights[:, :100]).sum())(k)

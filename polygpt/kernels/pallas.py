@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from polygpt.model.attention.scores import ScoreInputs, ScoreRule
+from polygpt.kernels.scores import ScoreInputs, ScoreRule
 
 # The kernel's blocks are multiples of a TPU's lanes.
 LANES = 128
 
 
-def attend_pallas(
+def pallas_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
@@ -26,7 +27,7 @@ def attend_pallas(
     from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
 
     length = q.shape[1]
-    padding = -length % LANES  # at the end, where no query of the sequence sees it
+    padding = -length % LANES  # at the end, where no real query sees it
 
     def by_head(x: Array) -> Array:
         return jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))).transpose(0, 2, 1, 3)
@@ -42,7 +43,9 @@ def attend_pallas(
 
 
 @lru_cache(maxsize=32)
-def _kernel(heads: int, length: int, window: int | None, softcap: float | None, interpret: bool):
+def _kernel(
+    heads: int, length: int, window: int | None, softcap: float | None, interpret: bool
+) -> Callable[..., Array]:
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     shape = (length, length)
@@ -58,7 +61,7 @@ def _kernel(heads: int, length: int, window: int | None, softcap: float | None, 
         block_q_dq=block,
         block_kv_dq=block,
     )
-    with jax.ensure_compile_time_eval():  # the mask's tables are constants, also when first met while tracing
+    with jax.ensure_compile_time_eval():  # the mask's tables are constants, even if made while tracing
         return splash.make_splash_mha_single_device(
             splash.MultiHeadMask([mask] * heads),
             block_sizes=sizes,

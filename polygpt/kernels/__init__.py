@@ -1,0 +1,48 @@
+"""How products, attention, experts and the loss are computed on this or that device, and the forms weights are kept in.
+
+Arrays in, arrays out: nothing here knows a model's configuration, and nothing outside asks which device it runs on.
+"""
+
+from polygpt.kernels.cache import KVCache
+from polygpt.kernels.experts import expert_matmul, take_rows
+from polygpt.kernels.loss import LogitRule, nll_of_logits, weighted_nll
+from polygpt.kernels.packed import ALIGNMENT, WEIGHT_TYPES, WeightType, pack, pack_rows
+from polygpt.kernels.regularization import dropout
+from polygpt.kernels.scores import ScoreInputs, ScoreRule
+from polygpt.kernels.softmax_attention import (
+    AttentionSpec,
+    Implementation,
+    attention,
+    choose_attention,
+    reference_attention,
+)
+from polygpt.kernels.stacks import in_stack, layer_view, write_back
+from polygpt.kernels.weights import Weight, matmul, project_to_vocabulary
+
+__all__ = [
+    "ALIGNMENT",
+    "WEIGHT_TYPES",
+    "AttentionSpec",
+    "Implementation",
+    "KVCache",
+    "LogitRule",
+    "ScoreInputs",
+    "ScoreRule",
+    "Weight",
+    "WeightType",
+    "attention",
+    "choose_attention",
+    "dropout",
+    "expert_matmul",
+    "in_stack",
+    "layer_view",
+    "matmul",
+    "nll_of_logits",
+    "pack",
+    "pack_rows",
+    "project_to_vocabulary",
+    "reference_attention",
+    "take_rows",
+    "weighted_nll",
+    "write_back",
+]
