@@ -7,7 +7,6 @@ nothing is cut off, and (kind `char`) a text that the vocabulary cannot hold is 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -15,6 +14,7 @@ import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers as hf
@@ -22,11 +22,11 @@ import tokenizers as hf
 from polygpt.errors import PolygptError, RequestError
 from polygpt.tokenizers.bytelevel import BYTE_TO_CHAR, token_bytes
 from polygpt.tokenizers.config import END_OF_TEXT
+from polygpt.tokenizers.decoding import REPLACEMENT, Decoder
 from polygpt.tokenizers.structure import Structure, describe_structure
 
 # What published models call the end of a text, the commonest first.
 END_TOKENS = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "[EOS]")
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 PIECE_CHARS = 1 << 14  # pieces of a long text, so that one document too uses every core
 GROUP_CHARS = 1 << 22  # characters in the library's hands at once: it takes about 100 bytes for each token
 
@@ -58,7 +58,8 @@ class Tokenizer:
         self.special_tokens = {token.content: i for i, token in added.items() if token.special}
         ends = [self.special_tokens[token] for token in END_TOKENS if token in self.special_tokens]
         self.end_of_text = ends[0] if ends else None
-        self.start = _start(tokenizer)
+        self.start = _start(tokenizer.post_processor)
+        self._decoder = Decoder(tokenizer.decoder)
 
     def __repr__(self) -> str:
         return f"Tokenizer({self.kind}, {self.vocab_size} ids, {self.fingerprint[:12]})"
@@ -161,12 +162,21 @@ class Tokenizer:
         """
         if self._structure.exact:
             return self.decode_bytes(ids).decode("utf-8", errors="replace")
-        parts = []
-        for known, run in itertools.groupby(map(int, ids), key=self._tokens.__contains__):
-            run_ids = list(run)
-            unknown = REPLACEMENT * len(run_ids)
-            parts.append(self._plain.decode(run_ids, skip_special_tokens=False) if known else unknown)
-        return "".join(parts)
+        return self._decoder.decode(self._tokens_of(ids))
+
+    def decode_after(self, context: Sequence[int], ids: Iterable[int]) -> str:
+        """The text that `ids` add when they follow `context`, such as a prompt's ids.
+
+        Some tokenizers drop the space before the first word of what they decode; it stays where text comes before. Where
+        `context` is empty, or a start token alone, this is `decode(ids)`.
+        """
+        if self._structure.exact or not len(context) or tuple(context) == self.start:
+            return self.decode(ids)
+        (before,) = self._tokens_of(context[-1:])
+        return self._decoder.decode_after(before, self._tokens_of(ids))
+
+    def _tokens_of(self, ids: Iterable[int]) -> list[str]:
+        return [self._tokens.get(int(i), REPLACEMENT) for i in ids]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of `ids`: exact for `char`, `byte` and byte-level BPE, else `decode` in UTF-8."""
@@ -196,13 +206,13 @@ class Tokenizer:
             partial.unlink(missing_ok=True)
 
 
-def _start(tokenizer: hf.Tokenizer) -> tuple[int, ...]:
-    encoding = tokenizer.encode(
-        "", add_special_tokens=True
-    )  # of an empty text what is added, before and after, is left
-    pair = tokenizer.encode("\n", add_special_tokens=True)
-    before = pair.special_tokens_mask.index(0) if 0 in pair.special_tokens_mask else 0
-    return tuple(encoding.ids[:before])
+def _start(post_processor: Any) -> tuple[int, ...]:
+    # The post-processor alone decides, so it is asked about a token of its own: of the tokenizer's, any text may
+    # encode to nothing.
+    probe = hf.Tokenizer(hf.models.WordLevel({"x": 0}, unk_token="x"))
+    probe.post_processor = post_processor
+    encoding = probe.encode("x", add_special_tokens=True)
+    return tuple(encoding.ids[: encoding.special_tokens_mask.index(0)])
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
