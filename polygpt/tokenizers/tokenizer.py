@@ -1,7 +1,7 @@
 """Text to ids and back, through one `tokenizer.json` of the `tokenizers` library.
 
-Knows nothing of models or data sets. Encoding is exact: nothing is added (no start token, no padding),
-nothing is cut off, and (kind `char`) a text that the vocabulary cannot hold is refused.
+Knows nothing of models or data sets. Encoding adds nothing (no start token, no padding) and cuts nothing
+off; a text with a character for which there is neither a token nor an unknown token is refused.
 """
 
 from __future__ import annotations
@@ -72,9 +72,18 @@ class Tokenizer:
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     @cached_property
+    def _encoder(self) -> hf.Tokenizer:
+        # A BPE without an unknown token drops what it has no token for. Given one that it does not have, it fails.
+        if type(self._plain.model) is not hf.models.BPE or self._plain.model.unk_token or self._structure.byte_level:
+            return self._plain
+        twin = _copy(self._plain)
+        twin.model.unk_token = "<no such token>"
+        return twin
+
+    @cached_property
     def _with_specials(self) -> hf.Tokenizer:
         # A second one, rather than a switch on the first: a server encodes on several threads at once.
-        twin = hf.Tokenizer.from_str(self._plain.to_str())
+        twin = _copy(self._encoder)
         twin.encode_special_tokens = False
         return twin
 
@@ -92,12 +101,14 @@ class Tokenizer:
         """The ids of `text`. Special tokens written in it are ordinary text, or themselves where `special`.
 
         Raises:
-            RequestError: the text holds a lone surrogate, or (kind `char`) a character outside the alphabet.
+            RequestError: the text holds a lone surrogate, or a character that the tokenizer has no token for.
         """
         if not special:
             return self.encode_batch([text])[0].tolist()
-        self._check(text, special=True)
-        return self._with_specials.encode(text, add_special_tokens=False).ids
+        try:
+            return self._with_specials.encode(self._prepare(text), add_special_tokens=False).ids
+        except Exception as error:  # the library raises plain Exceptions
+            raise self._unencodable([text], self._with_specials, error) from None
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each text, int32, special tokens as ordinary text; on every core.
@@ -107,35 +118,43 @@ class Tokenizer:
         """
         parts: list[list[np.ndarray]] = [[] for _ in texts]
         for group in _groups(self._pieces(texts)):
-            encoded = self._plain.encode_batch_fast([piece for _, piece in group], add_special_tokens=False)
+            try:
+                encoded = self._encoder.encode_batch_fast([piece for _, piece in group], add_special_tokens=False)
+            except Exception as error:  # the library raises plain Exceptions
+                raise self._unencodable(texts, self._encoder, error) from None
             for (i, _), encoding in zip(group, encoded, strict=True):
                 parts[i].append(np.array(encoding.ids, dtype=np.int32))
         return [p[0] if len(p) == 1 else np.concatenate(p) if p else np.zeros(0, np.int32) for p in parts]
 
     def _pieces(self, texts: Sequence[str]) -> Iterator[tuple[int, str]]:
         for i, text in enumerate(texts):
-            self._check(text)
-            for piece in self._structure.cut(text, PIECE_CHARS):
+            for piece in self._structure.cut(self._prepare(text), PIECE_CHARS):
                 yield i, piece
 
-    def _check(self, text: str, special: bool = False) -> None:
+    def _prepare(self, text: str) -> str:
         refuse_surrogates(text)
-        if self.kind != "char":
-            return
-        if special and self.special_tokens:
-            # Blanked to its length rather than removed, so that the index in the error stays right.
-            known = self._structure.alphabet
-            blank = next(iter(known))
-            pattern = "|".join(re.escape(t) for t in sorted(self.special_tokens, key=len, reverse=True))
-            text = re.sub(pattern, lambda match: blank * len(match[0]), text)
-        unknown = set(text) - self._structure.alphabet
-        if unknown:
-            at = min(text.index(char) for char in unknown)
-            raise RequestError(
-                f"character {text[at]!r} (U+{ord(text[at]):04X}) at index {at} of the text is not among the "
-                f"{len(self._structure.alphabet)} characters of this tokenizer;\n"
-                "train the tokenizer on text that has it, or use kind 'byte' or 'bpe', which hold every text"
-            )
+        # The library takes a space that begins a text for the one it would have put there, and so loses it.
+        return f" {text}" if text.startswith(self._structure.lost_at_start) else text
+
+    def _unencodable(self, texts: Sequence[str], encoder: hf.Tokenizer, error: Exception) -> RequestError:
+        """The error that names the first character for which `encoder` has no token."""
+        if isinstance(error, RequestError):
+            return error
+        added = encoder.get_added_tokens_decoder().values()
+        found = [token.content for token in added if not (token.special and encoder.encode_special_tokens)]
+        whole = re.compile("|".join(map(re.escape, found)) or "(?!)")
+        known: set[str] = set()
+        for text in texts:
+            skip = {at for match in whole.finditer(text) for at in range(*match.span())}
+            for at, char in enumerate(text):
+                if at not in skip and char not in known and not _can_encode(encoder, char):
+                    return RequestError(
+                        f"character {char!r} (U+{ord(char):04X}) at index {at} of the text has no token in this "
+                        "tokenizer;\ntrain the tokenizer on text that has it, or use kind 'byte' or 'bpe', which hold "
+                        "every text"
+                    )
+                known.add(char)
+        return RequestError(f"the tokenizer cannot encode this text ({str(error).splitlines()[0]})")
 
     def encode_bytes(self, data: bytes) -> list[int]:
         """The ids of any bytes: runs of valid UTF-8 as text, every other byte as its own token.
@@ -167,8 +186,8 @@ class Tokenizer:
     def decode_after(self, context: Sequence[int], ids: Iterable[int]) -> str:
         """The text that `ids` add when they follow `context`, such as a prompt's ids.
 
-        Some tokenizers drop the space before the first word of what they decode; it stays where text comes before. Where
-        `context` is empty, or a start token alone, this is `decode(ids)`.
+        Some tokenizers drop the space before the first word of what they decode; it stays where text comes before.
+        Where `context` is empty, or a start token alone, this is `decode(ids)`.
         """
         if self._structure.exact or not len(context) or tuple(context) == self.start:
             return self.decode(ids)
@@ -213,6 +232,20 @@ def _start(post_processor: Any) -> tuple[int, ...]:
     probe.post_processor = post_processor
     encoding = probe.encode("x", add_special_tokens=True)
     return tuple(encoding.ids[: encoding.special_tokens_mask.index(0)])
+
+
+def _copy(tokenizer: hf.Tokenizer) -> hf.Tokenizer:
+    made = hf.Tokenizer.from_str(tokenizer.to_str())
+    made.encode_special_tokens = tokenizer.encode_special_tokens
+    return made
+
+
+def _can_encode(encoder: hf.Tokenizer, text: str) -> bool:
+    try:
+        encoder.encode(text, add_special_tokens=False)
+    except Exception:  # the library raises plain Exceptions
+        return False
+    return True
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

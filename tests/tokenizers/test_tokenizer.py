@@ -246,3 +246,50 @@ def test_an_added_token_that_is_not_special_is_never_cut_in_two(monkeypatch):
     added = tokenizer.vocab_size - 1
     assert added in tokenizer.encode("the cat sat on")
     assert tokenizer.decode(tokenizer.encode("the cat sat on")) == "the cat sat on"
+
+
+NO_UNKNOWN = {
+    "bpe": models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]),
+    "bpe whose unknown token is missing": models.BPE({"a": 0, "b": 1}, [], unk_token="<unk>"),
+    "bpe with a few bytes": models.BPE({"a": 0, "b": 1, "<0xC3>": 2}, [], byte_fallback=True),
+    "unigram": models.Unigram([("a", -1.0), ("b", -1.0)]),
+    "wordlevel": models.WordLevel({"a": 0, "b": 1}),
+}
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("name", NO_UNKNOWN)
+def test_text_that_would_be_dropped_is_refused_by_character_and_place(name, special):
+    made = hf.Tokenizer(NO_UNKNOWN[name])
+    made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    made.add_tokens(["<x>"])
+    tokenizer = Tokenizer(made)
+    assert tokenizer.decode(tokenizer.encode("b<x>a", special=special)).replace(" ", "") == "b<x>a"
+    with pytest.raises(RequestError, match=r"'é' \(U\+00E9\) at index 5 of the text has no token"):
+        tokenizer.encode("a<x>bé<é", special=special)
+    with pytest.raises(RequestError, match=r"'é' \(U\+00E9\) at index 1 of the text has no token"):
+        tokenizer.encode_batch(["ab", "aéb"])
+
+
+def test_what_is_refused_leaves_the_file_as_it_was(tmp_path):
+    made = hf.Tokenizer(NO_UNKNOWN["bpe"])
+    before = made.to_str()
+    tokenizer = Tokenizer(made)
+    with pytest.raises(RequestError):
+        tokenizer.encode("abé")
+    tokenizer.save(tmp_path / "tokenizer.json")
+    assert hf.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).to_str() == before
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+@pytest.mark.parametrize("split", [True, False])
+def test_a_space_that_begins_a_text_is_kept(scheme, split):
+    pieces = ["▁", "a", "b", "▁a", "▁b", "▁a▁b"]
+    merges = [("▁", "a"), ("▁", "b"), ("▁a", "▁b")]
+    made = hf.Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges))
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=split)
+    made.decoder = decoders.Metaspace(prepend_scheme=scheme, split=split)
+    tokenizer = Tokenizer(made)
+    for text in ("a b", " a b", "  a b", " ", "a", ""):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.encode("a b") == made.encode("a b").ids
