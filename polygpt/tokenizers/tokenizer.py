@@ -11,7 +11,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from polygpt.tokenizers.structure import Structure, describe_structure
 
 # What published models call the end of a text, the commonest first.
 END_TOKENS = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "[EOS]")
+FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
 PIECE_CHARS = 1 << 14  # pieces of a long text, so that one document too uses every core
 GROUP_CHARS = 1 << 22  # characters in the library's hands at once: it takes about 100 bytes for each token
 
@@ -40,11 +41,22 @@ class Tokenizer:
         end_of_text: the id of the token that ends a text, if there is one.
         start: the ids that the file puts before a text (a start token, mostly); `encode` leaves them out.
         special_tokens: the special tokens with their ids.
+        roles: the text of the token for each role that is known (`bos_token`, `eos_token`, `pad_token`, ...).
         fingerprint: SHA-256, in hexadecimal, of everything that decides the ids.
     """
 
-    def __init__(self, tokenizer: hf.Tokenizer):
-        """`tokenizer` is taken over: its truncation and padding are switched off."""
+    def __init__(self, tokenizer: hf.Tokenizer, roles: Mapping[str, Any] | None = None):
+        """Takes over `tokenizer`, whose truncation and padding are switched off.
+
+        Args:
+            tokenizer: of the library.
+            roles: the token of each role (`eos_token`, `pad_token`, ...): its text, an object with `content` as
+                tokenizer_config.json has it, or its id, which counts only if it is a special token's. Without
+                `eos_token` the end of a text is guessed by name.
+
+        Raises:
+            RequestError: the vocabulary is empty, or a role's token is something else.
+        """
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True  # that is: special tokens that a user types are ordinary text
@@ -55,11 +67,28 @@ class Tokenizer:
         self._structure: Structure = describe_structure(tokenizer, vocab)
         self.kind = self._structure.kind
         self.vocab_size = max([*vocab.values(), *added]) + 1  # not the number of tokens: some files have holes
-        self.special_tokens = {token.content: i for i, token in added.items() if token.special}
-        ends = [self.special_tokens[token] for token in END_TOKENS if token in self.special_tokens]
-        self.end_of_text = ends[0] if ends else None
+        self.special_tokens: dict[str, int] = {token.content: i for i, token in added.items() if token.special}
         self.start = _start(tokenizer.post_processor)
+        self.roles = self._read_roles(roles or {})
+        ends = [self.special_tokens[token] for token in END_TOKENS if token in self.special_tokens]
+        self.end_of_text = self.role("eos_token") if "eos_token" in self.roles else (ends or [None])[0]
         self._decoder = Decoder(tokenizer.decoder)
+
+    def _read_roles(self, roles: Mapping[str, Any]) -> dict[str, str]:
+        """The text of each role's token; those that the vocabulary has become special tokens."""
+        names = {number: token for token, number in self.special_tokens.items()}
+        texts = {role: names.get(value) if type(value) is int else token_text(value) for role, value in roles.items()}
+        found = {role: text for role, text in texts.items() if text is not None}
+        for text in dict.fromkeys(found.values()):
+            number = self._plain.token_to_id(text)
+            if number is not None and text not in self.special_tokens:
+                self._plain.add_special_tokens([hf.AddedToken(text, normalized=False)])
+                self.special_tokens[text] = number
+        return found
+
+    def role(self, name: str) -> int | None:
+        """The id of the token with this role (`bos_token`, `eos_token`, `pad_token`, ...), if there is one."""
+        return self._plain.token_to_id(self.roles[name]) if name in self.roles else None
 
     def __repr__(self) -> str:
         return f"Tokenizer({self.kind}, {self.vocab_size} ids, {self.fingerprint[:12]})"
@@ -204,25 +233,49 @@ class Tokenizer:
         unknown = REPLACEMENT.encode()
         return b"".join(self._token_bytes.get(int(i), unknown) for i in ids)
 
+    def to_json(self) -> str:
+        """The tokenizer.json."""
+        return self._plain.to_str(pretty=True)
+
     def save(self, path: str | Path) -> None:
-        """Writes the `tokenizer.json` at `path`, whole or not at all, making its folder where it is missing.
+        """Writes the tokenizer.json at `path`, and beside it a tokenizer_config.json if roles are known.
+
+        Each file is written whole or not at all. A missing folder is made.
 
         Raises:
             PolygptError: it cannot be written there.
         """
         path = Path(path)
-        partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("w", encoding="utf-8") as stream:
-                stream.write(self._plain.to_str(pretty=True))
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(partial, path)
-        except OSError as error:
-            raise PolygptError(f"{path}: cannot be written ({error.strerror})") from None
-        finally:
-            partial.unlink(missing_ok=True)
+        _write(path, self.to_json())
+        if self.roles and path.name == FILE:
+            _write(path.with_name(CONFIG_FILE), json.dumps(self.roles, indent=2, ensure_ascii=False) + "\n")
+
+
+def token_text(value: Any) -> str | None:
+    """The text of a token that is given as such, or as an object with `content`.
+
+    Raises:
+        RequestError: it is neither, and not None.
+    """
+    text = value.get("content") if isinstance(value, Mapping) else value
+    if text is not None and not isinstance(text, str):
+        raise RequestError(f"{value!r} is not a token: give its text, or an object whose content is its text")
+    return text
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise PolygptError(f"{path}: cannot be written ({error.strerror})") from None
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _start(post_processor: Any) -> tuple[int, ...]:
@@ -246,39 +299,6 @@ def _can_encode(encoder: hf.Tokenizer, text: str) -> bool:
     except Exception:  # the library raises plain Exceptions
         return False
     return True
-
-
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer in `path`: a `tokenizer.json`, or a folder that holds one.
-
-    Raises:
-        RequestError: there is none, or the file is not one.
-    """
-    path = Path(path).expanduser()
-    if path.is_dir():
-        if not (path / "tokenizer.json").is_file():
-            raise RequestError(f"{path}: this folder holds no tokenizer.json")
-        path = path / "tokenizer.json"
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise RequestError(f"{path}: no such file; give a tokenizer.json, or a folder that holds one") from None
-    except OSError as error:
-        raise RequestError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{path}: not JSON ({error})") from None
-    try:
-        return Tokenizer(hf.Tokenizer.from_str(text))
-    except Exception as error:  # the library raises plain Exceptions
-        _check_json(text, path)
-        raise RequestError(f"{path}: not a tokenizer.json ({str(error).splitlines()[0]})") from None
-
-
-def _check_json(text: str, path: Path) -> None:
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"{path}: not JSON ({str(error).splitlines()[0]})") from None
 
 
 def refuse_surrogates(text: str) -> None:

@@ -1,0 +1,120 @@
+"""Byte-level BPE from vocab.json and merges.txt, as the class named by the folder's configuration builds it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tokenizers as hf
+from tokenizers import pre_tokenizers
+
+from polygpt.errors import RequestError
+from polygpt.settings import read_json
+from polygpt.tokenizers.config import END_OF_TEXT
+from polygpt.tokenizers.pretokenizers import PRE_TOKENIZERS, PreTokenizer
+from polygpt.tokenizers.sentencepiece import put_before
+from polygpt.tokenizers.tokenizer import CONFIG_FILE, token_text
+
+VOCAB, MERGES = "vocab.json", "merges.txt"
+
+
+class _Class(NamedTuple):
+    """A tokenizer class of transformers: how it splits text, its default roles, the model types that imply it."""
+
+    pre: PreTokenizer
+    roles: Mapping[str, str]
+    model_types: frozenset[str]
+
+
+_PLAIN, _QWEN2 = PRE_TOKENIZERS["gpt-2"], PRE_TOKENIZERS["qwen2"]
+_ENDS = dict.fromkeys(("unk_token", "bos_token", "eos_token"), END_OF_TEXT)
+_GPT2 = _Class(_PLAIN, _ENDS, frozenset({"gpt2", "gpt_neo", "gptj", "codegen", "opt", "phi", "starcoder2"}))
+_CLASSES = {
+    "GPT2Tokenizer": _GPT2,
+    "CodeGenTokenizer": _GPT2,
+    "GPTNeoXTokenizer": _Class(
+        _PLAIN._replace(nfc=True), {**_ENDS, "pad_token": "<|padding|>"}, frozenset({"gpt_neox", "olmo", "olmoe"})
+    ),
+    "Qwen2Tokenizer": _Class(
+        _QWEN2,
+        dict.fromkeys(("unk_token", "eos_token", "pad_token"), END_OF_TEXT),
+        frozenset({"qwen2", "qwen2_moe", "qwen3", "qwen3_moe"}),
+    ),
+}
+
+
+def read_vocab_and_merges(folder: Path, roles: Mapping[str, Any]) -> tuple[hf.Tokenizer, dict[str, Any]]:
+    """The tokenizer of a folder without tokenizer.json, and `roles` with those that its class gives to tokens.
+
+    Raises:
+        RequestError: a file is damaged, or the configuration names a class that is not known here.
+    """
+    config = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
+    known = _find_class(folder, config)
+    made = _read_bpe(folder)
+    known.pre.apply(made)
+    if config.get("add_prefix_space"):
+        *before, last = known.pre.steps
+        spaced = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=last.use_regex)
+        made.pre_tokenizer = pre_tokenizers.Sequence([*before, spaced]) if before else spaced
+    made.decoder = hf.decoders.ByteLevel()
+    defaults = {role: token for role, token in known.roles.items() if made.token_to_id(token) is not None}
+    roles = {**defaults, **roles}
+    _add_tokens(folder, made, config, {token for token in map(token_text, roles.values()) if token is not None})
+    start = token_text(roles.get("bos_token"))
+    if config.get("add_bos_token") and start is not None:
+        put_before(made, start, made.token_to_id(start))
+    return made, roles
+
+
+def _find_class(folder: Path, config: Mapping[str, Any]) -> _Class:
+    name = str(config.get("tokenizer_class") or "").removesuffix("Fast")
+    model_type = None
+    if not name and (folder / "config.json").is_file():
+        model_type = read_json(folder / "config.json").get("model_type")
+    found = _CLASSES.get(name) if name else _GPT2
+    if model_type is not None:
+        found = next((known for known in _CLASSES.values() if model_type in known.model_types), None)
+    if found is None:
+        what = f"tokenizer_class '{name}'" if name else f"model_type '{model_type}'"
+        raise RequestError(
+            f"{folder}: {VOCAB} and {MERGES} do not say how {what} splits text; put its tokenizer.json beside them,\n"
+            f"or name one of {', '.join(_CLASSES)} as tokenizer_class in {CONFIG_FILE}"
+        )
+    return found
+
+
+def _read_bpe(folder: Path) -> hf.Tokenizer:
+    path = folder / MERGES
+    vocab = read_json(folder / VOCAB)
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line and line[:9] != "#version:"]
+        merges = [(first, second) for first, second in (line.split(" ") for line in lines)]
+        return hf.Tokenizer(hf.models.BPE(vocab, merges))
+    except Exception as error:  # the library raises plain Exceptions
+        raise RequestError(f"{path}: not the merges of {VOCAB} ({str(error).splitlines()[0]})") from None
+
+
+def _add_tokens(folder: Path, made: hf.Tokenizer, config: Mapping[str, Any], roles: set[str]) -> None:
+    """Adds the tokens beside the vocabulary, in the order of their ids, and then those that only have a role."""
+    listed = config.get("added_tokens_decoder")
+    path = folder / (CONFIG_FILE if listed is not None else "added_tokens.json")
+    try:
+        if listed is not None:
+            added = {int(number): hf.AddedToken(**token) for number, token in listed.items()}
+        else:
+            older = read_json(path) if path.is_file() else {}
+            added = {
+                int(number): hf.AddedToken(token, normalized=token not in roles, special=token in roles)
+                for token, number in older.items()
+            }
+        for number, token in sorted(added.items()):
+            (made.add_special_tokens if token.special else made.add_tokens)([token])
+            if made.token_to_id(token.content) != number:
+                raise ValueError(f"{token.content!r} has id {number}, which leaves a gap after the vocabulary")
+    except (AttributeError, TypeError, ValueError) as error:
+        raise RequestError(f"{path}: not a list of added tokens ({str(error).splitlines()[0]})") from None
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    names = [*roles, *(token_text(token) for token in extra if isinstance(extra, list))]
+    made.add_special_tokens([hf.AddedToken(token, normalized=False) for token in sorted(names) if token])
