@@ -3,7 +3,7 @@
 Whatever the kind, a tokenizer is one `tokenizer.json` of the `tokenizers` library.
 """
 
-from polygpt.tokenizers.chat import render_chat
+from polygpt.tokenizers.chat import chat_tokens, render_chat
 from polygpt.tokenizers.config import END_OF_TEXT, TokenizerConfig
 from polygpt.tokenizers.folder import has_tokenizer, load_tokenizer
 from polygpt.tokenizers.gguf_reading import read_gguf_text
@@ -18,6 +18,7 @@ __all__ = [
     "PieceKind",
     "Tokenizer",
     "TokenizerConfig",
+    "chat_tokens",
     "has_tokenizer",
     "load_tokenizer",
     "read_gguf_text",

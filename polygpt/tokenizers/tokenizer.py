@@ -24,6 +24,7 @@ from polygpt.tokenizers.bytelevel import BYTE_TO_CHAR, token_bytes
 from polygpt.tokenizers.config import END_OF_TEXT
 from polygpt.tokenizers.decoding import REPLACEMENT, Decoder
 from polygpt.tokenizers.structure import Structure, describe_structure
+from polygpt.tokenizers.typed import unmark
 
 # What published models call the end of a text, the commonest first.
 END_TOKENS = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "[EOS]")
@@ -184,6 +185,26 @@ class Tokenizer:
                     )
                 known.add(char)
         return RequestError(f"the tokenizer cannot encode this text ({str(error).splitlines()[0]})")
+
+    def encode_marked(self, text: str) -> list[int]:
+        """The ids of `text`; its special tokens count, except for those that `mark_tokens` has marked.
+
+        Raises:
+            RequestError: as `encode`.
+        """
+        if unmark(text) == text:
+            return self.encode(text, special=True)
+        added = {token.content: token for token in self._plain.get_added_tokens_decoder().values() if token.special}
+        # The text at even places, the special tokens between.
+        parts = re.split(f"({'|'.join(map(re.escape, sorted(added, key=len, reverse=True)))})", text)
+        ids: list[int] = []
+        for i in range(0, len(parts), 2):
+            if i:
+                ids.append(self.special_tokens[parts[i - 1]])
+            part = parts[i].lstrip() if i and added[parts[i - 1]].rstrip else parts[i]
+            part = part.rstrip() if i + 1 < len(parts) and added[parts[i + 1]].lstrip else part
+            ids += self.encode(unmark(part))
+        return ids
 
     def encode_bytes(self, data: bytes) -> list[int]:
         """The ids of any bytes: runs of valid UTF-8 as text, every other byte as its own token.
