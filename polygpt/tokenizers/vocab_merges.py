@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,8 @@ from polygpt.tokenizers.sentencepiece import put_before
 from polygpt.tokenizers.tokenizer import CONFIG_FILE, token_text
 
 VOCAB, MERGES = "vocab.json", "merges.txt"
+_ORDER = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
 
 
 class _Class(NamedTuple):
@@ -59,23 +61,27 @@ def read_vocab_and_merges(folder: Path, roles: Mapping[str, Any]) -> tuple[hf.To
         spaced = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=last.use_regex)
         made.pre_tokenizer = pre_tokenizers.Sequence([*before, spaced]) if before else spaced
     made.decoder = hf.decoders.ByteLevel()
-    defaults = {role: token for role, token in known.roles.items() if made.token_to_id(token) is not None}
-    roles = {**defaults, **roles}
-    _add_tokens(folder, made, config, {token for token in map(token_text, roles.values()) if token is not None})
+    roles = {**known.roles, **roles}
+    _add_listed(folder, made, config, {token_text(value) for value in roles.values()})
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    named = [roles.get(role) for role in dict.fromkeys((*_ORDER, *roles))]
+    _add_specials(made, [*named, *(extra if isinstance(extra, list) else [])], {*known.roles.values()})
+    roles = {role: value for role, value in roles.items() if made.token_to_id(token_text(value) or "") is not None}
     start = token_text(roles.get("bos_token"))
     if config.get("add_bos_token") and start is not None:
         put_before(made, start, made.token_to_id(start))
     return made, roles
 
 
-def _find_class(folder: Path, config: Mapping[str, Any]) -> _Class:
-    name = str(config.get("tokenizer_class") or "").removesuffix("Fast")
-    model_type = None
-    if not name and (folder / "config.json").is_file():
-        model_type = read_json(folder / "config.json").get("model_type")
-    found = _CLASSES.get(name) if name else _GPT2
-    if model_type is not None:
-        found = next((known for known in _CLASSES.values() if model_type in known.model_types), None)
+def _find_class(folder: Path, tokenizer_config: Mapping[str, Any]) -> _Class:
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    model_type = config.get("model_type")
+    name = str(tokenizer_config.get("tokenizer_class") or config.get("tokenizer_class") or "").removesuffix("Fast")
+    implied = next((known for known in _CLASSES.values() if model_type in known.model_types), None)
+    if name and model_type != "qwen2":  # transformers does not trust what folders of Qwen2 name
+        found = _CLASSES.get(name)
+    else:
+        found = implied or (_GPT2 if model_type is None else None)
     if found is None:
         what = f"tokenizer_class '{name}'" if name else f"model_type '{model_type}'"
         raise RequestError(
@@ -96,8 +102,8 @@ def _read_bpe(folder: Path) -> hf.Tokenizer:
         raise RequestError(f"{path}: not the merges of {VOCAB} ({str(error).splitlines()[0]})") from None
 
 
-def _add_tokens(folder: Path, made: hf.Tokenizer, config: Mapping[str, Any], roles: set[str]) -> None:
-    """Adds the tokens beside the vocabulary, in the order of their ids, and then those that only have a role."""
+def _add_listed(folder: Path, made: hf.Tokenizer, config: Mapping[str, Any], special: set[str | None]) -> None:
+    """Adds the tokens that the folder lists with their ids."""
     listed = config.get("added_tokens_decoder")
     path = folder / (CONFIG_FILE if listed is not None else "added_tokens.json")
     try:
@@ -106,7 +112,7 @@ def _add_tokens(folder: Path, made: hf.Tokenizer, config: Mapping[str, Any], rol
         else:
             older = read_json(path) if path.is_file() else {}
             added = {
-                int(number): hf.AddedToken(token, normalized=token not in roles, special=token in roles)
+                int(number): hf.AddedToken(token, normalized=token not in special, special=token in special)
                 for token, number in older.items()
             }
         for number, token in sorted(added.items()):
@@ -115,6 +121,18 @@ def _add_tokens(folder: Path, made: hf.Tokenizer, config: Mapping[str, Any], rol
                 raise ValueError(f"{token.content!r} has id {number}, which leaves a gap after the vocabulary")
     except (AttributeError, TypeError, ValueError) as error:
         raise RequestError(f"{path}: not a list of added tokens ({str(error).splitlines()[0]})") from None
-    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    names = [*roles, *(token_text(token) for token in extra if isinstance(extra, list))]
-    made.add_special_tokens([hf.AddedToken(token, normalized=False) for token in sorted(names) if token])
+
+
+def _add_specials(made: hf.Tokenizer, tokens: Sequence[Any], defaults: set[str]) -> None:
+    """Makes `tokens` special; those that the vocabulary lacks get the next ids, as transformers gives them.
+
+    A class's default that the vocabulary lacks is added only where an id after it depends on it: a model with its own
+    vocabulary need not have it.
+    """
+    texts = [token_text(token) for token in tokens]
+    missing = [i for i, text in enumerate(texts) if text is not None and made.token_to_id(text) is None]
+    last = max((i for i in missing if texts[i] not in defaults), default=-1)
+    for i, (text, token) in enumerate(zip(texts, tokens, strict=True)):
+        if text is not None and (i <= last or i not in missing):
+            flags = {name: token.get(name, False) for name in _FLAGS} if isinstance(token, Mapping) else {}
+            made.add_special_tokens([hf.AddedToken(text, **({"normalized": False} | flags))])

@@ -181,6 +181,24 @@ def test_added_tokens_have_their_ids(tmp_path, files):
     assert tokenizer.vocab_size == SIZE + 3
 
 
+def test_tokens_that_only_have_a_role_get_the_next_ids_in_the_order_of_transformers(tmp_path):
+    config = {"pad_token": "<pad>", "eos_token": {"content": "</s>", "rstrip": True}, "bos_token": "<s>"}
+    tokenizer = load_tokenizer(vocab_merges(tmp_path, config | {"extra_special_tokens": ["<a>"]}))
+    ids = [*TRAINED.encode("Hi"), SIZE + 1, *TRAINED.encode("Hi"), SIZE + 2, SIZE + 3, SIZE + 4]
+    assert tokenizer.encode("Hi<s>Hi</s>  <pad><a>", special=True) == ids
+    # The default of the class comes before, as it would have to; alone it is left out.
+    config = {"tokenizer_class": "GPTNeoXTokenizer", "extra_special_tokens": ["<a>"]}
+    tokenizer = load_tokenizer(vocab_merges(tmp_path, config))
+    assert (tokenizer.role("pad_token"), tokenizer.special_tokens["<a>"]) == (SIZE + 1, SIZE + 2)
+    tokenizer = load_tokenizer(vocab_merges(tmp_path, {"tokenizer_class": "GPTNeoXTokenizer"}))
+    assert (tokenizer.role("pad_token"), tokenizer.vocab_size) == (None, SIZE + 1)
+
+
+def test_a_qwen2_model_has_its_own_class_whatever_the_folder_names(tmp_path):
+    files = {"config": {"model_type": "qwen2"}, "tokenizer_config": {"tokenizer_class": "GPT2Tokenizer"}}
+    assert pieces(load_tokenizer(vocab_merges(tmp_path, **files)), " 12345")[-5:] == list("12345")
+
+
 def test_extra_special_tokens_are_added(tmp_path):
     tokenizer = load_tokenizer(vocab_merges(tmp_path, {"additional_special_tokens": ["<a>", {"content": "<b>"}]}))
     assert tokenizer.encode("<a><b>", special=True) == [SIZE + 1, SIZE + 2]
