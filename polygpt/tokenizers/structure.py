@@ -25,6 +25,8 @@ class Structure:
     """Tokens beside the model's vocabulary, special ones included; their text stands for itself."""
     cuts: str | None
     """Where a text may be cut without changing its ids: `anywhere`, `words`, or None for nowhere known."""
+    lossless: bool
+    """Encoding keeps every character, or fails."""
     lost_at_start: tuple[str, ...]
     """Characters that the pre-tokenizer loses where a text begins with one."""
 
@@ -75,6 +77,7 @@ def describe_structure(tokenizer: hf.Tokenizer, vocab: Mapping[str, int]) -> Str
         byte_level=byte_level,
         added=frozenset(token.content for token in added),
         cuts=_cuts(pre, kind) if can_cut else None,
+        lossless=tokenizer.normalizer is None and (byte_level or kind == "char") and _keeps_all(pre),
         lost_at_start=_lost_at_start(pre),
     )
 
@@ -88,6 +91,13 @@ def _byte_level(pre: Mapping[str, Any], decoder: Mapping[str, Any], vocab: Mappi
     steps = [pre, *pre.get("pretokenizers", [])]
     uses = any(step.get("type") == "ByteLevel" and not step.get("add_prefix_space") for step in steps)
     return uses and decoder.get("type") == "ByteLevel" and vocab.keys() >= set(BYTE_TO_CHAR)
+
+
+def _keeps_all(pre: Mapping[str, Any]) -> bool:
+    steps = pre.get("pretokenizers", [pre])
+    return all(
+        step.get("type") in (None, "ByteLevel", "Digits") or step.get("behavior") == "Isolated" for step in steps
+    )
 
 
 def _cuts(pre: Mapping[str, Any], kind: str) -> str | None:

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,13 @@ from polygpt.errors import PolygptError, RequestError
 from polygpt.tokenizers.bytelevel import BYTE_TO_CHAR, token_bytes
 from polygpt.tokenizers.config import END_OF_TEXT
 from polygpt.tokenizers.decoding import REPLACEMENT, Decoder
-from polygpt.tokenizers.structure import Structure, describe_structure
+from polygpt.tokenizers.encoding import Encoder
+from polygpt.tokenizers.structure import describe_structure
 from polygpt.tokenizers.typed import unmark
 
 # What published models call the end of a text, the commonest first.
 END_TOKENS = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "[EOS]")
 FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
-PIECE_CHARS = 1 << 14  # pieces of a long text, so that one document too uses every core
-GROUP_CHARS = 1 << 22  # characters in the library's hands at once: it takes about 100 bytes for each token
 
 
 class Tokenizer:
@@ -65,15 +64,15 @@ class Tokenizer:
         vocab, added = tokenizer.get_vocab(with_added_tokens=False), tokenizer.get_added_tokens_decoder()
         if not vocab and not added:
             raise RequestError("this tokenizer has an empty vocabulary")
-        self._structure: Structure = describe_structure(tokenizer, vocab)
+        self.special_tokens: dict[str, int] = {token.content: i for i, token in added.items() if token.special}
+        self.roles = self._read_roles(roles or {})
+        self._structure = describe_structure(tokenizer, vocab)
+        self._encoder, self._decoder = Encoder(tokenizer, self._structure), Decoder(tokenizer.decoder)
         self.kind = self._structure.kind
         self.vocab_size = max([*vocab.values(), *added]) + 1  # not the number of tokens: some files have holes
-        self.special_tokens: dict[str, int] = {token.content: i for i, token in added.items() if token.special}
         self.start = _start(tokenizer.post_processor)
-        self.roles = self._read_roles(roles or {})
         ends = [self.special_tokens[token] for token in END_TOKENS if token in self.special_tokens]
         self.end_of_text = self.role("eos_token") if "eos_token" in self.roles else (ends or [None])[0]
-        self._decoder = Decoder(tokenizer.decoder)
 
     def _read_roles(self, roles: Mapping[str, Any]) -> dict[str, str]:
         """The text of each role's token; those that the vocabulary has become special tokens."""
@@ -102,22 +101,6 @@ class Tokenizer:
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     @cached_property
-    def _encoder(self) -> hf.Tokenizer:
-        # A BPE without an unknown token drops what it has no token for. Given one that it does not have, it fails.
-        if type(self._plain.model) is not hf.models.BPE or self._plain.model.unk_token or self._structure.byte_level:
-            return self._plain
-        twin = _copy(self._plain)
-        twin.model.unk_token = "<no such token>"
-        return twin
-
-    @cached_property
-    def _with_specials(self) -> hf.Tokenizer:
-        # A second one, rather than a switch on the first: a server encodes on several threads at once.
-        twin = _copy(self._encoder)
-        twin.encode_special_tokens = False
-        return twin
-
-    @cached_property
     def _tokens(self) -> dict[int, str]:
         return {i: token for token, i in self._plain.get_vocab(with_added_tokens=True).items()}
 
@@ -133,12 +116,7 @@ class Tokenizer:
         Raises:
             RequestError: the text holds a lone surrogate, or a character that the tokenizer has no token for.
         """
-        if not special:
-            return self.encode_batch([text])[0].tolist()
-        try:
-            return self._with_specials.encode(self._prepare(text), add_special_tokens=False).ids
-        except Exception as error:  # the library raises plain Exceptions
-            raise self._unencodable([text], self._with_specials, error) from None
+        return self._encoder.encode_special(text) if special else self.encode_batch([text])[0].tolist()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each text, int32, special tokens as ordinary text; on every core.
@@ -146,45 +124,15 @@ class Tokenizer:
         Raises:
             RequestError: as `encode`.
         """
-        parts: list[list[np.ndarray]] = [[] for _ in texts]
-        for group in _groups(self._pieces(texts)):
-            try:
-                encoded = self._encoder.encode_batch_fast([piece for _, piece in group], add_special_tokens=False)
-            except Exception as error:  # the library raises plain Exceptions
-                raise self._unencodable(texts, self._encoder, error) from None
-            for (i, _), encoding in zip(group, encoded, strict=True):
-                parts[i].append(np.array(encoding.ids, dtype=np.int32))
-        return [p[0] if len(p) == 1 else np.concatenate(p) if p else np.zeros(0, np.int32) for p in parts]
+        return self._encoder.encode_batch(texts)
 
-    def _pieces(self, texts: Sequence[str]) -> Iterator[tuple[int, str]]:
-        for i, text in enumerate(texts):
-            for piece in self._structure.cut(self._prepare(text), PIECE_CHARS):
-                yield i, piece
+    def count_lost(self, text: str) -> int:
+        """How many bytes of `text`, in UTF-8, its ids do not stand for.
 
-    def _prepare(self, text: str) -> str:
-        refuse_surrogates(text)
-        # The library takes a space that begins a text for the one it would have put there, and so loses it.
-        return f" {text}" if text.startswith(self._structure.lost_at_start) else text
-
-    def _unencodable(self, texts: Sequence[str], encoder: hf.Tokenizer, error: Exception) -> RequestError:
-        """The error that names the first character for which `encoder` has no token."""
-        if isinstance(error, RequestError):
-            return error
-        added = encoder.get_added_tokens_decoder().values()
-        found = [token.content for token in added if not (token.special and encoder.encode_special_tokens)]
-        whole = re.compile("|".join(map(re.escape, found)) or "(?!)")
-        known: set[str] = set()
-        for text in texts:
-            skip = {at for match in whole.finditer(text) for at in range(*match.span())}
-            for at, char in enumerate(text):
-                if at not in skip and char not in known and not _can_encode(encoder, char):
-                    return RequestError(
-                        f"character {char!r} (U+{ord(char):04X}) at index {at} of the text has no token in this "
-                        "tokenizer;\ntrain the tokenizer on text that has it, or use kind 'byte' or 'bpe', which hold "
-                        "every text"
-                    )
-                known.add(char)
-        return RequestError(f"the tokenizer cannot encode this text ({str(error).splitlines()[0]})")
+        Some tokenizers drop blanks, or have one unknown token for whole words. Such bytes must not count where a number
+        of bits is divided by a number of bytes.
+        """
+        return 0 if self._structure.lossless else self._encoder.count_lost(text)
 
     def encode_marked(self, text: str) -> list[int]:
         """The ids of `text`; its special tokens count, except for those that `mark_tokens` has marked.
@@ -320,28 +268,3 @@ def _can_encode(encoder: hf.Tokenizer, text: str) -> bool:
     except Exception:  # the library raises plain Exceptions
         return False
     return True
-
-
-def refuse_surrogates(text: str) -> None:
-    """Raises `RequestError` where `text` holds half of a surrogate pair, which UTF-8 cannot hold."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        code = f"U+{ord(text[error.start]):04X}"
-        raise RequestError(
-            f"index {error.start} of the text is a lone surrogate ({code}), which is no character"
-        ) from None
-
-
-def _groups(pieces: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
-    """`pieces` in lists of about `GROUP_CHARS` characters, none of them empty."""
-    group: list[tuple[int, str]] = []
-    size = 0
-    for piece in pieces:
-        group.append(piece)
-        size += len(piece[1])
-        if size >= GROUP_CHARS:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group

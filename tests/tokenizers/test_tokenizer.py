@@ -11,7 +11,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from polygpt.errors import PolygptError, RequestError
 from polygpt.tokenizers import END_OF_TEXT, Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer
-from polygpt.tokenizers import tokenizer as module
+from polygpt.tokenizers import encoding as module
 
 SAMPLE = "the cat sat on the mat, the rat ate the oat; another brought together Größe 東京 🙂\n" * 20
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]))
@@ -293,3 +293,45 @@ def test_a_space_that_begins_a_text_is_kept(scheme, split):
     for text in ("a b", " a b", "  a b", " ", "a", ""):
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.encode("a b") == made.encode("a b").ids
+
+
+UNIGRAM = models.Unigram([("<unk>", 0.0), ("▁", -1.0), ("▁a", -1.0), ("b", -2.0)], unk_id=0)
+WORDS = models.WordLevel({"[UNK]": 0, "a": 1, "b": 2}, unk_token="[UNK]")
+LETTERS = models.BPE({"<unk>": 0, "a": 1, "b": 2, " ": 3}, [], unk_token="<unk>", fuse_unk=True)
+
+
+@pytest.mark.parametrize(
+    ("model", "parts", "text", "lost"),
+    [
+        (
+            WORDS,
+            {"pre_tokenizer": pre_tokenizers.Whitespace()},
+            "a  b é a",
+            len("   ".encode()) + 1 + len("é".encode()),
+        ),
+        (WORDS, {"pre_tokenizer": pre_tokenizers.WhitespaceSplit()}, "a b", 1),
+        (LETTERS, {}, "a你好b", 6),
+        (LETTERS, {"normalizer": normalizers.Strip()}, "  a b ", 3),
+        (UNIGRAM, {"pre_tokenizer": pre_tokenizers.Metaspace()}, " a bé", 2),
+        (UNIGRAM, {"pre_tokenizer": pre_tokenizers.Metaspace()}, "a bb a", 0),
+    ],
+)
+def test_bytes_that_no_token_stands_for_are_counted(model, parts, text, lost):
+    made = hf.Tokenizer(model)
+    for name, part in parts.items():
+        setattr(made, name, part)
+    assert Tokenizer(made).count_lost(text) == lost
+    assert Tokenizer(made).count_lost("") == 0
+
+
+@pytest.mark.parametrize("lossy", [False, True])
+def test_byte_level_loses_nothing_unless_a_part_drops_text(lossy):
+    made = hf.Tokenizer.from_str(BPE.to_json())
+    made.normalizer = normalizers.NFC()
+    made.post_processor = processors.ByteLevel(trim_offsets=True)
+    if lossy:
+        made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split("x", "removed"), made.pre_tokenizer])
+    assert Tokenizer(made).count_lost("the x  cafe\u0301\n 東") == int(lossy)
+    assert BPE.count_lost("the x  cafe\u0301\n 東") == 0
+    made.normalizer = None
+    assert Tokenizer(made).count_lost("axa") == int(lossy)
