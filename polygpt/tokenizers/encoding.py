@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 
@@ -70,6 +71,8 @@ class Encoder:
 
     def count_lost(self, text: str) -> int:
         """How many bytes of `text`, in UTF-8, are in none of its tokens, or in unknown tokens."""
+        if self._original.normalizer is not None:
+            text = unicodedata.normalize("NFC", text)  # or what a tokenizer composes would seem lost
         prepared = self._prepare(text)
         lost = np.ones(len(prepared), bool)
         twin, unknown = self._with_offsets
@@ -143,7 +146,8 @@ def _unencodable(texts: Sequence[str], encoder: hf.Tokenizer, error: Exception) 
             if at not in skip and char not in known and not _can_encode(encoder, char):
                 return RequestError(
                     f"character {char!r} (U+{ord(char):04X}) at index {at} of the text has no token in this "
-                    "tokenizer;\ntrain the tokenizer on text that has it, or use kind 'byte' or 'bpe', which hold every text"
+                    "tokenizer;\ntrain the tokenizer on text that has it, or use kind 'byte' or 'bpe', which hold "
+                    "every text"
                 )
             known.add(char)
     return RequestError(f"the tokenizer cannot encode this text ({str(error).splitlines()[0]})")
