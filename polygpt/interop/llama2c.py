@@ -18,12 +18,11 @@ import numpy as np
 from polygpt.config import validate
 from polygpt.errors import RequestError
 from polygpt.interop.names import Layout, foreign_tensors
-from polygpt.interop.score_bpe import SPACE, PieceKind, score_bpe
 from polygpt.interop.stored import StoredModel
 from polygpt.interop.weights import TensorInfo, check, read_params
 from polygpt.kernels import WeightType
 from polygpt.model import Model, ModelConfig, Params
-from polygpt.tokenizers import Tokenizer
+from polygpt.tokenizers import SPACE, PieceKind, Tokenizer, score_bpe
 
 _MAGIC = 0x616B3432  # of its later formats
 _UNKNOWN, _START, _END = 0, 1, 2  # ids; the 256 bytes follow

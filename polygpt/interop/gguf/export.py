@@ -19,13 +19,12 @@ from polygpt.interop.gguf.architectures import ARCHITECTURES, Architecture
 from polygpt.interop.gguf.container import shortest
 from polygpt.interop.gguf.experts import stack, stacked_name
 from polygpt.interop.gguf.reading import read_fields
-from polygpt.interop.gguf.tokenizer_out import write_text
 from polygpt.interop.names import ForeignTensor, foreign_tensors
 from polygpt.interop.same import computation, counterpart, differences
 from polygpt.interop.settings import Settings
 from polygpt.interop.weights import TensorInfo, written
 from polygpt.model import Model, ModelConfig, Params
-from polygpt.tokenizers import Tokenizer
+from polygpt.tokenizers import Tokenizer, write_gguf_text
 
 # Our word for a type -> of matrices, and the number by which `general.file_type` names it.
 DTYPES = {
@@ -76,7 +75,7 @@ def export_gguf(
     settings, extras = architecture.write(config)
     metadata = _general(path.stem, dtype, facts or {})
     metadata |= {f"{architecture.name}.{name}": value for name, value in settings.items()}
-    metadata |= write_text(tokenizer, config.vocab_size - config.vocab_padding, stop_tokens, chat_template)
+    metadata |= write_gguf_text(tokenizer, config.vocab_size - config.vocab_padding, stop_tokens, chat_template)
     tensors = foreign_tensors(Model(config), architecture.names, architecture.layout)
     shapes = {name: values.shape for name, values in extras.items()} | _shapes(tensors)
     values = [*extras.items()], stack(written(tensors, params, np.dtype(np.float32)))

@@ -13,13 +13,13 @@ from polygpt.errors import RequestError, suggest
 from polygpt.interop.gguf.architectures import ARCHITECTURES, LLAMA, LLAMA_EXPERTS, ROPE_FREQS, Architecture
 from polygpt.interop.gguf.container import DTYPES, MAGIC, GGUFFile
 from polygpt.interop.gguf.experts import Unstacked
-from polygpt.interop.gguf.tokenizer_in import read_text
 from polygpt.interop.names import foreign_tensors
 from polygpt.interop.settings import Settings
 from polygpt.interop.stored import StoredModel
 from polygpt.interop.weights import TensorInfo, check, read_params
 from polygpt.kernels import WeightType
 from polygpt.model import Model, ModelConfig, Params
+from polygpt.tokenizers import read_gguf_text
 
 _HEAD, _EMBEDDING = "output.weight", "token_embd.weight"
 _ROPE_FREQS_LIMIT = 1 << 12
@@ -54,7 +54,7 @@ def open_gguf(path: Path) -> StoredModel:
     config = validate(ModelConfig, fields, file.where)
     wanted = foreign_tensors(Model(config), architecture.names, architecture.layout)
     check(source, wanted, _ignored(fields), DTYPES)
-    text = read_text(file.metadata, file.where)
+    text = read_gguf_text(file.metadata, file.where)
     if text.tokenizer is not None and text.tokenizer.vocab_size > config.vocab_size:
         raise RequestError(
             f"{path}: {text.tokenizer.vocab_size} tokens, where {_EMBEDDING} has {config.vocab_size} rows"
