@@ -191,7 +191,7 @@ def save(lm: LanguageModel, folder: Path) -> None:
         write_origin(partial, lm.origin)
         if lm.has_tokenizer:
             lm.tokenizer.save(partial / TOKENIZER)
-        checkpoint.save(partial / CHECKPOINTS, 0, {"params": lm.params}, {"step": 0})
+        checkpoint.save(partial / CHECKPOINTS, checkpoint.Snapshot(0, lm.params))
 
 
 def write_origin(folder: Path, origin: Origin) -> None:
@@ -230,7 +230,7 @@ def _open_own(folder: Path, warn: Warn) -> StoredModel:
 
     def read(wanted: ModelConfig, on_progress: Callable[[int], None], weights: WeightType | None = None) -> Params:
         like = jax.eval_shape(lambda: Model(config).init(0))
-        params = _converted(checkpoint.restore(saved, "params", like), wanted)
+        params = _converted(checkpoint.restore(saved, like).params, wanted)
         return Model(wanted).pack(params, weights) if weights else params
 
     facts = {**origin.facts, **_figures(folder)}
