@@ -11,7 +11,7 @@ from polygpt.errors import PolygptError
 from polygpt.recipes import load_recipe
 from polygpt.training import Ended, Evaluated, Finished, Note, RunResult, Sampled, Saved, Started, Stepped
 from polygpt.training.listeners import Baseline, RunFiles, progress_listener, write_report
-from polygpt.training.run_folder import read_lines
+from polygpt.training.run_folder import read_lines, read_metrics
 
 RESULT = RunResult("run", 4, 1.0, 2.0, 3.0, 1234.0, 5.0, 0.5)
 
@@ -32,11 +32,19 @@ def test_steps_and_evaluations_are_lines_and_samples_too(tmp_path):
     tell(RunFiles(), started(tmp_path), Stepped(1, 5.5, 1.0, 0.1), Stepped(2, 5.0, 1.0, 0.1, 99.0))
     tell(RunFiles(), started(tmp_path, 2), Evaluated(2, 4.0, 6.0, False), Sampled(2, "a", "b\u2028c\x00"))
     assert read_lines(tmp_path / "metrics.jsonl") == [
-        {"step": 1, "loss": 5.5, "grad_norm": 1.0, "learning_rate": 0.1},
-        {"step": 2, "loss": 5.0, "grad_norm": 1.0, "learning_rate": 0.1, "tokens_per_second": 99.0},
-        {"step": 2, "val_loss": 4.0, "val_bits_per_byte": 6.0, "full": False},
+        {"event": "step", "step": 1, "loss": 5.5, "grad_norm": 1.0, "learning_rate": 0.1},
+        {"event": "step", "step": 2, "loss": 5.0, "grad_norm": 1.0, "learning_rate": 0.1, "tokens_per_second": 99.0},
+        {"event": "validation", "step": 2, "val_loss": 4.0, "val_bits_per_byte": 6.0, "full": False},
     ]
     assert read_lines(tmp_path / "samples.jsonl") == [{"step": 2, "prompt": "a", "text": "b\u2028c\x00"}]
+
+
+def test_lines_of_an_earlier_version_are_given_their_event(tmp_path):
+    lines = [{"step": 1, "loss": 1.0}, {"step": 1, "val_loss": 2.0}, {"step": 1, "book/perplexity": 3.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = read_metrics(tmp_path)
+    assert [line["event"] for line in found] == ["step", "validation", "evaluation"]
+    assert [{k: v for k, v in line.items() if k != "event"} for line in found] == lines
 
 
 def test_lines_after_the_step_where_a_run_goes_on_are_cut(tmp_path):
@@ -57,7 +65,7 @@ def test_the_evaluation_that_a_finished_run_has_is_not_written_twice(tmp_path):
 
 def test_a_file_that_cannot_be_written_fails_the_run_by_name(tmp_path):
     (tmp_path / "metrics.jsonl").mkdir()
-    with pytest.raises(PolygptError, match=r"cannot be written .*checkpoints are intact"):
+    with pytest.raises(PolygptError, match=r"cannot be written \(Is a directory\); no checkpoint has been saved"):
         tell(RunFiles(), started(tmp_path), Stepped(1, 1.0, 1.0, 0.1))
 
 
