@@ -155,18 +155,20 @@ def test_packed_documents_have_the_loss_they_have_alone(model, state):
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_float16_parameters_are_updated_in_float32(model, kind):
     """Adam's eps is 0 in float16, and so are the squares of most gradients."""
-    half = Model(model.config.replace(param_dtype="float16", compute_dtype="float16", dropout=0.0))
-    trainer = trainer_of(half, optimizer={"kind": kind, "learning_rate": 0.01})
-    state, step = trainer.init(), jax.jit(trainer.step)
-    losses = []
-    for _ in range(20):
-        state, metrics = step(state, batch_of(0))
-        losses.append(float(metrics.loss))
+    losses = {}
+    for dtype in ("float32", "float16"):
+        typed = Model(model.config.replace(param_dtype=dtype, compute_dtype=dtype, dropout=0.0))
+        trainer = trainer_of(typed, optimizer={"kind": kind, "learning_rate": 0.01})
+        state, step = trainer.init(), jax.jit(trainer.step)
+        losses[dtype] = []
+        for _ in range(20):
+            state, metrics = step(state, batch_of(0))
+            losses[dtype].append(float(metrics.loss))
     assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(state.params))
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float16")}
     floating = [leaf for leaf in jax.tree.leaves(state.optimizer) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     assert {leaf.dtype for leaf in floating} == {jnp.dtype("float32")}
-    assert losses[-1] < losses[0] - 0.3
+    np.testing.assert_allclose(losses["float16"], losses["float32"], atol=0.02)
 
 
 def test_the_norm_of_float16_gradients_does_not_overflow(model):
