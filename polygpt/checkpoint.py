@@ -10,6 +10,7 @@ Knows arrays and files, nothing of models or training.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import logging
@@ -18,7 +19,9 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from errno import EACCES, EDQUOT, EFBIG, EIO, ENOSPC, EROFS
 from pathlib import Path
 from typing import Any
 
@@ -96,26 +99,31 @@ def save(root: Path, snapshot: Snapshot, keep: int = 2) -> Checkpoint:
     partial = root / f".{final.name}.partial"
     for name, tree in snapshot.arrays.items():
         _check_finite(f"step {snapshot.step}: {name}", _flatten(tree))
-    try:
-        for left in root.glob(".step_*.partial"):  # by a process that was killed while saving
-            shutil.rmtree(left, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for name, tree in snapshot.arrays.items():
-            _write_arrays(partial / name, _flatten(tree))
-        _write_json(partial / "info.json", snapshot.info)
-        files = {str(path.relative_to(partial)): _fingerprint(path, sync=True) for path in _files(partial)}
-        _write_json(partial / MANIFEST, {"format": FORMAT, "step": snapshot.step, "files": files})
-        if final.exists():  # a step that failed verification and was trained again
-            shutil.rmtree(final)
-        partial.rename(final)
-        complete = [folder for number, folder in _complete_steps(root) if number <= snapshot.step]
-        for old in complete[keep:]:
-            shutil.rmtree(old, ignore_errors=True)
-    except (OSError, ValueError) as error:  # tensorstore reports a full disk as ValueError
-        raise PolygptError(f"{final}: cannot be saved ({_reason(error)}); {describe_saved(root)}") from error
-    finally:
-        remove_folder(partial)
+    with _quiet_orbax():
+        try:
+            for left in root.glob(".step_*.partial"):  # by a process that was killed while saving
+                shutil.rmtree(left, ignore_errors=True)
+            _write(partial, snapshot)
+            if final.exists():  # a step that failed verification and was trained again
+                shutil.rmtree(final)
+            partial.rename(final)
+            complete = [folder for number, folder in _complete_steps(root) if number <= snapshot.step]
+            for old in complete[keep:]:
+                shutil.rmtree(old, ignore_errors=True)
+        except (OSError, ValueError) as error:  # TensorStore reports a full disk as ValueError
+            raise PolygptError(f"{final}: cannot be saved ({_reason(error)}); {describe_saved(root)}") from error
+        finally:
+            remove_folder(partial)
     return Checkpoint(final, snapshot.step, snapshot.info)
+
+
+def _write(folder: Path, snapshot: Snapshot) -> None:
+    folder.mkdir(parents=True)
+    for name, tree in snapshot.arrays.items():
+        _write_arrays(folder / name, _flatten(tree))
+    _write_json(folder / "info.json", snapshot.info)
+    files = {str(path.relative_to(folder)): _fingerprint(path, sync=True) for path in _files(folder)}
+    _write_json(folder / MANIFEST, {"format": FORMAT, "step": snapshot.step, "files": files})
 
 
 def verified(root: Path, warn: Callable[[str], None] = warnings.warn) -> Iterator[Checkpoint]:
@@ -224,20 +232,45 @@ def _is_finite(leaf: jax.Array) -> bool:
 def _write_arrays(folder: Path, arrays: dict[str, jax.Array]) -> None:
     import orbax.checkpoint as ocp
 
-    with _quiet_orbax(), ocp.StandardCheckpointer() as checkpointer:
+    with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder.absolute(), arrays)
 
 
-class _quiet_orbax:
-    """Silences Orbax, which logs every step of its work and warns of what `restore` checks itself."""
+class _SaveLoop(asyncio.SelectorEventLoop):
+    """An event loop that ignores callbacks after it is closed.
 
-    def __enter__(self) -> None:
-        self.logger = logging.getLogger("absl")
-        self.level = self.logger.level
-        self.logger.setLevel(logging.ERROR)
+    When a write fails, TensorStore's threads report the others' end as late as at the interpreter's exit, and would
+    print a traceback for each.
+    """
 
-    def __exit__(self, *_: object) -> None:
-        self.logger.setLevel(self.level)
+    def call_soon_threadsafe(self, *args: Any, **kwargs: Any) -> asyncio.Handle | None:
+        try:
+            return super().call_soon_threadsafe(*args, **kwargs)
+        except RuntimeError:
+            if not self.is_closed():
+                raise
+        return None
+
+
+class _SaveLoops(asyncio.DefaultEventLoopPolicy):
+    def new_event_loop(self) -> _SaveLoop:
+        return _SaveLoop()
+
+
+@contextmanager
+def _quiet_orbax() -> Iterator[None]:
+    """Silences Orbax, which logs every step of its work, warns of what `restore` checks itself, and logs the traceback
+    of a failed write in several threads. The caller gets the one exception that matters.
+    """
+    logger, policy = logging.getLogger("absl"), asyncio.get_event_loop_policy()
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    asyncio.set_event_loop_policy(_SaveLoops())
+    try:
+        yield
+    finally:
+        asyncio.set_event_loop_policy(policy)
+        logger.setLevel(level)
 
 
 def _flatten(tree: PyTree) -> dict[str, Any]:
@@ -281,4 +314,7 @@ def _complete_steps(root: Path) -> list[tuple[int, Path]]:
 
 
 def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error).splitlines()[0][:200]
+    """What the system said; TensorStore puts it at the end of a long message."""
+    text = str(error)
+    known = (os.strerror(number) for number in (ENOSPC, EDQUOT, EFBIG, EROFS, EACCES, EIO))
+    return getattr(error, "strerror", None) or next((s for s in known if s in text), text.partition("\n")[0])

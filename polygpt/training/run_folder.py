@@ -23,7 +23,7 @@ from typing import Any
 from polygpt import checkpoint
 from polygpt.config import read_yaml, to_yaml, validate
 from polygpt.data import Loader, Shards, is_prepared, open_shards, open_source, prepare, training_texts
-from polygpt.errors import RequestError
+from polygpt.errors import PolygptError, RequestError
 from polygpt.evaluation import EvaluationConfig, Ready
 from polygpt.files import new_folder, remove_folder, write_text
 from polygpt.loading import CHECKPOINTS, CONFIG, TOKENIZER, write_origin
@@ -156,8 +156,15 @@ def _prepare_again(run: Run, note: Note) -> Run:
 
 
 def write_config(folder: Path, config: RunConfig) -> None:
-    """Writes the run's configuration atomically."""
-    write_text(folder / CONFIG, to_yaml(config))
+    """Writes the run's configuration atomically.
+
+    Raises:
+        PolygptError: it cannot be written; the one before it stays.
+    """
+    try:
+        write_text(folder / CONFIG, to_yaml(config))
+    except OSError as error:
+        raise PolygptError(f"{folder / CONFIG}: cannot be written ({error.strerror or error})") from None
 
 
 def read_config(folder: Path) -> RunConfig:
