@@ -30,6 +30,13 @@ class Started:
 
 
 @dataclass(frozen=True)
+class Compiled:
+    """The step is compiled; the first one is about to run."""
+
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Stepped:
     """Metrics of one finished step.
 
@@ -107,5 +114,5 @@ class RunResult:
     compile_seconds: float
 
 
-Event = Note | Started | Stepped | Evaluated | Measured | Sampled | Saved | Finished | Ended
+Event = Note | Started | Compiled | Stepped | Evaluated | Measured | Sampled | Saved | Finished | Ended
 Listener = Callable[[Event], None]

@@ -18,7 +18,7 @@ from polygpt.errors import PolygptError, RequestError
 from polygpt.loading import CHECKPOINTS
 from polygpt.model import Model, model_of
 from polygpt.training.config import RunConfig
-from polygpt.training.events import Ended, Event, Finished, Listener, Note, RunResult, Started
+from polygpt.training.events import Compiled, Ended, Event, Finished, Listener, Note, RunResult, Started
 from polygpt.training.initial import initial_params
 from polygpt.training.interrupt import Interrupted, InterruptFlag
 from polygpt.training.jobs import Evaluation, Job, Samples, Saving, Validation, is_due, language_models
@@ -135,7 +135,7 @@ class _Loop:
                 before = time.perf_counter()
                 step_function = self.trainer.compile_step(state, Batch.of(self.loader.batch(0)))
                 compile_seconds = time.perf_counter() - before
-                self.emit(Note(f"compiled in {compile_seconds:.1f} s"))
+                self.emit(Compiled(compile_seconds))
                 state = self._steps(state, step_function, interrupt)
             self._do(self.evaluations, state, last=True)
         result = RunResult(
