@@ -1,4 +1,4 @@
-"""What the annotations of a configuration's fields say: which are slots, which are configurations, how words are read."""
+"""What a configuration's annotations say: which fields are slots or configurations, and how words are read for them."""
 
 from __future__ import annotations
 
@@ -57,9 +57,10 @@ def _read(annotation: Any, value: Any) -> Any:
         if str not in members:
             return value.value()
         return None if not value or (NoneType in members and value in ("null", "~")) else value.as_text()
-    if isinstance(value, (WordList, WordMapping)) and str in members:
-        if isinstance(value, WordMapping) or _entries(members) is None:
-            return value.text
+    if str in members and (
+        isinstance(value, WordMapping) or (isinstance(value, WordList) and _entries(members) is None)
+    ):
+        return value.text
     if isinstance(value, (list, tuple)):
         return [_read(_entries(members) or Any, entry) for entry in value]
     if isinstance(value, Mapping) and (inner := _nested(annotation)) is not None:

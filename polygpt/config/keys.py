@@ -47,14 +47,14 @@ def refuse(problems: list[str], where: str = "") -> None:
 
 
 def no_such_key(path: str, keys: Keys) -> str:
-    """That the last step of `path` is none of `keys`; it names the nearest, or where that very key is one level down."""
+    """Says that the last step of `path` is none of `keys`, and names the nearest, or the same key one level deeper."""
     key = path.rpartition(".")[2]
     deeper = [name for name, below in keys.items() if below and key in below.get("keys", ())]
     return f"{path}: no such key; " + (f"did you mean '{deeper[0]}.{key}'?" if deeper else suggest(key, keys))
 
 
 def no_such_kind(kind: str, kinds: Mapping[str, Any]) -> str:
-    """That there is no part `kind`."""
+    """Says that there is no part `kind`, and names the nearest."""
     own = " (a part of your own is named module:Class)" if "." in kind else ""
     return f"no kind '{kind}'; {suggest(kind, kinds)}{own}"
 

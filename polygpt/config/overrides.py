@@ -57,7 +57,7 @@ def dotted_to_nested(changes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _clash(key: str, plain: Any, rest: str, value: Any) -> str:
-    """That `key` cannot be `plain` and have something below it."""
+    """Says that `key` cannot be `plain` and have something below it."""
     problem = f"{key}={plain} and {key}.{rest}={value} do not go together"
     if isinstance(plain, str) and plain and "." not in rest:
         return f"{problem}; write {key}={{kind: {plain}, {rest}: {value}}}"
@@ -68,8 +68,8 @@ def merge(base: Any, changes: Any) -> Any:
     """`changes` laid over `base`: mappings merge key by key, anything else is replaced.
 
     A mapping that names another `kind` than the base replaces it whole: the fields of one kind say nothing about
-    another's. Given field by field (`Fields`), it remembers the base. A base that is a kind's name alone stands for `{kind: name}`. An entry of a list is reached by its
-    number (`pattern.0.feedforward.num_experts`).
+    another's. Given field by field (`Fields`), it remembers the base. A base that is a kind's name alone stands for
+    `{kind: name}`. An entry of a list is reached by its number (`pattern.0.feedforward.num_experts`).
     """
     if isinstance(base, list) and isinstance(changes, Mapping) and changes and all(k.isdigit() for k in changes):
         known = {str(i): entry for i, entry in enumerate(base)}

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 # What imports JAX is imported where it is used: names of recipes and misspelled keys are known without it.
 
+CONFIG = "config.yaml"  # of a run's or a model's folder
+
 
 def recipe_names() -> list[str]:
     """The recipes that come with polygpt."""
@@ -64,6 +66,49 @@ def resume_config(run: Path, name: str | None, overrides: Mapping[str, Any]) -> 
 
     own = read_config(run)
     return own.replace(**overrides) if name is None else load_recipe(name, overrides)
+
+
+def named_fields(name: str, overrides: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], bool] | None:
+    """The plain fields that a preset, a recipe, a YAML file or a run's folder stands for, with `overrides`.
+
+    Also says whether they are of a run; otherwise they are of a model alone. None for any other MODEL.
+
+    Raises:
+        RequestError: there is nothing by that name, or an override is of a run where there is a model alone.
+    """
+    path = Path(name).expanduser()
+    own = path / CONFIG if (path / CONFIG).is_file() else path
+    if name in PRESETS:
+        fields = preset_fields(name)
+    elif own.suffix in (".yaml", ".yml"):
+        whole = read_yaml(own)
+        if {"model", "training"} <= whole.keys():
+            return (recipe_fields(str(own), overrides), True)
+        fields = whole.get("model", whole)
+        if not isinstance(fields, Mapping):
+            raise RequestError(f"{own}: model: a mapping is needed, not {fields!r}")
+        fields = model_fields(fields)
+    elif name in recipe_names():
+        return (recipe_fields(name, overrides), True)
+    elif path.exists() or name.startswith("hf:"):
+        return None
+    else:
+        hint = suggest(name, [*PRESETS, *recipe_names()])
+        raise RequestError(f"no preset, recipe, model or .yaml file '{name}'; {hint}")
+    return merge(fields, model_changes(overrides or {})), False
+
+
+def model_changes(overrides: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The nested changes of a model that dotted `overrides` are, written as in a run (`model.num_layers=4`).
+
+    Raises:
+        RequestError: one is not of the model.
+    """
+    changes = dotted_to_nested(overrides)
+    for key in changes:
+        if key != "model":
+            raise RequestError(f"{key}: this is a model without a run; write model.KEY=VALUE")
+    return changes.get("model", {})
 
 
 def model_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
