@@ -20,7 +20,7 @@ from typing import Any
 from polygpt.config import read_yaml, to_yaml, validate
 from polygpt.data import Shards, is_prepared, open_shards, open_source, prepare, training_texts
 from polygpt.errors import RequestError
-from polygpt.files import new_folder, write_text
+from polygpt.files import check_checkpoint_path, new_folder, write_text
 from polygpt.loading import CONFIG, TOKENIZER, write_origin
 from polygpt.model import ModelConfig
 from polygpt.process import command_line
@@ -51,6 +51,7 @@ def create_run(config: RunConfig, folder: Path, tell: Callable[[str], None], che
     """
     if folder.exists():
         raise RequestError(f"{folder}: exists already; go on with it (--resume), or choose another --out")
+    check_checkpoint_path(folder)
     if config.training.initial is not None:
         check_initial(config)
     with new_folder(folder) as partial:

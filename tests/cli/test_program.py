@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -213,6 +214,14 @@ def test_train_gives_its_result_as_json_and_all_else_on_standard_error(workdir, 
     assert result["seconds"] > result["compile_seconds"] > 0
     assert json.loads((workdir / "run/result.json").read_text()) == result
     assert "step 4: validation loss" in done.err
+
+
+def test_data_may_have_any_name_that_a_file_can_have(workdir, process):
+    name = os.fsdecode(b"caf\xe9 #1 {a}: [b].txt")
+    shutil.copy("text.txt", name)
+    for words in (["tiny.yaml", f"data.path={name}", "training.steps=2"], ["--resume", "training.steps=3"]):
+        done = process("train", *words, "--out", "run", "--json")
+        assert one_object(done)["val_loss"] > 0
 
 
 def test_demo_gives_its_result_beside_the_baselines(workdir, program):
