@@ -114,5 +114,6 @@ def _run(words: list[str], debug: bool) -> int:
 def _fail(error: BaseException, message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
-    click.echo(f"polygpt: {message}", err=True)
+    shown = message.encode(errors="backslashreplace").decode()  # it may name a path that is not UTF-8
+    click.echo(f"polygpt: {shown}", err=True)
     return code
