@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from polygpt import checkpoint
 from polygpt.config import Config, merge, read_yaml, to_yaml, validate
 from polygpt.errors import RequestError, suggest
-from polygpt.files import new_folder, write_text
+from polygpt.files import check_checkpoint_path, new_folder, write_text
 from polygpt.interop import HUB, StoredModel, fetch, is_huggingface, open_huggingface, read_json
 from polygpt.kernels import WeightType
 from polygpt.language_model import NO_TOKENIZER, LanguageModel, Origin
@@ -186,6 +186,7 @@ def save(lm: LanguageModel, folder: Path) -> None:
     lm.check_unpacked()
     if folder.exists():
         raise RequestError(f"{folder}: exists already; choose another --out")
+    check_checkpoint_path(folder)
     with new_folder(folder) as partial:
         write_text(partial / CONFIG, to_yaml({"model": lm.config.to_dict()}))
         write_origin(partial, lm.origin)

@@ -25,7 +25,7 @@ from polygpt.config import read_yaml, to_yaml, validate
 from polygpt.data import Loader, Shards, is_prepared, open_shards, open_source, prepare, training_texts
 from polygpt.errors import PolygptError, RequestError
 from polygpt.evaluation import EvaluationConfig, Ready
-from polygpt.files import new_folder, remove_folder, write_text
+from polygpt.files import check_checkpoint_path, new_folder, remove_folder, write_text
 from polygpt.loading import CHECKPOINTS, CONFIG, TOKENIZER, write_origin
 from polygpt.model import ModelConfig
 from polygpt.process import command_line
@@ -101,6 +101,7 @@ def create_run(config: RunConfig, folder: Path, note: Note, check: Callable[[Run
     """
     if folder.exists():
         raise RequestError(f"{folder}: exists already; go on with it (--resume), or choose another --out")
+    check_checkpoint_path(folder)
     if config.training.initial is not None:
         check_initial(config)
     with new_folder(folder) as partial:
