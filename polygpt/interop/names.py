@@ -24,6 +24,12 @@ NameTable = Mapping[str, str | tuple[str, ...]]
 Path = tuple[str | int, ...]
 
 
+def affine(name: str, weight: str | tuple[str, ...], bias: str | None = None) -> dict[str, str | tuple[str, ...]]:
+    """Two rows of a table: a weight and its bias, ours called as the weight with `_bias` after it."""
+    biases = f"{weight}_bias" if isinstance(weight, str) else tuple(f"{part}_bias" for part in weight)
+    return {f"{name}.weight": weight, f"{name}.bias": bias or biases}
+
+
 @dataclass(frozen=True)
 class Layout:
     """How a format stores what a table names.
@@ -137,7 +143,8 @@ def foreign_tensors(model: Model, table: NameTable, layout: Layout) -> list[Fore
     for name, ours in table.items():
         for layer in range(model.config.num_layers) if "{layer}" in name else (None,):
             paths = [_path(path, layer, model) for path in ((ours,) if isinstance(ours, str) else ours)]
-            if not all(path in parameters for path in paths):
+            # Of a layer with one feed-forward the rows of experts are left out, and the other way round.
+            if not all(path in parameters and _is_row_of(name, parameters[path]) for path in paths):
                 continue
             unnamed -= set(paths)
             for expert in range(_experts(parameters[paths[0]])) if "{expert}" in name else (None,):
@@ -152,6 +159,10 @@ def foreign_tensors(model: Model, table: NameTable, layout: Layout) -> list[Fore
 def _path(path: str, layer: int | None, model: Model) -> Path:
     words: Sequence[Any] = path.split(".")
     return tuple(words) if layer is None else ("blocks", layer % len(model.config.pattern), *words[1:])
+
+
+def _is_row_of(name: str, info: ParameterInfo) -> bool:
+    return ("{expert}" in name) == (info.stack > 1)
 
 
 def _experts(info: ParameterInfo) -> int:

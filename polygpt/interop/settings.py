@@ -51,7 +51,7 @@ class Settings:
             raise self.error(f"'{name}' is {value!r}, where {_KINDS[kind]} is needed")
         return value
 
-    def lay_under(self, defaults: Mapping[str, Any]) -> None:
+    def set_defaults(self, defaults: Mapping[str, Any]) -> None:
         """Values of keys that are absent; one that is null stays null."""
         self.values = {**defaults, **self.values}
 

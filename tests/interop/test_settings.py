@@ -36,9 +36,9 @@ REFUSED = {
     "an activation": (
         "llama",
         {"hidden_act": "mish"},
-        "'hidden_act' is 'mish', an activation that is not known; known: ",
+        "'hidden_act' is 'mish', an unknown activation; known: ",
     ),
-    "an activation that is none": ("llama", {"hidden_act": ["silu"]}, "'hidden_act' is ['silu'], an activation"),
+    "an activation that is none": ("llama", {"hidden_act": ["silu"]}, "'hidden_act' is ['silu'], an unknown activation"),
     "a scaling": (
         "llama",
         {"rope_parameters": {"rope_type": "longrope"}},
@@ -63,16 +63,16 @@ REFUSED = {
         "'scale_attn_weights' is False; attention without its scale",
     ),
     "gpt2's scale by layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "a scale that differs by layer"),
-    "gpt2's cross attention": ("gpt2", {"add_cross_attention": True}, "there is nothing to attend to across"),
+    "gpt2's cross attention": ("gpt2", {"add_cross_attention": True}, "cross attention is not supported"),
     "layer types": ("gemma2", {"layer_types": ["full_attention"]}, "'layer_types' must name full_attention or sliding"),
     "a layer type": ("gemma2", {"layer_types": ["full_attention", "chunked", "x"]}, "'layer_types' must name"),
     "layer types of lists": ("gemma2", {"layer_types": [["full_attention"]] * 3}, "'layer_types' must name"),
-    "attention both ways": ("gemma2", {"use_bidirectional_attention": True}, "only causal attention is known here"),
+    "attention both ways": ("gemma2", {"use_bidirectional_attention": True}, "only causal attention is supported"),
     "a scalar of nothing": ("gemma2", {"query_pre_attn_scalar": 0}, "'query_pre_attn_scalar'"),
     "phi3's scaling": (
         "phi3",
         {"rope_parameters": {"rope_type": "linear", "factor": 2.0}},
-        "of this architecture only plain angles are known",
+        "only unscaled angles are known for this architecture",
     ),
     "stablelm's norms of heads": ("stablelm", {"qk_layernorm": True}, "only RMS norms of queries and keys"),
     "stablelm's residual": ("stablelm", {"use_parallel_residual": True}, "its one norm has no counterpart here"),
@@ -136,7 +136,7 @@ def test_json_of_a_size_that_no_configuration_has_is_not_read(tmp_path):
 
 def test_settings_that_nobody_took_are_named_and_null_counts_as_absent():
     settings = Settings({"a": 1, "b": None, "c": 2.5, "d": None}, "file")
-    settings.lay_under({"d": 4, "e": 5})
+    settings.set_defaults({"d": 4, "e": 5})
     assert (settings.take("a", float), settings.take("b", int, 7), settings.take("d", int, None)) == (1.0, 7, None)
     assert settings.take("e", int) == 5
     with pytest.raises(RequestError, match=r"^file: the setting 'c' \(2\.5\) is not known"):

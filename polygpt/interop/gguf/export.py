@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,19 +12,19 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Kind
 
-from polygpt.config import validate
 from polygpt.errors import RequestError, suggest
 from polygpt.files import new_file
+from polygpt.interop.architecture import Architecture, counterpart
 from polygpt.interop.biases import with_zero_biases
-from polygpt.interop.gguf.architectures import ARCHITECTURES, Architecture
+from polygpt.interop.gguf.architectures import ARCHITECTURES, PSEUDO, ROPE_FREQS
 from polygpt.interop.gguf.container import shortest
 from polygpt.interop.gguf.experts import stack, stacked_name
 from polygpt.interop.gguf.reading import read_fields
+from polygpt.interop.gguf.rope import FACTORS
 from polygpt.interop.gguf.tokenizer_out import write_text
 from polygpt.interop.names import ForeignTensor, foreign_tensors
-from polygpt.interop.same import computation, counterpart, differences
 from polygpt.interop.settings import Settings
-from polygpt.interop.weights import TensorInfo, written
+from polygpt.interop.weights import written
 from polygpt.model import Model, ModelConfig, Params
 from polygpt.tokenizers import Tokenizer
 
@@ -73,17 +74,16 @@ def export_gguf(
         raise RequestError(f"the type '{dtype}' is not known for GGUF; {suggest(dtype, DTYPES)}")
     architecture = choose_architecture(config)
     config, params = with_zero_biases(config, params) if architecture.zero_biases else (config, params)
-    settings, extras = architecture.write(config)
+    settings = architecture.write(config)
     metadata = _general(path.stem, dtype, facts or {})
-    metadata |= {f"{architecture.name}.{name}": value for name, value in settings.items()}
+    metadata |= {f"{architecture.name}.{name}": v for name, v in settings.items() if not name.startswith(PSEUDO)}
     metadata |= write_text(tokenizer, config.vocab_size - config.vocab_padding, stop_tokens, chat_template)
     tensors = foreign_tensors(Model(config), architecture.names, architecture.layout)
-    shapes = {name: values.shape for name, values in extras.items()} | _shapes(tensors)
-    values = [*extras.items()], stack(written(tensors, params, np.dtype(np.float32)))
+    factors = {ROPE_FREQS: settings[FACTORS]} if FACTORS in settings else {}
+    shapes = {name: values.shape for name, values in factors.items()} | _shapes(tensors)
+    values = itertools.chain(factors.items(), stack(written(tensors, params, np.dtype(np.float32))))
     with new_file(path) as partial:
-        _write(
-            partial, architecture.name, metadata, shapes, DTYPES[dtype][0], (pair for part in values for pair in part)
-        )
+        _write(partial, architecture.name, metadata, shapes, DTYPES[dtype][0], values)
     return architecture.name
 
 
@@ -93,45 +93,19 @@ def choose_architecture(config: ModelConfig) -> Architecture:
     Raises:
         RequestError: there is none; what the nearest lacks is named.
     """
-    candidates = ARCHITECTURES if config.layers else ()
-    return counterpart(config, candidates, _read_back, "llama.cpp has no architecture for this model")
 
-
-def _read_back(architecture: Architecture, config: ModelConfig) -> dict[str, Any] | None:
-    try:
-        settings, extras = architecture.write(config)
+    def read(architecture: Architecture, settings: dict[str, Any]) -> dict[str, Any]:
         stored = {name: _stored(name, value) for name, value in settings.items()}
-        tensors = {name: TensorInfo(shape, "F32") for name, shape in _named(architecture, config).items()}
-        where = Settings(stored, architecture.name)
-        found = computation(validate(ModelConfig, read_fields(architecture, where, tensors, extras)))
-        # The settings may say all and the tables still lack a parameter.
-        return None if _tensors(architecture, config) is None and not differences(computation(config), found) else found
-    except RequestError:  # its own parts do not fit this model's shape
-        return None
+        return read_fields(architecture, Settings(stored, architecture.name))
+
+    return counterpart(config, ARCHITECTURES.values(), read, "llama.cpp has no architecture for this model")
 
 
 def _stored(name: str, value: Any) -> Any:
-    """What is left of a setting in 32 bits."""
+    """What 32 bits keep of a setting."""
     if type(value) is int and not 0 <= value < 1 << 32:
         raise RequestError(f"{name}={value} is too large for GGUF")
     return shortest(value) if isinstance(value, float) else value
-
-
-def _named(architecture: Architecture, config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The tensors that the architecture would have; of a model with parameters that it cannot have, the tables."""
-    tensors = _tensors(architecture, config)
-    if tensors is not None:
-        return {tensor.name: tensor.shape for tensor in tensors}
-    tables = ["token_embd.weight", *(["output.weight"] if config.head == "untied" else [])]
-    return dict.fromkeys(tables, (config.vocab_size - config.vocab_padding, config.width))
-
-
-def _tensors(architecture: Architecture, config: ModelConfig) -> list[ForeignTensor] | None:
-    """What the architecture holds the model in; None where it has no name for a parameter."""
-    try:
-        return foreign_tensors(Model(config), architecture.names, architecture.layout)
-    except (KeyError, ValueError):
-        return None
 
 
 def _general(name: str, dtype: str, facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,18 +10,17 @@ import numpy as np
 
 from polygpt.config import validate
 from polygpt.errors import RequestError, suggest
-from polygpt.interop.gguf.architectures import ARCHITECTURES, LLAMA, LLAMA_EXPERTS, ROPE_FREQS, Architecture
+from polygpt.interop.architecture import Architecture
+from polygpt.interop.gguf.architectures import ARCHITECTURES, EMBEDDING, HEAD, PSEUDO, ROPE_FREQS, tensor_settings
 from polygpt.interop.gguf.container import DTYPES, MAGIC, GGUFFile
 from polygpt.interop.gguf.experts import Unstacked
 from polygpt.interop.gguf.tokenizer_in import read_text
 from polygpt.interop.names import foreign_tensors
 from polygpt.interop.settings import Settings
 from polygpt.interop.stored import StoredModel
-from polygpt.interop.weights import TensorInfo, check, read_params
-from polygpt.kernels import WeightType
-from polygpt.model import Model, ModelConfig, Params
+from polygpt.interop.weights import check, read_params
+from polygpt.model import Model, ModelConfig, Params, WeightType
 
-_HEAD, _EMBEDDING = "output.weight", "token_embd.weight"
 _ROPE_FREQS_LIMIT = 1 << 12
 
 
@@ -46,10 +45,12 @@ def open_gguf(path: Path) -> StoredModel:
     architecture = _find(file)
     source = Unstacked(file)
     tensors = dict(source.tensors)
-    if _HEAD in tensors and _same(file, _HEAD, _EMBEDDING):
-        del tensors[_HEAD]  # older converters write a tied head once more
-    extras = {ROPE_FREQS: _rope_freqs(file)} if ROPE_FREQS in tensors else {}
-    fields = read_fields(architecture, settings_of(file.metadata, architecture, file.where), tensors, extras)
+    if EMBEDDING not in tensors or len(tensors[EMBEDDING].shape) != 2:
+        raise RequestError(f"{path}: the tensor {EMBEDDING} is missing, or is not a matrix")
+    if HEAD in tensors and _same(file, HEAD, EMBEDDING):
+        del tensors[HEAD]  # older converters write a tied head once more
+    settings = _own(file.metadata, f"{architecture.name}.", file.where) | tensor_settings(tensors, _rope_freqs(file))
+    fields = read_fields(architecture, Settings(settings, file.where, f"{architecture.name}."))
     _check_counts(file, source, fields)
     config = validate(ModelConfig, fields, file.where)
     wanted = foreign_tensors(Model(config), architecture.names, architecture.layout)
@@ -57,7 +58,7 @@ def open_gguf(path: Path) -> StoredModel:
     text = read_text(file.metadata, file.where)
     if text.tokenizer is not None and text.tokenizer.vocab_size > config.vocab_size:
         raise RequestError(
-            f"{path}: {text.tokenizer.vocab_size} tokens, where {_EMBEDDING} has {config.vocab_size} rows"
+            f"{path}: {text.tokenizer.vocab_size} tokens, where {EMBEDDING} has {config.vocab_size} rows"
         )
 
     def read(asked: ModelConfig, on_progress: Callable[[int], None], weights: WeightType | None = None) -> Params:
@@ -79,35 +80,41 @@ def _check_counts(file: GGUFFile, source: Unstacked, fields: Mapping[str, Any]) 
 
 def _find(file: GGUFFile) -> Architecture:
     name = file.metadata.get("general.architecture")
-    known = {architecture.name for architecture in ARCHITECTURES}
-    if not isinstance(name, str) or name not in known:
-        hint = suggest(str(name), known)
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        hint = suggest(str(name), ARCHITECTURES)
         raise RequestError(f"{file.where}: the architecture {name!r} is not known; {hint}")
     if file.metadata.get("split.count", 1) not in (0, 1):
         raise RequestError(f"{file.where}: it is one of {file.metadata['split.count']} files of a model; merge them")
-    if name == LLAMA.name:
-        return LLAMA_EXPERTS if file.metadata.get("llama.expert_count") else LLAMA
-    return next(architecture for architecture in ARCHITECTURES if architecture.name == name)
+    return ARCHITECTURES[name]
 
 
-def settings_of(metadata: Mapping[str, Any], architecture: Architecture, where: str) -> Settings:
-    """The keys below the architecture's name."""
-    prefix = f"{architecture.name}."
-    own = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
-    return Settings(own, where, prefix)
-
-
-def read_fields(
-    architecture: Architecture, settings: Settings, tensors: Mapping[str, TensorInfo], extras: Mapping[str, np.ndarray]
-) -> dict[str, Any]:
-    """The fields of a `ModelConfig` that the file says.
+def _own(metadata: Mapping[str, Any], prefix: str, where: str) -> dict[str, Any]:
+    """The settings below the architecture's name. Some may be a list with one entry per layer, all equal.
 
     Raises:
-        RequestError: a setting is unknown, missing, or asks for what there is not here.
+        RequestError: the entries differ.
     """
-    fields = architecture.read(settings, tensors, extras)
-    settings.finish()
-    return fields
+    own = {}
+    for key, value in metadata.items():
+        if not key.startswith(prefix):
+            continue
+        if isinstance(value, list) and value:
+            if any(entry != value[0] for entry in value):
+                raise RequestError(f"{where}: '{key}' differs from layer to layer, which is not supported")
+            value = value[0]
+        own[key.removeprefix(prefix)] = value
+    return own
+
+
+def read_fields(architecture: Architecture, settings: Settings) -> dict[str, Any]:
+    """The fields of a `ModelConfig` that the file states.
+
+    Raises:
+        RequestError: a setting is unknown, missing, or asks for something that does not exist here.
+    """
+    # Tensors that an architecture does not have are refused where tensors are compared.
+    settings.ignore("tensor_data_layout", *(name for name in settings.values if name.startswith(PSEUDO)))
+    return architecture.read(settings)
 
 
 def _same(file: GGUFFile, first: str, second: str) -> bool:
@@ -118,8 +125,10 @@ def _same(file: GGUFFile, first: str, second: str) -> bool:
     return np.array_equal(one[:4096], other[:4096]) and np.array_equal(one, other)
 
 
-def _rope_freqs(file: GGUFFile) -> np.ndarray:
-    info = file.tensors[ROPE_FREQS]
+def _rope_freqs(file: GGUFFile) -> np.ndarray | None:
+    info = file.tensors.get(ROPE_FREQS)
+    if info is None:
+        return None
     if len(info.shape) != 1 or info.shape[0] > _ROPE_FREQS_LIMIT or info.dtype != "F32":
         raise RequestError(f"{file.where}: the tensor {ROPE_FREQS} is {info.dtype} {list(info.shape)}, not F32 [H/2]")
     return file.read(ROPE_FREQS)

@@ -11,12 +11,11 @@ import numpy as np
 
 from polygpt.config import validate
 from polygpt.errors import RequestError, suggest
-from polygpt.interop.huggingface.families import NOTES, WITHOUT_EFFECT, Family
-from polygpt.interop.huggingface.gpt2 import GPT2
-from polygpt.interop.huggingface.llama import LLAMA
+from polygpt.interop.architecture import Architecture
+from polygpt.interop.huggingface.architectures import ARCHITECTURES, GPT2
+from polygpt.interop.huggingface.ignored import is_ignored
 from polygpt.interop.huggingface.safetensors_files import SafetensorsFolder
 from polygpt.interop.huggingface.text_files import read_chat_template, read_stop_tokens, read_tokenizer
-from polygpt.interop.huggingface.variants import VARIANTS
 from polygpt.interop.names import ForeignTensor, foreign_tensors
 from polygpt.interop.settings import Settings, read_json
 from polygpt.interop.stored import StoredModel
@@ -25,8 +24,7 @@ from polygpt.kernels import WeightType
 from polygpt.model import Model, ModelConfig, Params
 
 CONFIG = "config.json"
-ARCHITECTURES: dict[str, Family] = {family.name: family for family in (GPT2, LLAMA, *VARIANTS)}
-_TYPES = {family.model_type: family for family in ARCHITECTURES.values()}
+_TYPES = {architecture.model_type: architecture for architecture in ARCHITECTURES.values()}
 _HEAD = "lm_head.weight"
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -45,17 +43,17 @@ def open_huggingface(folder: Path) -> StoredModel:
         RequestError: the architecture, a setting or a tensor is unknown or does not fit; it is named.
     """
     settings = Settings(_flattened(read_json(folder / CONFIG)), str(folder / CONFIG))
-    family = find_family(settings)
+    architecture = find_architecture(settings)
     source = SafetensorsFolder(folder)
     _check_counts(settings, len(source.tensors))
-    fields = read_fields(family, settings)
+    fields = read_fields(architecture, settings)
     tokenizer = read_tokenizer(folder)
     dtype = _DTYPES.get(_commonest_dtype(source), "float32")
     config = validate(ModelConfig, fields | {"param_dtype": dtype, "compute_dtype": dtype}, settings.where)
     model = Model(config)
-    wanted = tensors_of(model, family, source)
-    check(source, wanted, ignored=rf"{family.ignored}|{_HEAD}")
-    _check_tied_head(source, family, config)
+    wanted = tensors_of(model, architecture, source)
+    check(source, wanted, ignored=rf"{architecture.ignored}|{_HEAD}")
+    _check_tied_head(source, architecture, config)
 
     def read(asked: ModelConfig, on_progress: Callable[[int], None], weights: WeightType | None = None) -> Params:
         return read_params(model if asked == config else Model(asked), source, wanted, on_progress, weights)
@@ -66,7 +64,7 @@ def open_huggingface(folder: Path) -> StoredModel:
         tokenizer,
         read_stop_tokens(folder, settings),
         read_chat_template(folder),
-        {"format": "huggingface", "architecture": family.name, "source": str(folder)},
+        {"format": "huggingface", "architecture": architecture.name, "source": str(folder)},
     )
 
 
@@ -79,7 +77,7 @@ def _flattened(values: dict[str, Any]) -> dict[str, Any]:
     return {"model_type": inner["type"], **inner, **rest}
 
 
-def find_family(settings: Settings) -> Family:
+def find_architecture(settings: Settings) -> Architecture:
     """The architecture that a config.json names.
 
     Raises:
@@ -92,31 +90,28 @@ def find_family(settings: Settings) -> Family:
         raise settings.error(f"the architecture {named[0]} is not known; {suggest(named[0], ARCHITECTURES)}")
     model_type = settings.get("model_type")
     # A few old files name neither, and GPT-2's settings are like nobody else's.
-    family = _TYPES.get(model_type) or (GPT2 if model_type is None and "n_embd" in settings.values else None)
-    if family is None:
+    architecture = _TYPES.get(model_type) or (GPT2 if model_type is None and "n_embd" in settings.values else None)
+    if architecture is None:
         raise settings.error(f"the model type {model_type!r} is not known; {suggest(str(model_type), _TYPES)}")
-    return family
+    return architecture
 
 
-def read_fields(family: Family, settings: Settings) -> dict[str, Any]:
+def read_fields(architecture: Architecture, settings: Settings) -> dict[str, Any]:
     """The fields of a `ModelConfig` that a config.json says.
 
     Raises:
         RequestError: a setting is unknown, missing, or asks for what there is not here.
     """
-    settings.lay_under(family.defaults)
-    fields = family.read(settings)
-    settings.ignore(*WITHOUT_EFFECT, *filter(NOTES.fullmatch, settings.values))
-    settings.finish()
-    return fields
+    settings.ignore(*(key for key in settings.values if is_ignored(key, architecture.model_type)))
+    return architecture.read(settings)
 
 
-def tensors_of(model: Model, family: Family, source: TensorSource | None = None) -> list[ForeignTensor]:
+def tensors_of(model: Model, architecture: Architecture, source: TensorSource | None = None) -> list[ForeignTensor]:
     """The tensors in which this architecture holds `model`, named as `source` names them."""
-    names = family.names
-    if source is not None and not any(name.startswith(family.prefix) for name in source.tensors):
-        names = {name.removeprefix(family.prefix): ours for name, ours in names.items()}
-    return foreign_tensors(model, names, family.layout)
+    names = architecture.names
+    if source is not None and not any(name.startswith(architecture.prefix) for name in source.tensors):
+        names = {name.removeprefix(architecture.prefix): ours for name, ours in names.items()}
+    return foreign_tensors(model, names, architecture.layout)
 
 
 def _commonest_dtype(source: TensorSource) -> str:
@@ -134,13 +129,13 @@ def _check_counts(settings: Settings, tensors: int) -> None:
             raise settings.error(f"'{name}' is {value:,}, but the folder has only {tensors:,} tensors")
 
 
-def _check_tied_head(source: SafetensorsFolder, family: Family, config: ModelConfig) -> None:
+def _check_tied_head(source: SafetensorsFolder, architecture: Architecture, config: ModelConfig) -> None:
     """A tied model's file may hold the head as well: then as the embedding once more."""
     if config.head != "tied" or _HEAD not in source.tensors:
         return
-    embedding = next(name for name, ours in family.names.items() if ours == "embedding")
+    embedding = next(name for name, ours in architecture.names.items() if ours == "embedding")
     if embedding not in source.tensors:
-        embedding = embedding.removeprefix(family.prefix)
+        embedding = embedding.removeprefix(architecture.prefix)
     same = source.tensors.get(embedding) == source.tensors[_HEAD]
     if not same or not np.array_equal(source.read(embedding).view(np.uint8), source.read(_HEAD).view(np.uint8)):
         raise RequestError(
