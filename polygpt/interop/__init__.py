@@ -1,4 +1,4 @@
-"""Checkpoints of other people's, in and out. Name maps live here; the model knows nothing of them."""
+"""Import and export of foreign checkpoints. Only this package knows foreign names; the model does not."""
 
 from polygpt.interop.gguf import choose_architecture, export_gguf, is_gguf, open_gguf
 from polygpt.interop.huggingface import HUB, choose_family, export_huggingface, fetch, is_huggingface, open_huggingface

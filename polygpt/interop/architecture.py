@@ -1,8 +1,7 @@
 """A foreign architecture: the tensors that hold our parameters, and the settings that state our configuration.
 
-Each name and each setting is written once and serves both directions. Between the two sides stands a flat dictionary of
-the fields of a `ModelConfig`, by dotted name (`attention.num_heads`): import reads settings into it, export writes
-settings from it.
+Each name and each setting is written once and used in both directions. Import reads settings into a flat dictionary of
+the fields of a `ModelConfig`, by dotted name (`attention.num_heads`); export writes settings from such a dictionary.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any, Protocol
 
 from flax.traverse_util import unflatten_dict
 
-from polygpt.config import validate
+from polygpt.config import Config, validate
 from polygpt.errors import RequestError
 from polygpt.interop.biases import with_biases
 from polygpt.interop.names import Layout, NameTable
@@ -178,7 +177,7 @@ class Architecture:
 
 def _flat(config: ModelConfig) -> Fields:
     """The fields of a model and of its first layer by dotted name; `windows` are those of all layers."""
-    parts = resolved_parts(config.layers[0], config) | {"position": config.position.to_dict()}
+    parts = resolved_parts(config.layers[0], config, Config.to_dict) | {"position": config.position.to_dict()}
     return {
         **{name: value for name, value in config.to_dict().items() if not isinstance(value, dict)},
         **{f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()},

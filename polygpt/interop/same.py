@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
-from polygpt.model import LayerConfig, ModelConfig
-
-_TRAINING_ONLY = {
-    "attention": {"dropout", "implementation"},
-    "feedforward": {"dispatch", "capacity_factor", "claim_order", "load_balance_loss", "z_loss", "router_noise"},
-}
+from polygpt.model import LayerConfig, ModelConfig, architecture
 
 
 def computation(config: ModelConfig) -> dict[str, Any]:
@@ -29,9 +25,11 @@ def computation(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def resolved_parts(layer: LayerConfig, model: ModelConfig) -> dict[str, dict[str, Any]]:
-    """The fields of a layer's parts; those of its attention that follow from others are filled in."""
-    parts = {name: getattr(layer, name).to_dict() for name in ("block", "attention", "feedforward", "norm")}
+def resolved_parts(
+    layer: LayerConfig, model: ModelConfig, fields: Callable[[Any], dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """The `fields` of each part of a layer; those of its attention that follow from others are filled in."""
+    parts = {name: fields(getattr(layer, name)) for name in ("block", "attention", "feedforward", "norm")}
     attention = layer.attention
     if hasattr(attention, "num_heads"):
         parts["attention"] |= {"num_kv_heads": attention.kv_heads, "head_dim": attention.size(model)}
@@ -41,9 +39,7 @@ def resolved_parts(layer: LayerConfig, model: ModelConfig) -> dict[str, dict[str
 
 
 def _layer(layer: LayerConfig, model: ModelConfig) -> dict[str, Any]:
-    parts = resolved_parts(layer, model)
-    for name, keys in _TRAINING_ONLY.items():
-        parts[name] = {key: value for key, value in parts[name].items() if key not in keys}
+    parts = resolved_parts(layer, model, architecture)
     attention = parts["attention"]
     if attention["kind"] in ("softmax", "local"):
         # Either kind can have a window. An imported scale may be a rounded power of an integer.

@@ -20,15 +20,15 @@ REFUSED = {
     "a setting": ("llama", {"use_magic": 2}, "the setting 'use_magic' (2) is not known for this architecture"),
     "another's setting": ("llama", {"sliding_window": 4}, "the setting 'sliding_window' (4) is not known"),
     "a missing setting": ("llama", {"hidden_size": None}, "the setting 'hidden_size' is missing"),
-    "a text for a number": ("llama", {"hidden_size": "16"}, "'hidden_size' is '16', where a whole number is needed"),
-    "a fraction": ("llama", {"num_hidden_layers": 2.0}, "'num_hidden_layers' is 2.0, where a whole number is needed"),
+    "a text for a number": ("llama", {"hidden_size": "16"}, "'hidden_size' is '16', where an integer is needed"),
+    "a fraction": ("llama", {"num_hidden_layers": 2.0}, "'num_hidden_layers' is 2.0, where an integer is needed"),
     "true for a number": (
         "llama",
         {"num_attention_heads": True},
-        "'num_attention_heads' is True, where a whole number",
+        "'num_attention_heads' is True, where an integer",
     ),
     "a number for true": ("llama", {"attention_bias": 1}, "'attention_bias' is 1, where true or false is needed"),
-    "a list": ("llama", {"vocab_size": [50]}, "'vocab_size' is [50], where a whole number is needed"),
+    "a list": ("llama", {"vocab_size": [50]}, "'vocab_size' is [50], where an integer is needed"),
     "heads that do not divide": ("llama", {"num_key_value_heads": 3}, "num_kv_heads=3"),
     "no heads": ("llama", {"num_attention_heads": 0}, "greater than 0"),
     "negative layers": ("llama", {"num_hidden_layers": -2}, "greater than or equal to 0"),
@@ -38,7 +38,11 @@ REFUSED = {
         {"hidden_act": "mish"},
         "'hidden_act' is 'mish', an unknown activation; known: ",
     ),
-    "an activation that is none": ("llama", {"hidden_act": ["silu"]}, "'hidden_act' is ['silu'], an unknown activation"),
+    "an activation that is none": (
+        "llama",
+        {"hidden_act": ["silu"]},
+        "'hidden_act' is ['silu'], an unknown activation",
+    ),
     "a scaling": (
         "llama",
         {"rope_parameters": {"rope_type": "longrope"}},
@@ -77,7 +81,7 @@ REFUSED = {
     "stablelm's norms of heads": ("stablelm", {"qk_layernorm": True}, "only RMS norms of queries and keys"),
     "stablelm's residual": ("stablelm", {"use_parallel_residual": True}, "its one norm has no counterpart here"),
     "too many experts a token": ("mixtral", {"num_experts_per_tok": 9}, "top_k"),
-    "layers without end": ("qwen2", {"num_hidden_layers": 1 << 30}, "but the folder has only 26 tensors"),
+    "layers without end": ("qwen2", {"num_hidden_layers": 1 << 30}, "but there are only 26 tensors"),
     "experts without end": ("mixtral", {"num_local_experts": 1 << 30}, "'num_local_experts' is 1,073,741,824, but"),
     "a number without end": ("llama", {"rms_norm_eps": 10**400}, "'rms_norm_eps' is larger than"),
     "a width without end": ("llama", {"hidden_size": 1 << 62}, "'hidden_size' is larger than 2,147,483,647"),
@@ -103,10 +107,10 @@ def test_a_setting_is_refused_by_name(name, changes, message, tmp_path):
         ("", "not JSON"),
         ("{", "not JSON"),
         ("[1]", "a JSON object is needed, not list"),
-        ('{"a": 1, "a": 1}', "the key 'a' stands there twice"),
-        ('{"a": {"b": 1, "b": 2}}', "the key 'b' stands there twice"),
-        ('{"a": NaN}', "NaN is no JSON number"),
-        ('{"a": -Infinity}', "-Infinity is no JSON number"),
+        ('{"a": 1, "a": 1}', "duplicate key 'a'"),
+        ('{"a": {"b": 1, "b": 2}}', "duplicate key 'b'"),
+        ('{"a": NaN}', "NaN is not a JSON number"),
+        ('{"a": -Infinity}', "-Infinity is not a JSON number"),
         ('{"a": 1e999}', "1e999 is not finite"),
         ('{"a": [1e999]}', "not finite"),
         ("[" * 100_000, "not JSON"),
@@ -128,7 +132,7 @@ def test_json_of_a_size_that_no_configuration_has_is_not_read(tmp_path):
     path = tmp_path / "config.json"
     with path.open("wb") as file:
         file.truncate(LIMIT + 1)
-    with pytest.raises(RequestError, match="a configuration has at most"):
+    with pytest.raises(RequestError, match="exceed the limit of"):
         read_json(path)
     with pytest.raises(RequestError, match="cannot be read"):
         read_json(tmp_path)

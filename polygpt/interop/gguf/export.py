@@ -1,4 +1,4 @@
-"""A model of ours as a GGUF file, or the reason why llama.cpp computes nothing the same."""
+"""Writes a model as a GGUF file, or says why llama.cpp does not compute it."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from polygpt.interop.gguf.rope import FACTORS
 from polygpt.interop.gguf.tokenizer_out import write_text
 from polygpt.interop.names import ForeignTensor, foreign_tensors
 from polygpt.interop.settings import Settings
-from polygpt.interop.weights import written
-from polygpt.model import Model, ModelConfig, Params
+from polygpt.interop.weights import written_tensors
+from polygpt.model import ModelConfig, Params, model_of
 from polygpt.tokenizers import Tokenizer
 
-# Our word for a type -> of matrices, and the number by which `general.file_type` names it.
+# Our name of a type -> the type of matrices, and its number in `general.file_type`.
 DTYPES = {
     "f32": (Kind.F32, gguf.LlamaFileType.ALL_F32),
     "f16": (Kind.F16, gguf.LlamaFileType.MOSTLY_F16),
     "bf16": (Kind.BF16, gguf.LlamaFileType.MOSTLY_BF16),
     "q8_0": (Kind.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
 }
-# llama.cpp adds and compares these without converting them first.
+# llama.cpp adds and compares these without converting them.
 _ALWAYS_F32 = ("position_embd.weight", "ffn_gate_inp.weight")
 
 
@@ -50,23 +50,23 @@ def export_gguf(
     chat_template: str | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> str:
-    """Writes a file that llama.cpp runs with the same logits; gives the architecture's name.
+    """Writes a file that llama.cpp runs with the same logits; returns the architecture's name.
 
-    Biases that the architecture has and the model has not are written as zeros. Padding of the vocabulary is left out.
+    Biases that the architecture has and the model lacks are written as zeros. Padding of the vocabulary is left out.
 
     Args:
-        path: a new file.
+        path: must not exist.
         config: of the model.
         params: of the model.
-        tokenizer: goes along, if there is one.
-        dtype: of matrices: f32, f16, bf16 or q8_0 (rows that are no multiple of 32 long then stay f16). Vectors,
-            learned positions and routers are f32 always.
-        stop_tokens: ids at which generation ends, beside the tokenizer's own; the first is the end of text.
-        chat_template: goes along.
-        facts: training figures and origin; texts and numbers among them are kept under `polygpt.`.
+        tokenizer: is written too, if there is one.
+        dtype: of matrices: f32, f16, bf16 or q8_0 (rows whose length is not a multiple of 32 are then f16). Vectors,
+            learned positions and routers are always f32.
+        stop_tokens: ids at which generation ends, besides the tokenizer's own.
+        chat_template: is written too, if there is one.
+        facts: training figures and origin; strings and numbers among them are written under `polygpt.`.
 
     Raises:
-        RequestError: there is something at `path`, or a part has no counterpart in llama.cpp; it is named.
+        RequestError: `path` exists, or a part of the model has no counterpart in llama.cpp; it is named.
     """
     if path.exists():
         raise RequestError(f"{path}: exists already; choose another name")
@@ -78,17 +78,17 @@ def export_gguf(
     metadata = _general(path.stem, dtype, facts or {})
     metadata |= {f"{architecture.name}.{name}": v for name, v in settings.items() if not name.startswith(PSEUDO)}
     metadata |= write_text(tokenizer, config.vocab_size - config.vocab_padding, stop_tokens, chat_template)
-    tensors = foreign_tensors(Model(config), architecture.names, architecture.layout)
+    tensors = foreign_tensors(model_of(config), architecture.names, architecture.layout)
     factors = {ROPE_FREQS: settings[FACTORS]} if FACTORS in settings else {}
     shapes = {name: values.shape for name, values in factors.items()} | _shapes(tensors)
-    values = itertools.chain(factors.items(), stack(written(tensors, params, np.dtype(np.float32))))
+    values = itertools.chain(factors.items(), stack(written_tensors(tensors, params, np.dtype(np.float32))))
     with new_file(path) as partial:
         _write(partial, architecture.name, metadata, shapes, DTYPES[dtype][0], values)
     return architecture.name
 
 
 def choose_architecture(config: ModelConfig) -> Architecture:
-    """The architecture whose metadata, read back, compute what `config` does.
+    """The architecture of llama.cpp that computes what `config` does.
 
     Raises:
         RequestError: there is none; what the nearest lacks is named.
@@ -102,7 +102,7 @@ def choose_architecture(config: ModelConfig) -> Architecture:
 
 
 def _stored(name: str, value: Any) -> Any:
-    """What 32 bits keep of a setting."""
+    """A setting's value after it is stored in 32 bits."""
     if type(value) is int and not 0 <= value < 1 << 32:
         raise RequestError(f"{name}={value} is too large for GGUF")
     return shortest(value) if isinstance(value, float) else value
@@ -124,7 +124,7 @@ def _general(name: str, dtype: str, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _shapes(tensors: Sequence[ForeignTensor]) -> dict[str, tuple[int, ...]]:
-    """Of the tensors as they are written, a layer's experts in one."""
+    """The shapes of tensors as written, with each layer's experts stacked."""
     shapes: dict[str, tuple[int, ...]] = {}
     for tensor in tensors:
         name = stacked_name(tensor.name)
@@ -136,7 +136,7 @@ def _shapes(tensors: Sequence[ForeignTensor]) -> dict[str, tuple[int, ...]]:
 
 
 def _kind(name: str, shape: tuple[int, ...], wanted: Kind) -> Kind:
-    """What a tensor is stored as."""
+    """The type in which a tensor is stored."""
     if len(shape) < 2 or name.endswith(_ALWAYS_F32):
         return Kind.F32
     block = gguf.GGML_QUANT_SIZES[wanted][0]
@@ -151,7 +151,7 @@ def _write(
     wanted: Kind,
     tensors: Iterable[tuple[str, np.ndarray]],
 ) -> None:
-    """The file: header first, then one tensor after another."""
+    """Writes the header, then one tensor after another."""
     writer = gguf.GGUFWriter(path, architecture)
     try:
         for key, value in metadata.items():
@@ -173,13 +173,13 @@ def _in_order(
     shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[tuple[str, np.ndarray]]
 ) -> Iterator[tuple[str, np.ndarray]]:
     for expected, (name, values) in zip(shapes, tensors, strict=True):
-        assert (name, values.shape) == (expected, shapes[expected]), f"{name} {values.shape} written out of turn"
+        assert (name, values.shape) == (expected, shapes[expected]), f"{name} {values.shape} written out of order"
         yield name, values
 
 
 def _encoded(name: str, values: np.ndarray, kind: Kind) -> np.ndarray:
     if kind in (Kind.F16, Kind.Q8_0) and values.size:
-        # Q8_0 has its blocks' scales, the largest value / 127, in 16 bits.
+        # Q8_0 stores the scale of a block, its largest value / 127, in 16 bits.
         largest = float(np.abs(values).max()) / (127 if kind == Kind.Q8_0 else 1)
         if not largest <= float(np.finfo(np.float16).max):
             raise RequestError(f"the tensor {name} has values too large for {kind.name.lower()}; choose bf16 or f32")
@@ -189,7 +189,7 @@ def _encoded(name: str, values: np.ndarray, kind: Kind) -> np.ndarray:
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
     kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
     if isinstance(value, str):
-        writer.add_string(key, value.encode("utf-8", "replace").decode())  # half of a surrogate pair has no bytes
+        writer.add_string(key, value.encode("utf-8", "replace").decode())  # a lone surrogate has no UTF-8
     elif isinstance(value, list):
         writer.add_array(key, value)
     else:

@@ -1,8 +1,7 @@
-"""Hugging Face's folders, both ways."""
+"""Hugging Face folders: import and export."""
 
-from polygpt.interop.huggingface.architectures import ARCHITECTURES
 from polygpt.interop.huggingface.export import choose_family, export_huggingface
-from polygpt.interop.huggingface.folder import is_huggingface, open_huggingface
+from polygpt.interop.huggingface.folder import ARCHITECTURES, is_huggingface, open_huggingface
 from polygpt.interop.huggingface.hub import PREFIX as HUB
 from polygpt.interop.huggingface.hub import fetch
 

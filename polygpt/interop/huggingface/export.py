@@ -1,4 +1,4 @@
-"""A model of ours as a Hugging Face folder, or the reason why no architecture there computes the same."""
+"""Writes a model as a Hugging Face folder, or says why no architecture there computes the same."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from polygpt.errors import RequestError
 from polygpt.files import new_folder
 from polygpt.interop.architecture import Architecture, counterpart
 from polygpt.interop.biases import with_zero_biases
-from polygpt.interop.huggingface.architectures import ARCHITECTURES
 from polygpt.interop.huggingface.card import model_card
-from polygpt.interop.huggingface.folder import CONFIG, read_fields, tensors_of
+from polygpt.interop.huggingface.folder import ARCHITECTURES, CONFIG, read_fields, tensors_of
 from polygpt.interop.huggingface.safetensors_files import SHARD_BYTES, write_safetensors
 from polygpt.interop.huggingface.text_files import CHAT_TEMPLATE, write_json, write_text_files
 from polygpt.interop.settings import Settings
-from polygpt.interop.weights import written
-from polygpt.model import Model, ModelConfig, Params
+from polygpt.interop.weights import written_tensors
+from polygpt.model import ModelConfig, Params
 from polygpt.tokenizers import Tokenizer
 
 
@@ -35,23 +34,23 @@ def export_huggingface(
     facts: Mapping[str, Any] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> str:
-    """Writes a folder that transformers opens with the same logits; gives the architecture's name.
+    """Writes a folder that transformers opens with the same logits; returns the architecture's name.
 
-    Biases that the architecture has and the model has not are written as zeros. Padding of the vocabulary is left out.
+    Biases that the architecture has and the model lacks are written as zeros. Padding of the vocabulary is left out.
 
     Args:
-        folder: a new one.
+        folder: must not exist.
         config: of the model.
         params: of the model.
-        tokenizer: goes along, if there is one.
-        dtype: of the weights; None keeps theirs.
-        stop_tokens: ids beside the tokenizer's own at which generation ends.
-        chat_template: goes along.
+        tokenizer: is written too, if there is one.
+        dtype: of the stored weights; None keeps their type.
+        stop_tokens: ids at which generation ends, besides the tokenizer's own.
+        chat_template: is written too, if there is one.
         facts: training figures and origin, for the model card.
-        shard_bytes: at most so much goes into one file.
+        shard_bytes: the size limit of one file.
 
     Raises:
-        RequestError: the folder exists, or a part has no counterpart there; it is named.
+        RequestError: the folder exists, or a part of the model has no counterpart; it is named.
     """
     if folder.exists():
         raise RequestError(f"{folder}: exists already; choose another --out")
@@ -68,8 +67,8 @@ def export_huggingface(
     }
     with new_folder(folder) as partial:
         write_json(partial / CONFIG, settings)
-        tensors = tensors_of(Model(config), architecture)
-        write_safetensors(partial, written(tensors, params, jnp.dtype(dtype)), shard_bytes)
+        tensors = tensors_of(config, architecture)
+        write_safetensors(partial, written_tensors(tensors, params, jnp.dtype(dtype)), shard_bytes)
         if tokenizer is not None:
             write_text_files(partial, tokenizer, config.context_length, stop_tokens)
         if chat_template is not None:
@@ -80,7 +79,7 @@ def export_huggingface(
 
 
 def choose_family(config: ModelConfig) -> Architecture:
-    """The architecture whose configuration, read back, computes what `config` does.
+    """The Hugging Face architecture that computes what `config` does.
 
     Raises:
         RequestError: there is none; what the nearest lacks is named.

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from polygpt.interop.architecture import Fields
+from polygpt.interop.architecture import Fields, flag
 from polygpt.interop.settings import Settings
 
 # transformers' name -> ours. Names that share one of ours are the same function.
@@ -22,6 +22,8 @@ ACTIVATIONS = {
     "sigmoid": "sigmoid",
     "tanh": "tanh",
 }
+TIED = flag("tie_word_embeddings", "head", true="tied", false="untied")
+QUERY_KEY_VALUE = tuple(f"blocks.attention.{part}" for part in ("query", "key", "value"))
 
 
 @dataclass(frozen=True)
