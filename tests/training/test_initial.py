@@ -85,8 +85,14 @@ def test_from_a_folder_to_an_exported_finetuned_model_by_commands(theirs, progra
 # changes of the recipe -> what the complaint must say
 REFUSED = {
     "another tokenizer": ({"tokenizer": {"kind": "byte"}}, "training.initial=theirs brings its own tokenizer"),
-    "another width": ({"model.embed_dim": 32}, r"initial=theirs: .* is \[.*16.*\] there, \[.*32.*\] in the model"),
-    "another depth": ({"model.num_layers": 3}, r"training\.initial=theirs: .* is .* in the checkpoint and .* in the model asked for"),
+    "another width": (
+        {"model.embed_dim": 32},
+        r"initial=theirs: .* is \[.*16.*\] in the checkpoint and \[.*32.*\] in the model",
+    ),
+    "another depth": (
+        {"model.num_layers": 3},
+        r"training\.initial=theirs: .* is .* in the checkpoint and .* in the model asked for",
+    ),
     "another feed-forward": (
         {"model.feedforward": {"kind": "mlp", "mlp_dim": 24}},
         r"feedforward\.down_bias is missing in the checkpoint",
