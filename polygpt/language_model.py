@@ -19,7 +19,7 @@ from polygpt.errors import RequestError
 from polygpt.generation import FinishReason, Sampler, generate_tokens
 from polygpt.kernels import WEIGHT_TYPES, WeightType
 from polygpt.model import Model, ModelConfig, Params
-from polygpt.tokenizers import Tokenizer, render_chat
+from polygpt.tokenizers import Tokenizer, chat_tokens
 
 NO_TOKENIZER = "this model has no tokenizer: a preset has none, nor has a folder without tokenizer.json"
 
@@ -189,16 +189,7 @@ class LanguageModel:
         template = self.origin.chat_template
         if template is None:
             raise RequestError("this model came without a chat template; leave chat out and write the prompt in full")
-        names = {number: token for token, number in self.tokenizer.special_tokens.items()}
-        first, last = (names.get(number, "") for number in ((*self.tokenizer.start, -1)[0], self.tokenizer.end_of_text))
-        if not any(token in prompt for token in self.tokenizer.special_tokens):
-            return self.tokenizer.encode(render_chat(template, prompt, first, last), special=True)
-        # What a user types is never a special token: it is encoded apart from the template around it.
-        mark = "\N{OBJECT REPLACEMENT CHARACTER}" * 3
-        around = render_chat(template, mark, first, last).split(mark)
-        pieces = [self.tokenizer.encode(text, special=True) for text in around]
-        typed = self.tokenizer.encode(prompt)
-        return [token for i, piece in enumerate(pieces) for token in ([*typed, *piece] if i else piece)]
+        return chat_tokens(self.tokenizer, template, prompt)
 
     def generate(
         self,

@@ -20,12 +20,13 @@ from polygpt import checkpoint
 from polygpt.config import Config, merge, read_yaml, to_yaml, validate
 from polygpt.errors import RequestError, suggest
 from polygpt.files import new_folder, write_text
-from polygpt.interop import HUB, StoredModel, fetch, is_huggingface, open_huggingface, read_json
+from polygpt.interop import HUB, StoredModel, fetch, is_huggingface, open_huggingface
 from polygpt.kernels import WeightType
 from polygpt.language_model import NO_TOKENIZER, LanguageModel, Origin
 from polygpt.model import ModelConfig, ParameterInfo, Params, model_of
 from polygpt.presets import PRESET_VOCAB, PRESETS, preset
 from polygpt.process import command_line
+from polygpt.settings import read_json
 from polygpt.sharding import placement
 from polygpt.tokenizers import Tokenizer, load_tokenizer
 

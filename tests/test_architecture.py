@@ -19,6 +19,7 @@ ROOMS = [
     "files",
     "process",
     "config",
+    "settings",
     "sharding",
     "tokenizers",
     "kernels",

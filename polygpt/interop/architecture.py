@@ -18,8 +18,8 @@ from polygpt.errors import RequestError
 from polygpt.interop.biases import with_biases
 from polygpt.interop.names import Layout, NameTable
 from polygpt.interop.same import computation, differences, resolved_parts
-from polygpt.interop.settings import Settings
 from polygpt.model import ModelConfig
+from polygpt.settings import Settings
 
 Fields = dict[str, Any]
 REQUIRED: Any = object()

@@ -18,11 +18,10 @@ import numpy as np
 from polygpt.config import validate
 from polygpt.errors import RequestError
 from polygpt.interop.names import Layout, foreign_tensors
-from polygpt.interop.score_bpe import SPACE, PieceKind, score_bpe
 from polygpt.interop.stored import StoredModel
 from polygpt.interop.weights import TensorInfo, check_tensors, read_params
 from polygpt.model import ModelConfig, model_of
-from polygpt.tokenizers import Tokenizer
+from polygpt.tokenizers import SPACE, PieceKind, Tokenizer, score_bpe
 
 _MAGIC = 0x616B3432  # begins its later formats
 _UNKNOWN, _START, _END = 0, 1, 2  # ids; those of the 256 bytes follow

@@ -15,9 +15,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from polygpt.errors import RequestError, suggest
 from polygpt.interop.names import ForeignTensor, Path
-from polygpt.interop.settings import Settings
 from polygpt.kernels import ALIGNMENT, WeightType, pack_rows
 from polygpt.model import ModelConfig, ParameterInfo, Params, model_of
+from polygpt.settings import Settings
 
 FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 

@@ -3,9 +3,27 @@
 Whatever the kind, a tokenizer is one `tokenizer.json` of the `tokenizers` library.
 """
 
-from polygpt.tokenizers.chat import render_chat
+from polygpt.tokenizers.chat import chat_tokens, render_chat
 from polygpt.tokenizers.config import END_OF_TEXT, TokenizerConfig
-from polygpt.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from polygpt.tokenizers.folder import has_tokenizer, load_tokenizer
+from polygpt.tokenizers.gguf_reading import read_gguf_text
+from polygpt.tokenizers.gguf_writing import write_gguf_text
+from polygpt.tokenizers.sentencepiece import SPACE, PieceKind, score_bpe
+from polygpt.tokenizers.tokenizer import Tokenizer
 from polygpt.tokenizers.train import train_tokenizer
 
-__all__ = ["END_OF_TEXT", "Tokenizer", "TokenizerConfig", "load_tokenizer", "render_chat", "train_tokenizer"]
+__all__ = [
+    "END_OF_TEXT",
+    "SPACE",
+    "PieceKind",
+    "Tokenizer",
+    "TokenizerConfig",
+    "chat_tokens",
+    "has_tokenizer",
+    "load_tokenizer",
+    "read_gguf_text",
+    "render_chat",
+    "score_bpe",
+    "train_tokenizer",
+    "write_gguf_text",
+]

@@ -1,39 +1,65 @@
-"""Chat templates: Jinja that lays out messages as a model was trained on them, run where it can change nothing."""
+"""Chat templates: the Jinja that lays out a message as the model was trained on it, run in a sandbox."""
 
 from __future__ import annotations
 
 import datetime
+import json
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import jinja2
+from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 from polygpt.errors import RequestError
+from polygpt.tokenizers.tokenizer import Tokenizer
+from polygpt.tokenizers.typed import mark_tokens
 
 _FAILURES = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError)
 _FAILURES += (RecursionError, TypeError, ValueError)
-LIMIT = 100_000  # what no template that lays out a message comes near
+LIMIT = 100_000  # far more than a template that lays out a message needs
 
 
-def render_chat(template: str, prompt: str, start: str = "", end: str = "") -> str:
+def chat_tokens(tokenizer: Tokenizer, template: str, prompt: str) -> list[int]:
+    """The ids that a model continues as its answer to a user's message.
+
+    Special tokens of the template count; those that the user typed are ordinary text.
+
+    Args:
+        tokenizer: its roles (`bos_token`, ...) are variables of the template.
+        template: as tokenizer_config.json or a GGUF file has it.
+        prompt: the user's message.
+
+    Raises:
+        RequestError: as `render_chat`.
+    """
+    names = {number: token for token, number in tokenizer.special_tokens.items()}
+    guesses = {"bos_token": names.get((*tokenizer.start, None)[0]), "eos_token": names.get(tokenizer.end_of_text)}
+    variables = tokenizer.roles or {name: token for name, token in guesses.items() if token is not None}
+    text = render_chat(template, mark_tokens(prompt, tokenizer.special_tokens), variables)
+    return tokenizer.encode_marked(text)
+
+
+def render_chat(template: str, prompt: str, variables: Mapping[str, str] | None = None) -> str:
     """The text that a model continues as its answer to the message `prompt` of a user.
 
     Args:
-        template: as tokenizer_config.json or a GGUF file gives it.
+        template: as tokenizer_config.json or a GGUF file has it.
         prompt: the message.
-        start: the start token's text.
-        end: the end token's text.
+        variables: more variables of the template, such as `bos_token`; others are undefined.
 
     Raises:
-        RequestError: the template is no Jinja, fails, or reaches for what a template has no business with.
+        RequestError: the template is not Jinja, fails, or uses what the sandbox forbids.
     """
 
     def refuse(message: str) -> NoReturn:
         raise RequestError(f"the chat template refuses this: {message}")
 
-    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    extensions = ["jinja2.ext.loopcontrols", _Generation]
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.globals |= {"raise_exception": refuse, "strftime_now": _now, "range": environment.counted_range}
-    known: dict[str, Any] = {"bos_token": start, "eos_token": end, "add_generation_prompt": True, "tools": None}
+    environment.filters["tojson"] = _to_json
+    known = {"add_generation_prompt": True, "tools": None, "documents": None, **(variables or {})}
     try:
         return environment.from_string(template).render(messages=[{"role": "user", "content": prompt}], **known)
     except RequestError:
@@ -44,8 +70,27 @@ def render_chat(template: str, prompt: str, start: str = "", end: str = "") -> s
         raise RequestError(f"the model's chat template cannot be used ({reason}); leave chat out") from None
 
 
+class _Generation(Extension):
+    """`{% generation %} ... {% endgeneration %}`, which marks what the model itself says, and changes nothing here."""
+
+    tags = frozenset({"generation"})
+
+    def parse(self, parser: Any) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    # Jinja's own filter sorts keys and escapes HTML; templates are written for transformers', which does neither.
+    if isinstance(indent, int) and indent > LIMIT:
+        raise SecurityError(f"an indent of {indent} is too large")
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, in which besides nothing becomes huge: neither products, nor powers, nor all ranges together."""
+    """Jinja's sandbox with limits on the size of products and powers, and on the total length of ranges."""
 
     intercepted_binops = frozenset({"*", "**"})
 
@@ -54,7 +99,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         self.left = LIMIT
 
     def counted_range(self, *bounds: int) -> range:
-        """`range`, of which all calls of a template share a limit: loops within loops count."""
+        """`range`; all calls of a template share one limit, so that nested loops count."""
         numbers = range(*bounds)
         self.left -= len(numbers)
         if self.left < 0:
@@ -66,7 +111,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         numbers = [abs(value) for value in (left, right) if isinstance(value, int | float)]
         too_long = lengths and numbers and lengths[0] * numbers[0] > LIMIT
         if too_long or max(numbers, default=0) > 1e15 or (operator == "**" and right > 64):
-            raise SecurityError(f"what {operator} gives is too large")
+            raise SecurityError(f"the result of {operator} is too large")
         return super().call_binop(context, operator, left, right)
 
 

@@ -21,12 +21,14 @@ class Structure:
     """`char`, `byte`, or the library's name of the model in lower case."""
     byte_level: bool
     """Every byte has a token, written in GPT-2's alphabet."""
-    alphabet: frozenset[str]
-    """The characters of kind `char`; empty for others."""
     added: frozenset[str]
     """Tokens beside the model's vocabulary, special ones included; their text stands for itself."""
     cuts: str | None
     """Where a text may be cut without changing its ids: `anywhere`, `words`, or None for nowhere known."""
+    lossless: bool
+    """Encoding keeps every character, or fails."""
+    lost_at_start: tuple[str, ...]
+    """Characters that the pre-tokenizer loses where a text begins with one."""
 
     @property
     def exact(self) -> bool:
@@ -73,9 +75,10 @@ def describe_structure(tokenizer: hf.Tokenizer, vocab: Mapping[str, int]) -> Str
     return Structure(
         kind=kind,
         byte_level=byte_level,
-        alphabet=frozenset(vocab) if kind == "char" else frozenset(),
         added=frozenset(token.content for token in added),
         cuts=_cuts(pre, kind) if can_cut else None,
+        lossless=tokenizer.normalizer is None and (byte_level or kind == "char") and _keeps_all(pre),
+        lost_at_start=_lost_at_start(pre),
     )
 
 
@@ -90,8 +93,22 @@ def _byte_level(pre: Mapping[str, Any], decoder: Mapping[str, Any], vocab: Mappi
     return uses and decoder.get("type") == "ByteLevel" and vocab.keys() >= set(BYTE_TO_CHAR)
 
 
+def _keeps_all(pre: Mapping[str, Any]) -> bool:
+    steps = pre.get("pretokenizers", [pre])
+    return all(
+        step.get("type") in (None, "ByteLevel", "Digits") or step.get("behavior") == "Isolated" for step in steps
+    )
+
+
 def _cuts(pre: Mapping[str, Any], kind: str) -> str | None:
     if kind in ("char", "byte"):
         return "anywhere"
     plain = pre.get("type") == "ByteLevel" and pre.get("use_regex", True) and not pre.get("add_prefix_space")
     return "words" if plain else None
+
+
+def _lost_at_start(pre: Mapping[str, Any]) -> tuple[str, ...]:
+    # Metaspace begins a text with a space, unless the text has one there: `a` and ` a` would have the same ids.
+    first = (pre.get("pretokenizers") or [pre])[0]
+    prefixes = first.get("type") == "Metaspace" and first.get("prepend_scheme") != "never"
+    return (" ", first["replacement"]) if prefixes else ()

@@ -1,20 +1,20 @@
 """Text to ids and back, through one `tokenizer.json` of the `tokenizers` library.
 
-Knows nothing of models or data sets. Encoding is exact: nothing is added (no start token, no padding),
-nothing is cut off, and (kind `char`) a text that the vocabulary cannot hold is refused.
+Knows nothing of models or data sets. Encoding adds nothing (no start token, no padding) and cuts nothing
+off; a text with a character for which there is neither a token nor an unknown token is refused.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 import re
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers as hf
@@ -22,13 +22,14 @@ import tokenizers as hf
 from polygpt.errors import PolygptError, RequestError
 from polygpt.tokenizers.bytelevel import BYTE_TO_CHAR, token_bytes
 from polygpt.tokenizers.config import END_OF_TEXT
-from polygpt.tokenizers.structure import Structure, describe_structure
+from polygpt.tokenizers.decoding import REPLACEMENT, Decoder
+from polygpt.tokenizers.encoding import Encoder
+from polygpt.tokenizers.structure import describe_structure
+from polygpt.tokenizers.typed import unmark
 
 # What published models call the end of a text, the commonest first.
 END_TOKENS = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "[EOS]")
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-PIECE_CHARS = 1 << 14  # pieces of a long text, so that one document too uses every core
-GROUP_CHARS = 1 << 22  # characters in the library's hands at once: it takes about 100 bytes for each token
+FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
 
 
 class Tokenizer:
@@ -40,11 +41,22 @@ class Tokenizer:
         end_of_text: the id of the token that ends a text, if there is one.
         start: the ids that the file puts before a text (a start token, mostly); `encode` leaves them out.
         special_tokens: the special tokens with their ids.
+        roles: the text of the token for each role that is known (`bos_token`, `eos_token`, `pad_token`, ...).
         fingerprint: SHA-256, in hexadecimal, of everything that decides the ids.
     """
 
-    def __init__(self, tokenizer: hf.Tokenizer):
-        """`tokenizer` is taken over: its truncation and padding are switched off."""
+    def __init__(self, tokenizer: hf.Tokenizer, roles: Mapping[str, Any] | None = None):
+        """Takes over `tokenizer`, whose truncation and padding are switched off.
+
+        Args:
+            tokenizer: of the library.
+            roles: the token of each role (`eos_token`, `pad_token`, ...): its text, an object with `content` as
+                tokenizer_config.json has it, or its id, which counts only if it is a special token's. Without
+                `eos_token` the end of a text is guessed by name.
+
+        Raises:
+            RequestError: the vocabulary is empty, or a role's token is something else.
+        """
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True  # that is: special tokens that a user types are ordinary text
@@ -52,13 +64,31 @@ class Tokenizer:
         vocab, added = tokenizer.get_vocab(with_added_tokens=False), tokenizer.get_added_tokens_decoder()
         if not vocab and not added:
             raise RequestError("this tokenizer has an empty vocabulary")
-        self._structure: Structure = describe_structure(tokenizer, vocab)
+        self.special_tokens: dict[str, int] = {token.content: i for i, token in added.items() if token.special}
+        self.roles = self._read_roles(roles or {})
+        self._structure = describe_structure(tokenizer, vocab)
+        self._encoder, self._decoder = Encoder(tokenizer, self._structure), Decoder(tokenizer.decoder)
         self.kind = self._structure.kind
         self.vocab_size = max([*vocab.values(), *added]) + 1  # not the number of tokens: some files have holes
-        self.special_tokens = {token.content: i for i, token in added.items() if token.special}
+        self.start = _start(tokenizer.post_processor)
         ends = [self.special_tokens[token] for token in END_TOKENS if token in self.special_tokens]
-        self.end_of_text = ends[0] if ends else None
-        self.start = _start(tokenizer)
+        self.end_of_text = self.role("eos_token") if "eos_token" in self.roles else (ends or [None])[0]
+
+    def _read_roles(self, roles: Mapping[str, Any]) -> dict[str, str]:
+        """The text of each role's token; those that the vocabulary has become special tokens."""
+        names = {number: token for token, number in self.special_tokens.items()}
+        texts = {role: names.get(value) if type(value) is int else token_text(value) for role, value in roles.items()}
+        found = {role: text for role, text in texts.items() if text is not None}
+        for text in dict.fromkeys(found.values()):
+            number = self._plain.token_to_id(text)
+            if number is not None and text not in self.special_tokens:
+                self._plain.add_special_tokens([hf.AddedToken(text, normalized=False)])
+                self.special_tokens[text] = number
+        return found
+
+    def role(self, name: str) -> int | None:
+        """The id of the token with this role (`bos_token`, `eos_token`, `pad_token`, ...), if there is one."""
+        return self._plain.token_to_id(self.roles[name]) if name in self.roles else None
 
     def __repr__(self) -> str:
         return f"Tokenizer({self.kind}, {self.vocab_size} ids, {self.fingerprint[:12]})"
@@ -69,13 +99,6 @@ class Tokenizer:
             json.loads(self._plain.to_str()), sort_keys=True, separators=(",", ":"), ensure_ascii=False
         )
         return hashlib.sha256(canonical.encode()).hexdigest()
-
-    @cached_property
-    def _with_specials(self) -> hf.Tokenizer:
-        # A second one, rather than a switch on the first: a server encodes on several threads at once.
-        twin = hf.Tokenizer.from_str(self._plain.to_str())
-        twin.encode_special_tokens = False
-        return twin
 
     @cached_property
     def _tokens(self) -> dict[int, str]:
@@ -91,12 +114,9 @@ class Tokenizer:
         """The ids of `text`. Special tokens written in it are ordinary text, or themselves where `special`.
 
         Raises:
-            RequestError: the text holds a lone surrogate, or (kind `char`) a character outside the alphabet.
+            RequestError: the text holds a lone surrogate, or a character that the tokenizer has no token for.
         """
-        if not special:
-            return self.encode_batch([text])[0].tolist()
-        self._check(text, special=True)
-        return self._with_specials.encode(text, add_special_tokens=False).ids
+        return self._encoder.encode_special(text) if special else self.encode_batch([text])[0].tolist()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each text, int32, special tokens as ordinary text; on every core.
@@ -104,37 +124,35 @@ class Tokenizer:
         Raises:
             RequestError: as `encode`.
         """
-        parts: list[list[np.ndarray]] = [[] for _ in texts]
-        for group in _groups(self._pieces(texts)):
-            encoded = self._plain.encode_batch_fast([piece for _, piece in group], add_special_tokens=False)
-            for (i, _), encoding in zip(group, encoded, strict=True):
-                parts[i].append(np.array(encoding.ids, dtype=np.int32))
-        return [p[0] if len(p) == 1 else np.concatenate(p) if p else np.zeros(0, np.int32) for p in parts]
+        return self._encoder.encode_batch(texts)
 
-    def _pieces(self, texts: Sequence[str]) -> Iterator[tuple[int, str]]:
-        for i, text in enumerate(texts):
-            self._check(text)
-            for piece in self._structure.cut(text, PIECE_CHARS):
-                yield i, piece
+    def count_lost(self, text: str) -> int:
+        """How many bytes of `text`, in UTF-8, its ids do not stand for.
 
-    def _check(self, text: str, special: bool = False) -> None:
-        refuse_surrogates(text)
-        if self.kind != "char":
-            return
-        if special and self.special_tokens:
-            # Blanked to its length rather than removed, so that the index in the error stays right.
-            known = self._structure.alphabet
-            blank = next(iter(known))
-            pattern = "|".join(re.escape(t) for t in sorted(self.special_tokens, key=len, reverse=True))
-            text = re.sub(pattern, lambda match: blank * len(match[0]), text)
-        unknown = set(text) - self._structure.alphabet
-        if unknown:
-            at = min(text.index(char) for char in unknown)
-            raise RequestError(
-                f"character {text[at]!r} (U+{ord(text[at]):04X}) at index {at} of the text is not among the "
-                f"{len(self._structure.alphabet)} characters of this tokenizer;\n"
-                "train the tokenizer on text that has it, or use kind 'byte' or 'bpe', which hold every text"
-            )
+        Some tokenizers drop blanks, or have one unknown token for whole words. Such bytes must not count where a number
+        of bits is divided by a number of bytes.
+        """
+        return 0 if self._structure.lossless else self._encoder.count_lost(text)
+
+    def encode_marked(self, text: str) -> list[int]:
+        """The ids of `text`; its special tokens count, except for those that `mark_tokens` has marked.
+
+        Raises:
+            RequestError: as `encode`.
+        """
+        if unmark(text) == text:
+            return self.encode(text, special=True)
+        added = {token.content: token for token in self._plain.get_added_tokens_decoder().values() if token.special}
+        # The text at even places, the special tokens between.
+        parts = re.split(f"({'|'.join(map(re.escape, sorted(added, key=len, reverse=True)))})", text)
+        ids: list[int] = []
+        for i in range(0, len(parts), 2):
+            if i:
+                ids.append(self.special_tokens[parts[i - 1]])
+            part = parts[i].lstrip() if i and added[parts[i - 1]].rstrip else parts[i]
+            part = part.rstrip() if i + 1 < len(parts) and added[parts[i + 1]].lstrip else part
+            ids += self.encode(unmark(part))
+        return ids
 
     def encode_bytes(self, data: bytes) -> list[int]:
         """The ids of any bytes: runs of valid UTF-8 as text, every other byte as its own token.
@@ -161,12 +179,21 @@ class Tokenizer:
         """
         if self._structure.exact:
             return self.decode_bytes(ids).decode("utf-8", errors="replace")
-        parts = []
-        for known, run in itertools.groupby(map(int, ids), key=self._tokens.__contains__):
-            run_ids = list(run)
-            unknown = REPLACEMENT * len(run_ids)
-            parts.append(self._plain.decode(run_ids, skip_special_tokens=False) if known else unknown)
-        return "".join(parts)
+        return self._decoder.decode(self._tokens_of(ids))
+
+    def decode_after(self, context: Sequence[int], ids: Iterable[int]) -> str:
+        """The text that `ids` add when they follow `context`, such as a prompt's ids.
+
+        Some tokenizers drop the space before the first word of what they decode; it stays where text comes before.
+        Where `context` is empty, or a start token alone, this is `decode(ids)`.
+        """
+        if self._structure.exact or not len(context) or tuple(context) == self.start:
+            return self.decode(ids)
+        (before,) = self._tokens_of(context[-1:])
+        return self._decoder.decode_after(before, self._tokens_of(ids))
+
+    def _tokens_of(self, ids: Iterable[int]) -> list[str]:
+        return [self._tokens.get(int(i), REPLACEMENT) for i in ids]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of `ids`: exact for `char`, `byte` and byte-level BPE, else `decode` in UTF-8."""
@@ -175,89 +202,69 @@ class Tokenizer:
         unknown = REPLACEMENT.encode()
         return b"".join(self._token_bytes.get(int(i), unknown) for i in ids)
 
+    def to_json(self) -> str:
+        """The tokenizer.json."""
+        return self._plain.to_str(pretty=True)
+
     def save(self, path: str | Path) -> None:
-        """Writes the `tokenizer.json` at `path`, whole or not at all, making its folder where it is missing.
+        """Writes the tokenizer.json at `path`, and beside it a tokenizer_config.json if roles are known.
+
+        Each file is written whole or not at all. A missing folder is made.
 
         Raises:
             PolygptError: it cannot be written there.
         """
         path = Path(path)
-        partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("w", encoding="utf-8") as stream:
-                stream.write(self._plain.to_str(pretty=True))
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(partial, path)
-        except OSError as error:
-            raise PolygptError(f"{path}: cannot be written ({error.strerror})") from None
-        finally:
-            partial.unlink(missing_ok=True)
+        _write(path, self.to_json())
+        if self.roles and path.name == FILE:
+            _write(path.with_name(CONFIG_FILE), json.dumps(self.roles, indent=2, ensure_ascii=False) + "\n")
 
 
-def _start(tokenizer: hf.Tokenizer) -> tuple[int, ...]:
-    encoding = tokenizer.encode(
-        "", add_special_tokens=True
-    )  # of an empty text what is added, before and after, is left
-    pair = tokenizer.encode("\n", add_special_tokens=True)
-    before = pair.special_tokens_mask.index(0) if 0 in pair.special_tokens_mask else 0
-    return tuple(encoding.ids[:before])
-
-
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer in `path`: a `tokenizer.json`, or a folder that holds one.
+def token_text(value: Any) -> str | None:
+    """The text of a token that is given as such, or as an object with `content`.
 
     Raises:
-        RequestError: there is none, or the file is not one.
+        RequestError: it is neither, and not None.
     """
-    path = Path(path).expanduser()
-    if path.is_dir():
-        if not (path / "tokenizer.json").is_file():
-            raise RequestError(f"{path}: this folder holds no tokenizer.json")
-        path = path / "tokenizer.json"
+    text = value.get("content") if isinstance(value, Mapping) else value
+    if text is not None and not isinstance(text, str):
+        raise RequestError(f"{value!r} is not a token: give its text, or an object whose content is its text")
+    return text
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise RequestError(f"{path}: no such file; give a tokenizer.json, or a folder that holds one") from None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, path)
     except OSError as error:
-        raise RequestError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{path}: not JSON ({error})") from None
+        raise PolygptError(f"{path}: cannot be written ({error.strerror})") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _start(post_processor: Any) -> tuple[int, ...]:
+    # The post-processor alone decides, so it is asked about a token of its own: of the tokenizer's, any text may
+    # encode to nothing.
+    probe = hf.Tokenizer(hf.models.WordLevel({"x": 0}, unk_token="x"))
+    probe.post_processor = post_processor
+    encoding = probe.encode("x", add_special_tokens=True)
+    return tuple(encoding.ids[: encoding.special_tokens_mask.index(0)])
+
+
+def _copy(tokenizer: hf.Tokenizer) -> hf.Tokenizer:
+    made = hf.Tokenizer.from_str(tokenizer.to_str())
+    made.encode_special_tokens = tokenizer.encode_special_tokens
+    return made
+
+
+def _can_encode(encoder: hf.Tokenizer, text: str) -> bool:
     try:
-        return Tokenizer(hf.Tokenizer.from_str(text))
-    except Exception as error:  # the library raises plain Exceptions
-        _check_json(text, path)
-        raise RequestError(f"{path}: not a tokenizer.json ({str(error).splitlines()[0]})") from None
-
-
-def _check_json(text: str, path: Path) -> None:
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"{path}: not JSON ({str(error).splitlines()[0]})") from None
-
-
-def refuse_surrogates(text: str) -> None:
-    """Raises `RequestError` where `text` holds half of a surrogate pair, which UTF-8 cannot hold."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        code = f"U+{ord(text[error.start]):04X}"
-        raise RequestError(
-            f"index {error.start} of the text is a lone surrogate ({code}), which is no character"
-        ) from None
-
-
-def _groups(pieces: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
-    """`pieces` in lists of about `GROUP_CHARS` characters, none of them empty."""
-    group: list[tuple[int, str]] = []
-    size = 0
-    for piece in pieces:
-        group.append(piece)
-        size += len(piece[1])
-        if size >= GROUP_CHARS:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
+        encoder.encode(text, add_special_tokens=False)
+    except Exception:  # the library raises plain Exceptions
+        return False
+    return True

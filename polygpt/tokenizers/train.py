@@ -10,7 +10,9 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from polygpt.errors import RequestError
 from polygpt.tokenizers.bytelevel import BYTE_TO_CHAR
 from polygpt.tokenizers.config import TokenizerConfig
-from polygpt.tokenizers.tokenizer import Tokenizer, load_tokenizer, refuse_surrogates
+from polygpt.tokenizers.encoding import refuse_surrogates
+from polygpt.tokenizers.folder import load_tokenizer
+from polygpt.tokenizers.tokenizer import Tokenizer
 
 
 def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:

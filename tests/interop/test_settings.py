@@ -8,7 +8,7 @@ from make_references import REFERENCES
 
 from polygpt.errors import RequestError
 from polygpt.interop import open_huggingface
-from polygpt.interop.settings import LIMIT, Settings, read_json
+from polygpt.settings import LIMIT, Settings, read_json
 
 # reference, changes of its config.json -> what the complaint must say
 REFUSED = {

@@ -23,10 +23,10 @@ from polygpt.errors import RequestError
 from polygpt.interop import export_huggingface, open_huggingface
 from polygpt.interop.huggingface.folder import ARCHITECTURES, find_architecture, read_fields
 from polygpt.interop.same import computation
-from polygpt.interop.settings import Settings
 from polygpt.loading import adapted
 from polygpt.model import Model, ModelConfig
 from polygpt.presets import PRESETS, preset
+from polygpt.settings import Settings
 
 pytestmark = pytest.mark.parity
 RELATIVE = 1e-4

@@ -6,10 +6,9 @@ import numpy as np
 import tokenizers as hf
 
 from polygpt.config import merge, validate
-from polygpt.interop.gguf.pretokenizers import PRE_TOKENIZERS
-from polygpt.interop.score_bpe import PieceKind, score_bpe
 from polygpt.model import Model, ModelConfig
-from polygpt.tokenizers import Tokenizer, TokenizerConfig, train_tokenizer
+from polygpt.tokenizers import PieceKind, Tokenizer, TokenizerConfig, score_bpe, train_tokenizer
+from polygpt.tokenizers.pretokenizers import PRE_TOKENIZERS
 
 LLAMA = {
     "vocab_size": 300,

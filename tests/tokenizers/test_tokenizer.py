@@ -11,7 +11,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from polygpt.errors import PolygptError, RequestError
 from polygpt.tokenizers import END_OF_TEXT, Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer
-from polygpt.tokenizers import tokenizer as module
+from polygpt.tokenizers import encoding as module
 
 SAMPLE = "the cat sat on the mat, the rat ate the oat; another brought together Größe 東京 🙂\n" * 20
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]))
@@ -235,7 +235,7 @@ def test_a_foreign_file_adds_cuts_and_pads_nothing():
     assert tokenizer.encode("a b </s>", special=True) == [1, 2, 7]
     assert tokenizer.vocab_size == 8  # one past the largest id: a table of 5 rows would be too short
     assert tokenizer.end_of_text == 7
-    assert tokenizer.decode([1, 5, 2]) == "a\ufffdb"
+    assert tokenizer.decode([1, 5, 2]) == "a \ufffd b"  # joined as the library joins words
 
 
 def test_an_added_token_that_is_not_special_is_never_cut_in_two(monkeypatch):
@@ -246,3 +246,92 @@ def test_an_added_token_that_is_not_special_is_never_cut_in_two(monkeypatch):
     added = tokenizer.vocab_size - 1
     assert added in tokenizer.encode("the cat sat on")
     assert tokenizer.decode(tokenizer.encode("the cat sat on")) == "the cat sat on"
+
+
+NO_UNKNOWN = {
+    "bpe": models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]),
+    "bpe whose unknown token is missing": models.BPE({"a": 0, "b": 1}, [], unk_token="<unk>"),
+    "bpe with a few bytes": models.BPE({"a": 0, "b": 1, "<0xC3>": 2}, [], byte_fallback=True),
+    "unigram": models.Unigram([("a", -1.0), ("b", -1.0)]),
+    "wordlevel": models.WordLevel({"a": 0, "b": 1}),
+}
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("name", NO_UNKNOWN)
+def test_text_that_would_be_dropped_is_refused_by_character_and_place(name, special):
+    made = hf.Tokenizer(NO_UNKNOWN[name])
+    made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    made.add_tokens(["<x>"])
+    tokenizer = Tokenizer(made)
+    assert tokenizer.decode(tokenizer.encode("b<x>a", special=special)).replace(" ", "") == "b<x>a"
+    with pytest.raises(RequestError, match=r"'é' \(U\+00E9\) at index 5 of the text has no token"):
+        tokenizer.encode("a<x>bé<é", special=special)
+    with pytest.raises(RequestError, match=r"'é' \(U\+00E9\) at index 1 of the text has no token"):
+        tokenizer.encode_batch(["ab", "aéb"])
+
+
+def test_what_is_refused_leaves_the_file_as_it_was(tmp_path):
+    made = hf.Tokenizer(NO_UNKNOWN["bpe"])
+    before = made.to_str()
+    tokenizer = Tokenizer(made)
+    with pytest.raises(RequestError):
+        tokenizer.encode("abé")
+    tokenizer.save(tmp_path / "tokenizer.json")
+    assert hf.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).to_str() == before
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+@pytest.mark.parametrize("split", [True, False])
+def test_a_space_that_begins_a_text_is_kept(scheme, split):
+    pieces = ["▁", "a", "b", "▁a", "▁b", "▁a▁b"]
+    merges = [("▁", "a"), ("▁", "b"), ("▁a", "▁b")]
+    made = hf.Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges))
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=split)
+    made.decoder = decoders.Metaspace(prepend_scheme=scheme, split=split)
+    tokenizer = Tokenizer(made)
+    for text in ("a b", " a b", "  a b", " ", "a", ""):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.encode("a b") == made.encode("a b").ids
+
+
+UNIGRAM = models.Unigram([("<unk>", 0.0), ("▁", -1.0), ("▁a", -1.0), ("b", -2.0)], unk_id=0)
+WORDS = models.WordLevel({"[UNK]": 0, "a": 1, "b": 2}, unk_token="[UNK]")
+LETTERS = models.BPE({"<unk>": 0, "a": 1, "b": 2, " ": 3}, [], unk_token="<unk>", fuse_unk=True)
+
+
+@pytest.mark.parametrize(
+    ("model", "parts", "text", "lost"),
+    [
+        (
+            WORDS,
+            {"pre_tokenizer": pre_tokenizers.Whitespace()},
+            "a  b é a",
+            len(b"   ") + 1 + len("é".encode()),
+        ),
+        (WORDS, {"pre_tokenizer": pre_tokenizers.WhitespaceSplit()}, "a b", 1),
+        (LETTERS, {}, "a你好b", 6),
+        (LETTERS, {"normalizer": normalizers.Strip()}, "  a b ", 3),
+        (UNIGRAM, {"pre_tokenizer": pre_tokenizers.Metaspace()}, " a bé", 2),
+        (UNIGRAM, {"pre_tokenizer": pre_tokenizers.Metaspace()}, "a bb a", 0),
+    ],
+)
+def test_bytes_that_no_token_stands_for_are_counted(model, parts, text, lost):
+    made = hf.Tokenizer(model)
+    for name, part in parts.items():
+        setattr(made, name, part)
+    assert Tokenizer(made).count_lost(text) == lost
+    assert Tokenizer(made).count_lost("") == 0
+
+
+@pytest.mark.parametrize("lossy", [False, True])
+def test_byte_level_loses_nothing_unless_a_part_drops_text(lossy):
+    made = hf.Tokenizer.from_str(BPE.to_json())
+    made.normalizer = normalizers.NFC()
+    made.post_processor = processors.ByteLevel(trim_offsets=True)
+    if lossy:
+        made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split("x", "removed"), made.pre_tokenizer])
+    assert Tokenizer(made).count_lost("the x  cafe\u0301\n 東") == int(lossy)
+    assert BPE.count_lost("the x  cafe\u0301\n 東") == 0
+    made.normalizer = None
+    assert Tokenizer(made).count_lost("axa") == int(lossy)

@@ -61,6 +61,13 @@ def test_kind_file_loads(tmp_path):
     assert train_tokenizer(config, []).fingerprint == load_tokenizer(tmp_path).fingerprint == made.fingerprint
 
 
+def test_a_path_implies_its_kind():
+    assert validate(TokenizerConfig, {"path": "x"}).kind == "file"
+    assert validate(TokenizerConfig, {"path": "x", "vocab_size": 300}).kind == "file"
+    assert validate(TokenizerConfig, {"path": None}).kind == validate(TokenizerConfig, {}).kind == "bpe"
+    assert validate(TokenizerConfig, {"path": "x"}).replace(path="y").path == "y"
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [

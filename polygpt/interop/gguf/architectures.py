@@ -15,8 +15,8 @@ import numpy as np
 from polygpt.interop.architecture import Architecture, Fields, Heads, Rule, Setting, flag, required
 from polygpt.interop.gguf.rope import FACTORS, read_rope, write_rope
 from polygpt.interop.names import Layout, affine
-from polygpt.interop.settings import Settings
 from polygpt.interop.weights import TensorInfo
+from polygpt.settings import Settings
 
 HEAD, EMBEDDING, ROPE_FREQS = "output.weight", "token_embd.weight", "rope_freqs.weight"
 PSEUDO = "tensors."

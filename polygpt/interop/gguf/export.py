@@ -21,12 +21,11 @@ from polygpt.interop.gguf.container import shortest
 from polygpt.interop.gguf.experts import stack, stacked_name
 from polygpt.interop.gguf.reading import read_fields
 from polygpt.interop.gguf.rope import FACTORS
-from polygpt.interop.gguf.tokenizer_out import write_text
 from polygpt.interop.names import ForeignTensor, foreign_tensors
-from polygpt.interop.settings import Settings
 from polygpt.interop.weights import written_tensors
 from polygpt.model import ModelConfig, Params, model_of
-from polygpt.tokenizers import Tokenizer
+from polygpt.settings import Settings
+from polygpt.tokenizers import Tokenizer, write_gguf_text
 
 # Our name of a type -> the type of matrices, and its number in `general.file_type`.
 DTYPES = {
@@ -77,7 +76,7 @@ def export_gguf(
     settings = architecture.write(config)
     metadata = _general(path.stem, dtype, facts or {})
     metadata |= {f"{architecture.name}.{name}": v for name, v in settings.items() if not name.startswith(PSEUDO)}
-    metadata |= write_text(tokenizer, config.vocab_size - config.vocab_padding, stop_tokens, chat_template)
+    metadata |= write_gguf_text(tokenizer, config.vocab_size - config.vocab_padding, stop_tokens, chat_template)
     tensors = foreign_tensors(model_of(config), architecture.names, architecture.layout)
     factors = {ROPE_FREQS: settings[FACTORS]} if FACTORS in settings else {}
     shapes = {name: values.shape for name, values in factors.items()} | _shapes(tensors)

@@ -14,12 +14,12 @@ from polygpt.interop.architecture import Architecture
 from polygpt.interop.gguf.architectures import ARCHITECTURES, EMBEDDING, HEAD, PSEUDO, ROPE_FREQS, tensor_settings
 from polygpt.interop.gguf.container import DTYPES, MAGIC, GGUFFile
 from polygpt.interop.gguf.experts import Unstacked
-from polygpt.interop.gguf.tokenizer_in import read_text
 from polygpt.interop.names import foreign_tensors
-from polygpt.interop.settings import Settings
 from polygpt.interop.stored import StoredModel
 from polygpt.interop.weights import check_counts, check_tensors, read_params
 from polygpt.model import ModelConfig, model_of
+from polygpt.settings import Settings
+from polygpt.tokenizers import read_gguf_text
 
 _ROPE_FREQS_LIMIT = 1 << 12
 _NOT_WEIGHTS = r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd|blk\.\d+\.attn\.rot_embd"
@@ -50,7 +50,7 @@ def open_gguf(path: Path) -> StoredModel:
     config = validate(ModelConfig, read_fields(architecture, settings), file.where)
     tensors = foreign_tensors(model_of(config), architecture.names, architecture.layout)
     check_tensors(source, tensors, rf"{_NOT_WEIGHTS}|output\.weight" if config.head == "tied" else _NOT_WEIGHTS, DTYPES)
-    text = read_text(file.metadata, file.where)
+    text = read_gguf_text(file.metadata, file.where)
     if text.tokenizer is not None and text.tokenizer.vocab_size > config.vocab_size:
         raise RequestError(f"{path}: {text.tokenizer.vocab_size} tokens, but {EMBEDDING} has {config.vocab_size} rows")
     facts = {"format": "gguf", "architecture": architecture.name, "source": str(path)}

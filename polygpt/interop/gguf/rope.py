@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from polygpt.interop.architecture import Fields
-from polygpt.interop.settings import Settings
+from polygpt.settings import Settings
 
 FACTORS = "tensors.rope_freqs"  # a pseudo-setting (see `architectures.py`): float32 [H/2], or None
 _LLAMA3_CONTEXT = 8192  # Llama 3's before it was extended

@@ -16,9 +16,9 @@ from polygpt.interop.huggingface.card import model_card
 from polygpt.interop.huggingface.folder import ARCHITECTURES, CONFIG, read_fields, tensors_of
 from polygpt.interop.huggingface.safetensors_files import SHARD_BYTES, write_safetensors
 from polygpt.interop.huggingface.text_files import CHAT_TEMPLATE, write_json, write_text_files
-from polygpt.interop.settings import Settings
 from polygpt.interop.weights import written_tensors
 from polygpt.model import ModelConfig, Params
+from polygpt.settings import Settings
 from polygpt.tokenizers import Tokenizer
 
 

@@ -18,10 +18,10 @@ from polygpt.interop.huggingface.llama import LLAMAS
 from polygpt.interop.huggingface.safetensors_files import SafetensorsFolder
 from polygpt.interop.huggingface.text_files import read_chat_template, read_stop_tokens, read_tokenizer
 from polygpt.interop.names import ForeignTensor, foreign_tensors
-from polygpt.interop.settings import Settings, read_json
 from polygpt.interop.stored import StoredModel
 from polygpt.interop.weights import TensorSource, check_counts, check_tensors, read_params
 from polygpt.model import ModelConfig, model_of
+from polygpt.settings import Settings, read_json
 
 CONFIG = "config.json"
 ARCHITECTURES: dict[str, Architecture] = {architecture.name: architecture for architecture in (GPT2, *LLAMAS)}

@@ -7,7 +7,7 @@ from typing import Any
 from polygpt.interop.architecture import Architecture, Fields, Heads, Rule, Setting, flag, required, written
 from polygpt.interop.huggingface.rules import QUERY_KEY_VALUE, TIED, Activation, LayerWindows, Rope
 from polygpt.interop.names import affine
-from polygpt.interop.settings import Settings
+from polygpt.settings import Settings
 
 _L = "model.layers.{layer}."
 _EMBEDDING = {

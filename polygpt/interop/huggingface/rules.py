@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from polygpt.interop.architecture import Fields, flag
-from polygpt.interop.settings import Settings
+from polygpt.settings import Settings
 
 # transformers' name -> ours. Names that share one of ours are the same function.
 ACTIVATIONS = {

@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from polygpt.errors import RequestError
-from polygpt.interop.settings import read_json, unique
 from polygpt.interop.weights import FLOATS, TensorInfo
+from polygpt.settings import read_json, unique
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000

@@ -6,47 +6,32 @@ import json
 from pathlib import Path
 from typing import Any
 
-import tokenizers as hf
-
 from polygpt.errors import RequestError
-from polygpt.interop.settings import LIMIT, Settings, read_json
-from polygpt.tokenizers import Tokenizer, load_tokenizer
+from polygpt.settings import LIMIT, Settings, read_json
+from polygpt.tokenizers import Tokenizer, has_tokenizer, load_tokenizer
 
 TOKENIZER, TOKENIZER_CONFIG, GENERATION = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
+_ROLES = ("bos_token", "eos_token", "pad_token")
 
 
 def read_tokenizer(folder: Path) -> Tokenizer | None:
-    """The folder's tokenizer.json, or GPT-2's vocab.json and merges.txt, or None.
+    """The folder's tokenizer, if it has one; the ids in the model's configuration fill in roles that it does not name.
 
     Raises:
         RequestError: there is one and it cannot be used.
     """
-    if (folder / TOKENIZER).is_file():
-        return load_tokenizer(folder)
-    vocab, merges = folder / "vocab.json", folder / "merges.txt"
-    if not (vocab.is_file() and merges.is_file()):
+    if not has_tokenizer(folder):
         return None
-    return load_byte_level_bpe(vocab, merges)
-
-
-def load_byte_level_bpe(vocab: Path, merges: Path) -> Tokenizer:
-    """GPT-2's tokenizer from its two files (Radford et al. 2019); its last token ends a text.
-
-    Raises:
-        RequestError: a file is not what its name says.
-    """
-    ids = read_json(vocab)
-    try:
-        lines = [line for line in merges.read_text(encoding="utf-8").split("\n") if line and line[:9] != "#version:"]
-        pairs = [(first, second) for first, second in (line.split(" ") for line in lines)]
-        tokenizer = hf.Tokenizer(hf.models.BPE(ids, pairs))
-    except Exception as error:  # the library raises plain Exceptions
-        raise RequestError(f"{merges}: not the merges of {vocab.name} ({str(error).splitlines()[0]})") from None
-    tokenizer.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = hf.decoders.ByteLevel()
-    tokenizer.add_special_tokens([token for token in ids if token.startswith("<|") and token.endswith("|>")])
-    return Tokenizer(tokenizer)
+    roles: dict[str, int] = {}
+    for path in (folder / "config.json", folder / GENERATION):
+        values = read_json(path) if path.is_file() else {}
+        for role in _ROLES:
+            number = values.get(f"{role}_id")
+            number = number[0] if isinstance(number, list) and number else number
+            if type(number) is int:
+                roles[role] = number
+    return load_tokenizer(folder, roles)
 
 
 def read_stop_tokens(folder: Path, settings: Settings) -> tuple[int, ...]:
@@ -74,25 +59,29 @@ def read_chat_template(folder: Path) -> str | None:
 
 
 def write_text_files(folder: Path, tokenizer: Tokenizer, context_length: int, stop_tokens: tuple[int, ...]) -> None:
-    """Writes the tokenizer and what transformers wants to know of it."""
+    """Writes the tokenizer and what transformers needs to know about it."""
     tokenizer.save(folder / TOKENIZER)
     names = {number: token for token, number in tokenizer.special_tokens.items()}
     end = names.get(tokenizer.end_of_text)
-    first = names.get(tokenizer.start[0]) if tokenizer.start else None
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context_length,
         "clean_up_tokenization_spaces": False,
         "eos_token": end,
-        "bos_token": first or end,
+        "bos_token": names.get(tokenizer.start[0]) if tokenizer.start else end,
+        **tokenizer.roles,
     }
     write_json(folder / TOKENIZER_CONFIG, {name: value for name, value in settings.items() if value is not None})
     stops = [*dict.fromkeys([*stop_tokens, *([] if tokenizer.end_of_text is None else [tokenizer.end_of_text])])]
+    ids = {f"{role}_id": tokenizer.role(role) for role in _ROLES}
     if stops:
-        bos = tokenizer.start[0] if tokenizer.start else stops[0]
-        ids = {"eos_token_id": stops if len(stops) > 1 else stops[0], "bos_token_id": bos}
+        ids["eos_token_id"] = stops if len(stops) > 1 else stops[0]
+        ids["bos_token_id"] = next(i for i in (ids["bos_token_id"], *tokenizer.start, stops[0]) if i is not None)
+    ids = {name: number for name, number in ids.items() if number is not None}
+    if ids:
         write_json(folder / GENERATION, ids)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes `value` as indented JSON."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

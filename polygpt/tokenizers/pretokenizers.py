@@ -1,7 +1,7 @@
-"""How a text is cut before byte-level BPE: what `tokenizer.ggml.pre` names, as a part of a `tokenizer.json`.
+"""How published models split a text before byte-level BPE, under the names of GGUF's `tokenizer.ggml.pre`.
 
-llama.cpp has a list of regular expressions for each name (src/llama-vocab.cpp); each cuts what the one before it has
-left. Where the model's own tokenizer.json says the same in the library's words, its words are used.
+llama.cpp has a list of regular expressions for each name (src/llama-vocab.cpp), each applied to the pieces that the one
+before it leaves. Where a model's own tokenizer.json does the same with other parts of the library, those are used.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)
 
 
 class PreTokenizer(NamedTuple):
-    """What a name stands for.
+    """How one family of models splits a text.
 
     Attributes:
-        steps: of the pre-tokenizer.
-        nfc: the text is brought into Unicode's composed form first.
-        ignore_merges: a word that is a token is that token, whatever its merges give.
-        start: a start token comes first where the file does not say.
+        steps: the pre-tokenizers, in order.
+        nfc: whether the text is normalised to NFC first.
+        ignore_merges: whether a word that is a token becomes that token, whatever the merges give.
+        start: whether a start token is put before a text if the file does not say.
     """
 
     steps: tuple[Any, ...]
@@ -35,7 +35,7 @@ class PreTokenizer(NamedTuple):
     start: bool = False
 
     def apply(self, made: hf.Tokenizer) -> None:
-        """Sets the parts of a tokenizer; its `ignore_merges` is the model's own."""
+        """Sets the normalizer and pre-tokenizer of `made`; `ignore_merges` belongs to its model."""
         made.pre_tokenizer = self.steps[0] if len(self.steps) == 1 else pre_tokenizers.Sequence(list(self.steps))
         if self.nfc:
             made.normalizer = normalizers.NFC()
@@ -51,7 +51,7 @@ def _bytes(use_regex: bool) -> Any:
 
 _PLAIN = PreTokenizer((_bytes(True),))
 _DIGITS = PreTokenizer((pre_tokenizers.Digits(individual_digits=True), _bytes(True)))
-# What llama.cpp does where it is told nothing.
+# What llama.cpp does without a name.
 _DEFAULT = PreTokenizer(
     (
         *map(_split, (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
@@ -61,7 +61,7 @@ _DEFAULT = PreTokenizer(
 _LLAMA3_PRE = PreTokenizer((_split(_LLAMA3), _bytes(False)), ignore_merges=True, start=True)
 _QWEN2_PRE = PreTokenizer((_split(_QWEN2), _bytes(False)), nfc=True)
 
-# The first of a kind is the name that is written.
+# Export writes the first name that fits.
 PRE_TOKENIZERS: dict[str, PreTokenizer] = {
     "gpt-2": _PLAIN,
     "mpt": _PLAIN,

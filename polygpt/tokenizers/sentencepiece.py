@@ -1,9 +1,8 @@
-"""SentencePiece's BPE from pieces and scores, as one `tokenizer.json`.
+"""SentencePiece's BPE from pieces and scores, as a tokenizer of the `tokenizers` library.
 
-SentencePiece merges, again and again, the two neighbours that together are the piece of the best score (Kudo &
-Richardson 2018). The `tokenizers` library merges by rank: a rank for each way of cutting a piece in two, the best
-score first, chooses the same. (Where two cuts of one piece overlap in a run of one character, SentencePiece takes the
-left one and the library the one of the better rank.)
+SentencePiece repeatedly merges the two neighbours that form the piece with the best score (Kudo & Richardson 2018). The
+library merges by rank: ranking every way of cutting every piece in two, best score first, chooses the same. (Where two
+cuts of one piece overlap in a run of one character, SentencePiece takes the left one, the library the better ranked.)
 """
 
 from __future__ import annotations
@@ -16,13 +15,13 @@ import tokenizers as hf
 
 from polygpt.errors import RequestError
 
-SPACE = "▁"  # what a space is written as
-_LONGEST = 256  # characters of a piece; SentencePiece's own limit is 16, and each place is tried
+SPACE = "▁"  # how a space is written
+_LONGEST = 256  # characters of a piece; SentencePiece's own limit is 16, and every cut is tried
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 class PieceKind(IntEnum):
-    """What a piece is; the numbers are those of SentencePiece and of GGUF."""
+    """The kind of a piece; the numbers are those of SentencePiece and of GGUF."""
 
     NORMAL = 1
     UNKNOWN = 2
@@ -40,30 +39,27 @@ def score_bpe(
     space_prefix: bool = True,
     start: int | None = None,
 ) -> hf.Tokenizer:
-    """The tokenizer of `pieces`, whose places are their ids.
+    """The tokenizer of `pieces`, whose positions are their ids.
 
     Args:
         pieces: distinct; spaces are written as `SPACE`, the byte 10 as `<0x0A>`.
-        scores: of the same length.
-        kinds: a `PieceKind` each; only normal pieces come of merging.
+        scores: one for each piece.
+        kinds: a `PieceKind` for each; only normal pieces are merged.
         space_prefix: a text is encoded as if it began with one more space, and decoded without it.
-        start: the id put before a text.
+        start: the id to put before a text.
 
     Raises:
-        RequestError: the pieces make no tokenizer.
+        RequestError: the pieces do not make a tokenizer.
     """
     longest = max(map(len, pieces), default=0)
     if longest > _LONGEST:
-        raise RequestError(
-            f"the pieces make no tokenizer (one has {longest:,} characters; at most {_LONGEST} are read)"
-        )
+        raise RequestError(f"the pieces make no tokenizer (one has {longest:,} characters; the limit is {_LONGEST})")
     unknown = next((piece for piece, kind in zip(pieces, kinds, strict=True) if kind == PieceKind.UNKNOWN), None)
     vocab = {piece: i for i, piece in enumerate(pieces)}
-    bytes_too = sum(_BYTE.fullmatch(piece) is not None for piece in pieces) == 256
+    has_bytes = sum(_BYTE.fullmatch(piece) is not None for piece in pieces) == 256
+    merges = _merges(pieces, scores, kinds)
     try:
-        model = hf.models.BPE(
-            vocab, _merges(pieces, scores, kinds), unk_token=unknown, fuse_unk=True, byte_fallback=bytes_too
-        )
+        model = hf.models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=has_bytes)
     except Exception as error:  # the library raises plain Exceptions
         raise RequestError(f"the pieces make no tokenizer ({str(error).splitlines()[0]})") from None
     made = hf.Tokenizer(model)
@@ -74,20 +70,20 @@ def score_bpe(
     made.decoder = hf.decoders.Sequence(steps)
     add_tokens(made, pieces, kinds)
     if start is not None:
-        begin_with(made, pieces[start], start)
+        put_before(made, pieces[start], start)
     return made
 
 
 def add_tokens(made: hf.Tokenizer, pieces: Sequence[str], kinds: Sequence[int]) -> None:
-    """Tells the tokenizer which of its tokens are special and which stand for their own text wherever it occurs."""
-    for piece, kind in zip(pieces, kinds, strict=True):  # in order: those that are not in the vocabulary get ids by it
-        if piece and kind in (PieceKind.UNKNOWN, PieceKind.CONTROL):
-            made.add_special_tokens([hf.AddedToken(piece, special=True, normalized=False)])
-        elif piece and kind == PieceKind.USER_DEFINED:
-            made.add_tokens([hf.AddedToken(piece, special=False, normalized=False)])
+    """Marks control tokens as special, and user-defined ones as matched wherever a text contains them."""
+    for piece, kind in zip(pieces, kinds, strict=True):  # in order: tokens outside the vocabulary get the next ids
+        special = kind in (PieceKind.UNKNOWN, PieceKind.CONTROL)
+        if piece and (special or kind == PieceKind.USER_DEFINED):
+            add = made.add_special_tokens if special else made.add_tokens
+            add([hf.AddedToken(piece, special=special, normalized=False)])
 
 
-def begin_with(made: hf.Tokenizer, piece: str, number: int) -> None:
+def put_before(made: hf.Tokenizer, piece: str, number: int) -> None:
     """Puts the token `piece`, whose id is `number`, before every text.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A GGUF file's tokenizer, as one `tokenizer.json`: byte-level BPE (`gpt2`) or SentencePiece's BPE (`llama`)."""
+"""The tokenizer of a GGUF file: byte-level BPE (`gpt2`) or SentencePiece's BPE (`llama`)."""
 
 from __future__ import annotations
 
@@ -10,33 +10,34 @@ from typing import Any, NamedTuple
 import tokenizers as hf
 
 from polygpt.errors import RequestError, suggest
-from polygpt.interop.gguf.pretokenizers import PRE_TOKENIZERS, PreTokenizer
-from polygpt.interop.score_bpe import PieceKind, add_tokens, begin_with, score_bpe
-from polygpt.interop.settings import Settings
-from polygpt.tokenizers import Tokenizer
+from polygpt.settings import Settings
+from polygpt.tokenizers.pretokenizers import PRE_TOKENIZERS, PreTokenizer
+from polygpt.tokenizers.sentencepiece import PieceKind, add_tokens, put_before, score_bpe
+from polygpt.tokenizers.tokenizer import Tokenizer
 
 PREFIX = "tokenizer.ggml."
-# llama.cpp wants merges where there are none, too: this one never applies, as no character has these names.
+# llama.cpp requires at least one merge. This one never applies: no token is called that.
 NO_MERGE = "<none> <none>"
-PADDING = "[PAD{}]"  # a token for ids that have none
+PADDING = "[PAD{}]"  # the token of an id that has none
 ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
+ROLES = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "pad_token": "padding_token_id"}
 _ADDED = (PieceKind.UNKNOWN, PieceKind.CONTROL, PieceKind.USER_DEFINED)
 _BYTE_LEVEL = hf.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 
 
-class Text(NamedTuple):
-    """What a file says of text."""
+class GGUFText(NamedTuple):
+    """What the metadata of a file say about text."""
 
     tokenizer: Tokenizer | None
     stop_tokens: tuple[int, ...]
     chat_template: str | None
 
 
-def read_text(metadata: Mapping[str, Any], where: str) -> Text:
-    """The tokenizer (None where the file says that it has none), the ids that end a text, the chat template.
+def read_gguf_text(metadata: Mapping[str, Any], where: str) -> GGUFText:
+    """The tokenizer (None if the file says that it has none), the ids that end a text, the chat template.
 
     Raises:
-        RequestError: the tokenizer is of a kind that is not known, or damaged; the key is named.
+        RequestError: the tokenizer is damaged or of an unknown kind; the key is named.
     """
     own = {key.removeprefix(PREFIX): value for key, value in metadata.items() if key.startswith(PREFIX)}
     settings = Settings(own, where, PREFIX)
@@ -44,19 +45,20 @@ def read_text(metadata: Mapping[str, Any], where: str) -> Text:
     template = template if isinstance(template, str) else None
     kind = settings.take("model", str, "none")
     if kind in ("none", "no_vocab"):
-        return Text(None, (), template)
+        return GGUFText(None, (), template)
     if kind not in _KINDS:
-        raise settings.error(f"'model' is {kind!r}, a tokenizer that is not known; {suggest(kind, _KINDS)}")
+        raise settings.error(f"'model' is {kind!r}, an unknown kind of tokenizer; {suggest(kind, _KINDS)}")
     vocabulary = _vocabulary(settings)
     made = _KINDS[kind](settings, vocabulary)
     settings.ignore("add_eos_token", "add_sep_token", "add_space_prefix", "token_type_count", "scores", "pre")
     settings.ignore("remove_extra_whitespaces")  # of byte-level BPE
     settings.ignore(*(name for name in own if name.endswith("_token_id")))
     settings.finish()
+    ids = range(len(vocabulary.tokens))
     ends = (settings.take(name, int, None) for name in ENDS)
-    stops = dict.fromkeys(number for number in ends if number is not None and 0 <= number < len(vocabulary.tokens))
+    roles = {role: settings.take(key, int, None) for role, key in ROLES.items()}
     try:
-        return Text(Tokenizer(made), tuple(stops), template)
+        return GGUFText(Tokenizer(made, roles), tuple(dict.fromkeys(end for end in ends if end in ids)), template)
     except RequestError as error:
         raise RequestError(f"{where}: {error}") from None
 
@@ -73,8 +75,8 @@ def _vocabulary(settings: Settings) -> _Vocabulary:
         raise settings.error(f"'token_type' has {len(kinds)} entries for {len(tokens)} tokens")
     strange = next((kind for kind in kinds if kind not in set(PieceKind)), None)
     if strange is not None:
-        raise settings.error(f"'token_type' has an entry {strange}, which is not known")
-    # Ids that a file was filled up with have no token here.
+        raise settings.error(f"'token_type' has an entry {strange}, an unknown kind")
+    # The ids that pad a vocabulary to a round number have no token here.
     while tokens and kinds[-1] == PieceKind.UNUSED and tokens[-1] == PADDING.format(len(tokens) - 1):
         del tokens[-1], kinds[-1]
     if len(set(tokens)) < len(tokens):
@@ -94,22 +96,22 @@ def _list(settings: Settings, name: str, kind: type, default: list | None = None
 
 
 def _start(settings: Settings, vocabulary: _Vocabulary, default: bool) -> int | None:
-    """The id that comes before a text, if one does."""
+    """The id that is put before a text, if any."""
     number = settings.take("bos_token_id", int, None)
     if not settings.take("add_bos_token", bool, default) or number is None:
         return None
     if not 0 <= number < len(vocabulary.tokens):
-        raise settings.error(f"'bos_token_id' is {number}, where there are {len(vocabulary.tokens)} tokens")
+        raise settings.error(f"'bos_token_id' is {number}, but there are {len(vocabulary.tokens)} tokens")
     return number
 
 
 def _sentencepiece(settings: Settings, vocabulary: _Vocabulary) -> hf.Tokenizer:
     scores = _list(settings, "scores", float)
     if len(scores) < len(vocabulary.tokens) or not all(map(math.isfinite, scores)):
-        raise settings.error("'scores' must have a finite number for each token")
-    settings.require("remove_extra_whitespaces", False, "only texts that stay as they are, are known here")
-    settings.require("precompiled_charsmap", None, "only texts that stay as they are, are known here")
-    settings.ignore("merges")  # a few converters write what follows from the scores
+        raise settings.error("'scores' must be one finite number for each token")
+    settings.require("remove_extra_whitespaces", False, "text normalisation is not supported")
+    settings.require("precompiled_charsmap", None, "text normalisation is not supported")
+    settings.ignore("merges")  # written by a few converters; they follow from the scores
     kinds = list(vocabulary.kinds)
     unknown = settings.take("unknown_token_id", int, 0)
     if PieceKind.UNKNOWN not in kinds and 0 <= unknown < len(kinds):
@@ -125,7 +127,7 @@ def _sentencepiece(settings: Settings, vocabulary: _Vocabulary) -> hf.Tokenizer:
 def _byte_level(settings: Settings, vocabulary: _Vocabulary) -> hf.Tokenizer:
     name = settings.take("pre", str, "default")
     if name not in PRE_TOKENIZERS:
-        raise settings.error(f"'pre' is {name!r}, a way of cutting text that is not known; known: {_KNOWN}")
+        raise settings.error(f"'pre' is {name!r}, an unknown way of splitting text; known: {_KNOWN}")
     pre = PRE_TOKENIZERS[name]
     merges = [_pair(settings, merge) for merge in _list(settings, "merges", str) if merge != NO_MERGE]
     characters = _characters(vocabulary)
@@ -136,12 +138,12 @@ def _byte_level(settings: Settings, vocabulary: _Vocabulary) -> hf.Tokenizer:
     add_tokens(made, *vocabulary)
     start = _start(settings, vocabulary, default=pre.start)
     if start is not None:
-        begin_with(made, vocabulary.tokens[start], start)
+        put_before(made, vocabulary.tokens[start], start)
     return made
 
 
 def _bpe(vocabulary: _Vocabulary, merges: Sequence[tuple[str, str]], pre: PreTokenizer) -> hf.Tokenizer:
-    # Special tokens at the end are added to the vocabulary, as they are where a tokenizer is trained.
+    # Special tokens at the end are added beside the model's vocabulary, as training a tokenizer does.
     merged = {"", *(part for first, second in merges for part in (first, second, first + second))}
     size = len(vocabulary.tokens)
     while size and vocabulary.kinds[size - 1] in _ADDED and vocabulary.tokens[size - 1] not in merged:
@@ -149,7 +151,7 @@ def _bpe(vocabulary: _Vocabulary, merges: Sequence[tuple[str, str]], pre: PreTok
     vocab = {token: i for i, token in enumerate(vocabulary.tokens[:size])}
     made = hf.Tokenizer(hf.models.BPE(vocab, list(merges), ignore_merges=pre.ignore_merges))
     pre.apply(made)
-    if not merges:  # wherever it is cut; our kind `byte` does without
+    if not merges:  # then splitting changes nothing; kind `byte` does without
         made.pre_tokenizer = _BYTE_LEVEL
     made.decoder = hf.decoders.ByteLevel()
     return made
@@ -158,24 +160,24 @@ def _bpe(vocabulary: _Vocabulary, merges: Sequence[tuple[str, str]], pre: PreTok
 def _pair(settings: Settings, merge: str) -> tuple[str, str]:
     first, blank, second = merge[1:].partition(" ")
     if not blank or not second:
-        raise settings.error(f"'merges' has {merge!r}, which is not two tokens with a space between")
+        raise settings.error(f"'merges' has {merge!r}, which is not two tokens separated by a space")
     return merge[:1] + first, second
 
 
 def _characters(vocabulary: _Vocabulary) -> dict[str, int] | None:
-    """The ids of single characters, where every token is one and not all bytes are tokens: our kind `char`."""
+    """The ids of characters, if every token is one and not every byte has a token: that is kind `char`."""
     normal = [i for i, kind in enumerate(vocabulary.kinds) if kind == PieceKind.NORMAL]
     spelled = {vocabulary.tokens[i]: i for i in normal}
     if not normal or max(map(len, spelled)) > 4 or spelled.keys() >= set(hf.pre_tokenizers.ByteLevel.alphabet()):
         return None
     decoder = hf.decoders.ByteLevel()
     found = {decoder.decode([token]): i for token, i in spelled.items()}
-    right = all(len(char) == 1 and spell(char) in spelled for char in found) and len(found) == len(spelled)
-    return found if right else None
+    exact = all(len(char) == 1 and spell(char) in spelled for char in found) and len(found) == len(spelled)
+    return found if exact else None
 
 
 def characters_only(vocab: Mapping[str, int]) -> hf.Tokenizer:
-    """A tokenizer of single characters, as our kind `char` has it."""
+    """A tokenizer of single characters: kind `char`."""
     made = hf.Tokenizer(hf.models.BPE(vocab=dict(vocab), merges=[]))
     made.decoder = hf.decoders.Fuse()
     return made

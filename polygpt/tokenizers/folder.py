@@ -1,0 +1,84 @@
+"""Reading a tokenizer from files: tokenizer.json, or vocab.json with merges.txt, and the configuration beside them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers as hf
+
+from polygpt.errors import RequestError
+from polygpt.settings import read_json
+from polygpt.tokenizers.tokenizer import CONFIG_FILE, FILE, Tokenizer
+from polygpt.tokenizers.vocab_merges import MERGES, VOCAB, read_vocab_and_merges
+
+
+def load_tokenizer(path: str | Path, roles: Mapping[str, Any] | None = None) -> Tokenizer:
+    """The tokenizer in `path`: a tokenizer.json, or a folder with one or with vocab.json and merges.txt.
+
+    A folder's tokenizer_config.json and special_tokens_map.json say which tokens begin and end a text and pad it.
+
+    Args:
+        path: the file or folder.
+        roles: what else is known of them, as for `Tokenizer`; the folder's own files come first.
+
+    Raises:
+        RequestError: there is none, or a file is damaged.
+    """
+    path = Path(path).expanduser()
+    folder = path if path.is_dir() else path.parent
+    beside = _read_roles(folder) if path.is_dir() or path.name == FILE else {}
+    if path.is_dir() and not has_tokenizer(path):
+        raise RequestError(f"{path}: this folder holds no {FILE}, nor {VOCAB} with {MERGES}")
+    if path.is_dir() and not (path / FILE).is_file():
+        made, beside = read_vocab_and_merges(path, beside)
+        path = path / VOCAB
+    else:
+        path = path / FILE if path.is_dir() else path
+        made = _read_file(path)
+    try:
+        return Tokenizer(made, {**(roles or {}), **beside})
+    except RequestError as error:
+        raise RequestError(f"{path}: {error}") from None
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether `load_tokenizer` finds the files it needs in `folder`."""
+    return (folder / FILE).is_file() or all((folder / name).is_file() for name in (VOCAB, MERGES))
+
+
+def _read_roles(folder: Path) -> dict[str, Any]:
+    """The roles that the folder's files give to tokens, as transformers reads them."""
+    config: dict[str, Any] = {}
+    older: dict[str, Any] = {}
+    if (folder / CONFIG_FILE).is_file():
+        config = read_json(folder / CONFIG_FILE)
+    if (folder / "special_tokens_map.json").is_file() and "added_tokens_decoder" not in config:
+        older = read_json(folder / "special_tokens_map.json")
+    both = {**config, **older}
+    return {name: value for name, value in both.items() if name.endswith("_token") and type(value) is not bool}
+
+
+def _read_file(path: Path) -> hf.Tokenizer:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RequestError(f"{path}: no such file; give a {FILE}, or a folder that holds one") from None
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{path}: not JSON ({error})") from None
+    try:
+        return hf.Tokenizer.from_str(text)
+    except Exception as error:  # the library raises plain Exceptions
+        _check_json(text, path)
+        raise RequestError(f"{path}: not a {FILE} ({str(error).splitlines()[0]})") from None
+
+
+def _check_json(text: str, path: Path) -> None:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{path}: not JSON ({str(error).splitlines()[0]})") from None
