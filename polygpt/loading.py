@@ -112,9 +112,7 @@ def find(name: str | Path, warn: Warn = warnings.warn) -> StoredModel:
         return open_huggingface(fetch(str(name)))
     path = Path(name).expanduser()
     if path.is_dir():
-        if is_huggingface(path) and not (path / CONFIG).exists():
-            return open_huggingface(path)
-        return _open_own(path, warn)
+        return open_huggingface(path) if _is_foreign(path) else _open_own(path, warn)
     if path.is_file():
         return _open_file(path)
     if str(name) in PRESETS:
@@ -124,6 +122,22 @@ def find(name: str | Path, warn: Warn = warnings.warn) -> StoredModel:
     if not hint.startswith("did you mean"):
         hint = "name a run's folder, a folder or file of weights, hf:owner/name, or a preset (polygpt presets)"
     raise RequestError(f"no model '{name}'; {hint}")
+
+
+def _is_foreign(folder: Path) -> bool:
+    """Whether a folder is a Hugging Face model's. A stray config.yaml or config.json beside a model does not matter.
+
+    Raises:
+        RequestError: it holds a model of ours as well.
+    """
+    ours = (folder / CONFIG).exists() and (folder / CHECKPOINTS).is_dir()
+    theirs = is_huggingface(folder) and any(folder.glob("*.safetensors"))
+    if ours and theirs:
+        raise RequestError(
+            f"{folder}: two models in one folder: {CONFIG} with {CHECKPOINTS}/, and config.json with *.safetensors;\n"
+            "move one of them to a folder of its own"
+        )
+    return theirs or (is_huggingface(folder) and not (folder / CONFIG).exists())
 
 
 def _drawn(config: ModelConfig, on_progress: Callable[[int], None], weights: WeightType | None = None) -> Params:

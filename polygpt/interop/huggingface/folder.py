@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -79,17 +80,23 @@ def find_architecture(settings: Settings) -> Architecture:
     Raises:
         RequestError: it is unknown.
     """
-    named = settings.get("architectures") or []
+    named, model_type = settings.get("architectures") or [], settings.get("model_type")
+    by_name = by_type = _TYPES.get(model_type) if isinstance(model_type, str) else None
     if isinstance(named, list) and named and isinstance(named[0], str):
-        if named[0] in ARCHITECTURES:
-            return ARCHITECTURES[named[0]]
-        raise settings.error(f"the architecture {named[0]} is not known; {suggest(named[0], ARCHITECTURES)}")
-    model_type = settings.get("model_type")
-    # A few old files name neither, and no other architecture has GPT-2's settings.
-    architecture = _TYPES.get(model_type) or (GPT2 if model_type is None and "n_embd" in settings.values else None)
+        # A file of the bare decoder names its class: LlamaModel, GPT2Model.
+        by_name = next((a for a in ARCHITECTURES.values() if named[0] in (a.name, _decoder_class(a))), None)
+        if by_name is None:
+            raise settings.error(f"the architecture {named[0]} is not known; {suggest(named[0], ARCHITECTURES)}")
+    # Of two, transformers follows the type. A few old files have neither, and only GPT-2 has its settings.
+    old = GPT2 if model_type is None and "n_embd" in settings.values else None
+    architecture = by_type or by_name or old
     if architecture is None:
         raise settings.error(f"the model type {model_type!r} is not known; {suggest(str(model_type), _TYPES)}")
     return architecture
+
+
+def _decoder_class(architecture: Architecture) -> str:
+    return re.sub("(ForCausalLM|LMHeadModel)$", "Model", architecture.name)
 
 
 def read_fields(architecture: Architecture, settings: Settings) -> dict[str, Any]:
@@ -98,6 +105,8 @@ def read_fields(architecture: Architecture, settings: Settings) -> dict[str, Any
     Raises:
         RequestError: a setting is unknown, missing, or asks for something that does not exist here.
     """
+    settings.require("pruned_heads", {}, "models with pruned heads are not supported")
+    settings.require("add_cross_attention", False, "cross attention is not supported")
     settings.ignore(*(key for key in settings.values if is_ignored(key, architecture.model_type)))
     return architecture.read(settings)
 

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-from polygpt.interop.architecture import Architecture, Setting, required, written
+from polygpt.interop.architecture import Architecture, Fields, Rule, Setting, required, written
 from polygpt.interop.huggingface.rules import QUERY_KEY_VALUE, TIED, Activation
 from polygpt.interop.names import Layout, affine
+from polygpt.settings import Settings
 
 _H = "transformer.h.{layer}."
+
+
+def _check_other_names(settings: Settings, fields: Fields) -> None:
+    """Settings that transformers knows by a second name, which would take the place of the first."""
+    others = {
+        "num_attention_heads": "attention.num_heads",
+        "num_hidden_layers": "num_layers",
+        "max_position_embeddings": "context_length",
+    }
+    for name, field in others.items():
+        settings.require(name, fields[field], "it contradicts the setting that GPT-2 has in its place")
+
 
 GPT2 = Architecture(
     name="GPT2LMHeadModel",
@@ -27,7 +40,6 @@ GPT2 = Architecture(
     settings=(
         required("scale_attn_weights", True, "attention without its scale is not supported"),
         required("scale_attn_by_inverse_layer_idx", False, "a scale that differs by layer is not supported"),
-        required("add_cross_attention", False, "cross attention is not supported"),
         Setting("vocab_size", "vocab_size"),
         TIED,
         Setting("n_positions", "context_length", int, 1024),
@@ -41,6 +53,7 @@ GPT2 = Architecture(
         Setting("resid_pdrop", "dropout", float, 0.1),
         Setting("embd_pdrop", "embed_dropout", float, 0.1),
         written("initializer_range", "init_std"),
+        Rule(_check_other_names),
     ),
     fixed={
         "position.kind": "learned",

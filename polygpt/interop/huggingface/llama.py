@@ -78,11 +78,12 @@ MISTRAL = _variant(
     defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
 )
 _QWEN = {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28}
+_NO_MROPE = required("use_mrope", False, "rotary positions of several dimensions are not supported")
 QWEN2 = _variant(
     "qwen2",
     "Qwen2ForCausalLM",
     names=_NAMES,
-    settings=(*_SHARED, _HEADS_BY_WIDTH, Rope(), _SILU, _RMS_NORM, LayerWindows(switched=True)),
+    settings=(*_SHARED, _HEADS_BY_WIDTH, Rope(), _SILU, _RMS_NORM, LayerWindows(switched=True), _NO_MROPE),
     fixed={"attention.bias": "qkv"},
     defaults=_QWEN,
 )
@@ -94,7 +95,7 @@ QWEN3 = _variant(
         f"{_L}self_attn.q_norm.weight": "blocks.attention.query_norm",
         f"{_L}self_attn.k_norm.weight": "blocks.attention.key_norm",
     },
-    settings=(_QK_NORM_EPS, *_BASE, _ATTENTION_BIAS, LayerWindows(switched=True)),
+    settings=(_QK_NORM_EPS, *_BASE, _ATTENTION_BIAS, LayerWindows(switched=True), _NO_MROPE),
     fixed={"attention.qk_norm": True},
     defaults={**_QWEN, "head_dim": 128},
 )

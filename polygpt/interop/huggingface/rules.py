@@ -61,13 +61,14 @@ class Rope:
     def read(self, settings: Settings, fields: Fields) -> None:
         theta = settings.take("rope_theta", float, 10000.0)
         fraction = settings.take("partial_rotary_factor", float, 1.0)
-        scaling = settings.part("rope_parameters") or settings.part("rope_scaling")
-        settings.ignore("rope_parameters", "rope_scaling")
+        newer, older = settings.part("rope_parameters"), settings.part("rope_scaling")
+        # Of two, transformers (`convert_rope_params_to_dict`) reads the older one alone, unless it is empty.
+        scaling = older if older is not None and older.values else newer
         if scaling is not None:
             theta = scaling.take("rope_theta", float, theta)
             fraction = scaling.take("partial_rotary_factor", float, fraction)
             kind = scaling.get("rope_type") or scaling.get("type") or "default"
-            scaling.ignore("rope_type", "type")
+            scaling.ignore("rope_type", "type", "attn_factor", "finetuned")  # the last two are llama.cpp's and YaRN's
             if kind != "default":
                 if not self.scalable:
                     raise scaling.error(
@@ -102,6 +103,7 @@ def _read_scaling(kind: str, scaling: Settings, settings: Settings) -> dict[str,
         raise scaling.error(f"'rope_type' is {kind!r}, an unknown scaling; known: linear, llama3, yarn")
     fields = {"kind": kind, "factor": scaling.take("factor", float)}
     if kind == "linear":
+        scaling.ignore("original_max_position_embeddings")
         return fields
     trained = settings.get("max_position_embeddings")
     fields["original_context_length"] = scaling.take("original_max_position_embeddings", int, trained)

@@ -59,11 +59,14 @@ class SafetensorsFolder:
 
 
 def _listed(folder: Path) -> dict[Path, set[str] | None]:
-    """The files to open, each with its tensors by the index (None: there is no index)."""
+    """The files to open, each with its tensors by the index (None: no index is used).
+
+    As in transformers a single file comes before an index, which may be left over from other weights.
+    """
     index = folder / INDEX
+    if (folder / SINGLE).is_file():
+        return {folder / SINGLE: None}
     if not index.is_file():
-        if (folder / SINGLE).is_file():
-            return {folder / SINGLE: None}
         others = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.h5") for path in folder.glob(pattern))
         hint = f"; {others[0]} could run code when opened and is not read; save it as safetensors" if others else ""
         raise RequestError(f"{folder}: no {SINGLE} here{hint}")
