@@ -62,6 +62,20 @@ def _appearing(path: Path) -> Iterator[Path]:
                 parent.rmdir()
 
 
+def check_checkpoint_path(folder: Path) -> None:
+    """Refuses a path at which no checkpoint could be written later.
+
+    Raises:
+        RequestError: it is not UTF-8, which the library that writes checkpoints (TensorStore) needs.
+    """
+    try:
+        str(folder.absolute()).encode()
+    except UnicodeEncodeError:
+        raise RequestError(
+            f"{folder}: not UTF-8, so no checkpoint can be written there; choose another --out"
+        ) from None
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes the file `path` in UTF-8, in the place of the one that may be there."""
     partial = path.with_name(f".{path.name}.partial")

@@ -132,6 +132,16 @@ class LanguageModel:
     def num_parameters(self) -> int:
         return self.model.num_parameters
 
+    @property
+    def non_embedding_parameters(self) -> int:
+        """Parameters without the tables of tokens and positions."""
+        return self.model.num_non_embedding_parameters
+
+    @property
+    def training_bytes(self) -> dict[str, int]:
+        """Bytes of `parameters`, `gradients` and `optimizer_state` (Adam's two moments) in training."""
+        return self.model.training_bytes()
+
     @cached_property
     def _logits(self) -> Callable[[Params, Array], Array]:
         return jax.jit(self.model.logits)

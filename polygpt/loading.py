@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from polygpt import checkpoint
 from polygpt.config import Config, merge, read_yaml, to_yaml, validate
 from polygpt.errors import RequestError, suggest
-from polygpt.files import new_folder, write_text
+from polygpt.files import check_checkpoint_path, new_folder, write_text
 from polygpt.interop import HUB, StoredModel, fetch, is_huggingface, open_huggingface
 from polygpt.kernels import WeightType
 from polygpt.language_model import NO_TOKENIZER, LanguageModel, Origin
@@ -201,12 +201,13 @@ def save(lm: LanguageModel, folder: Path) -> None:
     lm.check_unpacked()
     if folder.exists():
         raise RequestError(f"{folder}: exists already; choose another --out")
+    check_checkpoint_path(folder)
     with new_folder(folder) as partial:
         write_text(partial / CONFIG, to_yaml({"model": lm.config.to_dict()}))
         write_origin(partial, lm.origin)
         if lm.has_tokenizer:
             lm.tokenizer.save(partial / TOKENIZER)
-        checkpoint.save(partial / CHECKPOINTS, 0, {"params": lm.params}, {"step": 0})
+        checkpoint.save(partial / CHECKPOINTS, checkpoint.Snapshot(0, lm.params))
 
 
 def write_origin(folder: Path, origin: Origin) -> None:
@@ -245,7 +246,7 @@ def _open_own(folder: Path, warn: Warn) -> StoredModel:
 
     def read(wanted: ModelConfig, on_progress: Callable[[int], None], weights: WeightType | None = None) -> Params:
         like = jax.eval_shape(lambda: model_of(config).init(0))
-        params = _converted(checkpoint.restore(saved, "params", like), wanted)
+        params = _converted(checkpoint.restore(saved, like).params, wanted)
         return model_of(wanted).pack(params, weights) if weights else params
 
     facts = {**origin.facts, **_figures(folder)}

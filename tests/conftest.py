@@ -21,6 +21,9 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1]
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
+# Commands keep nothing in the user's cache folder; tests of that name a folder of their own.
+os.environ["POLYGPT_CACHE"] = "off"
+
 if shutil.which("nvidia-smi") is None:  # a GPU is left its own settings
     os.environ.setdefault("XLA_FLAGS", xla.FLAGS)
 

@@ -12,19 +12,20 @@ import numpy as np
 import pytest
 
 from polygpt import checkpoint
+from polygpt.checkpoint import Snapshot
 from polygpt.errors import PolygptError, RequestError
 
 TREE = {
     "matrix": jnp.linspace(-1, 1, 96, dtype=jnp.float32).reshape(8, 12) / 3,
     "nested": {"half": jnp.arange(7, dtype=jnp.bfloat16) / 7, "count": jnp.int32(41)},
-    "odd values": jnp.array([jnp.nan, jnp.inf, -0.0, 1e-45], jnp.float32),
+    "odd values": jnp.array([-0.0, 1e-45, 3.4e38], jnp.float32),
 }
 
 
 def save(root, step, tree=TREE, **settings):
-    return checkpoint.save(
-        root, step, {"params": tree, "optimizer": {"step": jnp.int32(step)}}, {"n": step}, **settings
-    )
+    optimizer = {"momentum": jnp.full(5, step / 7, jnp.float32)}
+    snapshot = Snapshot(step, tree, optimizer, "abc", (1.5, 1 / step), 99.0)
+    return checkpoint.save(root, snapshot, **settings)
 
 
 def steps(root):
@@ -52,16 +53,26 @@ def root(saved, tmp_path):
 
 
 def test_every_bit_comes_back(saved):
-    restored = checkpoint.restore(checkpoint.newest(saved), "params", jax.eval_shape(lambda: TREE))
-    assert jax.tree.structure(restored) == jax.tree.structure(TREE)
-    for found, wanted in zip(jax.tree.leaves(restored), jax.tree.leaves(TREE), strict=True):
-        assert (found.dtype, found.shape) == (wanted.dtype, wanted.shape)
-        assert np.asarray(found).tobytes() == np.asarray(wanted).tobytes()
+    optimizer = {"momentum": jnp.full(5, 3 / 7, jnp.float32)}
+    restored = checkpoint.restore(checkpoint.newest(saved), *jax.eval_shape(lambda: (TREE, optimizer)))
+    for tree, original in ((restored.params, TREE), (restored.optimizer, optimizer)):
+        assert jax.tree.structure(tree) == jax.tree.structure(original)
+        for found, wanted in zip(jax.tree.leaves(tree), jax.tree.leaves(original), strict=True):
+            assert (found.dtype, found.shape) == (wanted.dtype, wanted.shape)
+            assert np.asarray(found).tobytes() == np.asarray(wanted).tobytes()
+    assert (restored.step, restored.data) == (3, "abc")
+    assert (restored.recent_losses, restored.tokens_per_second) == ((1.5, 1 / 3), 99.0)
+
+
+def test_a_model_alone_has_no_optimizer_state(tmp_path):
+    saved = checkpoint.save(tmp_path, Snapshot(0, TREE))
+    assert {path.name for path in saved.folder.iterdir()} == {"params", "info.json", "manifest.json"}
+    assert checkpoint.restore(checkpoint.verify(saved.folder), TREE).optimizer is None
 
 
 def test_the_newest_step_is_taken_with_its_info(saved, warned):
     found = checkpoint.newest(saved, warned.append)
-    assert (found.step, found.info, found.folder.name) == (3, {"n": 3}, "step_00000003")
+    assert (found.step, found.info["step"], found.folder.name) == (3, 3, "step_00000003")
     assert not warned
 
 
@@ -152,7 +163,7 @@ def test_a_file_of_the_users_beside_the_arrays_does_no_harm(root, warned):
     (root / "step_00000003/params/.DS_Store").write_text("x")
     found = checkpoint.newest(root, warned.append)
     assert found.step == 3
-    assert checkpoint.restore(found, "params", TREE)["nested"]["count"] == 41
+    assert checkpoint.restore(found, TREE).params["nested"]["count"] == 41
 
 
 @pytest.mark.parametrize(
@@ -166,7 +177,7 @@ def test_a_file_of_the_users_beside_the_arrays_does_no_harm(root, warned):
 )
 def test_another_dtype_shape_or_name_is_refused_by_name(saved, change, message):
     with pytest.raises(RequestError, match=message):
-        checkpoint.restore(checkpoint.newest(saved), "params", TREE | change)
+        checkpoint.restore(checkpoint.newest(saved), TREE | change)
 
 
 # --- Saving -------------------------------------------------------------------------------------------------
@@ -196,7 +207,7 @@ def test_half_a_step_does_not_count_among_those_that_stay(tmp_path):
 def test_a_step_is_saved_again(tmp_path):
     save(tmp_path, 1)
     save(tmp_path, 1, TREE | {"matrix": TREE["matrix"] + 1})
-    restored = checkpoint.restore(checkpoint.newest(tmp_path), "params", TREE)
+    restored = checkpoint.restore(checkpoint.newest(tmp_path), TREE).params
     assert jnp.array_equal(restored["matrix"], TREE["matrix"] + 1)
     assert steps(tmp_path) == ["step_00000001"]
 
@@ -215,7 +226,7 @@ def test_the_manifest_lists_every_other_file(saved):
 
 def test_info_that_is_no_json_number_is_refused_and_leaves_nothing(root):
     with pytest.raises(PolygptError, match="cannot be saved"):
-        checkpoint.save(root, 4, {"params": TREE}, {"loss": float("nan")})
+        checkpoint.save(root, Snapshot(4, TREE, tokens_per_second=float("nan")))
     assert steps(root) == ["step_00000001", "step_00000002", "step_00000003"]
 
 
@@ -231,12 +242,13 @@ import resource, sys
 from pathlib import Path
 import jax.numpy as jnp
 from polygpt import checkpoint
+from polygpt.checkpoint import Snapshot
 from polygpt.errors import PolygptError
 root, limit = Path(sys.argv[1]), int(sys.argv[2])
-tree = {"matrix": jnp.arange(300_000, dtype=jnp.float32)}
+tree = {f"matrix{i}": jnp.sin(1.7 * jnp.arange(300_000, dtype=jnp.float32)) for i in range(8)}
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 try:
-    checkpoint.save(root, 9, {"params": tree}, {})
+    checkpoint.save(root, checkpoint.Snapshot(9, tree))
 except PolygptError as error:
     print(error)
     sys.exit(error.exit_code)
@@ -250,8 +262,44 @@ def test_a_write_that_fails_leaves_the_steps_before_as_they_were(root, limit, sn
     command = [sys.executable, "-c", FULL_DISK, str(root), str(limit)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1, done.stderr
-    assert "step_00000009: cannot be saved" in done.stdout
-    assert "earlier checkpoints are intact" in done.stdout
-    assert len(done.stdout.splitlines()) == 1
+    step = root / "step_00000009"
+    assert done.stdout == f"{step}: cannot be saved (File too large); earlier checkpoints are intact\n"
+    assert done.stderr == ""
     assert snapshot(root) == before
     assert checkpoint.newest(root, warned.append).step == 3
+
+
+# --- Values that are not finite -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("place", ["params", "optimizer"])
+def test_what_is_not_finite_is_not_saved(root, snapshot, value, dtype, place):
+    before = snapshot(root)
+    bad = {"a": {"good": jnp.arange(3), "bad": jnp.array([1.0, value, 2.0], dtype)}}
+    trees = {"params": TREE, "optimizer": TREE} | {place: bad}
+    with pytest.raises(
+        checkpoint.NotFiniteError, match=rf"^step 4: {place}: .*a\.bad holds values that are not"
+    ):
+        checkpoint.save(root, Snapshot(4, **trees))
+    assert snapshot(root) == before
+
+
+def test_what_is_not_finite_is_not_restored(tmp_path, monkeypatch):
+    """A checkpoint that an earlier version saved."""
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_check_finite", lambda *_: None)
+        saved = checkpoint.save(tmp_path, Snapshot(1, TREE | {"matrix": TREE["matrix"].at[3, 4].set(jnp.nan)}))
+    with pytest.raises(
+        checkpoint.NotFiniteError, match=r"step_00000001/params: matrix holds values that are not"
+    ):
+        checkpoint.restore(saved, TREE)
+
+
+def test_a_first_save_that_fails_claims_no_earlier_checkpoint(tmp_path):
+    with pytest.raises(PolygptError, match="no checkpoint has been saved"):
+        checkpoint.save(tmp_path, Snapshot(1, TREE, tokens_per_second=float("nan")))
+    save(tmp_path, 1)
+    with pytest.raises(PolygptError, match="earlier checkpoints are intact"):
+        checkpoint.save(tmp_path, Snapshot(2, TREE, tokens_per_second=float("nan")))

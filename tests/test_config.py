@@ -1,5 +1,6 @@
 """Configuration: YAML 1.2, overrides, and errors that name the key and the mend."""
 
+import json
 import math
 from typing import Annotated
 
@@ -10,7 +11,10 @@ from pydantic import Field
 
 from polygpt.config import (
     Config,
+    as_yaml,
+    check_keys,
     dotted_to_nested,
+    known_keys,
     merge,
     parse_overrides,
     parse_yaml,
@@ -21,7 +25,8 @@ from polygpt.config import (
 from polygpt.errors import RequestError
 from polygpt.model import ModelConfig
 from polygpt.presets import PRESETS, preset
-from polygpt.recipes import load_recipe
+from polygpt.recipes import load_recipe, recipe_fields, recipe_names
+from polygpt.training import RunConfig
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
 KEYS = st.text("abcdefghij_", min_size=1, max_size=4)
@@ -120,7 +125,7 @@ def test_infinity_is_refused_where_a_number_has_no_upper_bound(value):
 @pytest.mark.parametrize("word", ["a.b=.nan", "a.b=.inf", "a.b=-.inf", "a.b=1e999"])
 def test_an_override_that_is_no_finite_number_is_refused(word):
     with pytest.raises(RequestError, match=r"^a\.b: a finite number is needed"):
-        parse_overrides([word])
+        as_yaml(parse_overrides([word]))
 
 
 @pytest.mark.parametrize("value", ["4", 4.0, True])
@@ -134,7 +139,7 @@ def test_types_are_not_bent(value):
 
 def test_overrides_are_dotted_keys_with_yaml_values():
     words = ["model.num_layers=4", "training.lr=3e-4", "data.path=a=b.txt", "x=[1, {y: z}]", "none="]
-    assert parse_overrides(words) == {
+    assert as_yaml(parse_overrides(words)) == {
         "model.num_layers": 4,
         "training.lr": 3e-4,
         "data.path": "a=b.txt",
@@ -148,12 +153,49 @@ def test_a_glob_is_text(text):
     assert parse_overrides([f"data.path={text}"]) == {"data.path": text}
 
 
+PATHS = ["corpus #2", "[1].txt", "{a}.txt", "a: b.txt", "1e3", "null.txt", "yes", "a\nb", " c", "*"]
+
+
+@pytest.mark.parametrize("text", PATHS)
+def test_a_path_is_the_text_that_was_typed(text):
+    assert load_recipe("demo", parse_overrides([f"data.path={text}"])).data.path == text
+    prompts = load_recipe("demo", parse_overrides([f"training.samples.prompts=[a, '{text}']"])).training.samples.prompts
+    assert prompts == ("a", text.replace("\n", " "))  # YAML folds a line break within quotes
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("data.path=[1e3, 'b c', \"d #e\"]", ("1e3", "b c", "d #e")),
+        ("data.path='quoted'", "quoted"),
+        ("training.initial=null", None),
+        ("data.stride=1e1", "data.stride: input should be a valid integer, not 10.0"),
+        ("data.stride=null", None),
+        ("data.stride=x y #z", "data.stride: input should be a valid integer, not 'x y'"),
+        ("tokenizer={kind: file, path: 1e3}", "1e3"),
+        ("training.clip_norm=1e3", 1000.0),
+        ("training.samples.prompts=[\"'x'\", 12]", ("'x'", "12")),
+        ("model.attention.window=null", None),
+    ],
+)
+def test_the_fields_type_decides_how_a_value_is_read(word, value):
+    key = word.partition("=")[0]
+    if isinstance(value, str) and value.startswith(key):
+        with pytest.raises(RequestError, match=f"^{value}$"):
+            load_recipe("demo", parse_overrides([word]))
+        return
+    found = load_recipe("demo", parse_overrides([word]))
+    for step in {"tokenizer": "tokenizer.path"}.get(key, key).split("."):
+        found = getattr(found, step)
+    assert found == value
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["steps"], "'steps': settings are written key=value"),
         (["=5"], "'=5': settings are written key=value"),
-        (["a=1", "b=2", "a=3"], r"a: given twice \(1 and '3'\)"),
+        (["a=1", "b=2", "a=3"], r"a: given twice \('1' and '3'\)"),
         (["a={b: 1, b: 2}"], "a line 1: found duplicate key"),
     ],
 )
@@ -164,8 +206,13 @@ def test_a_wrong_override_is_refused(words, message):
 
 @pytest.mark.parametrize("keys", [["model", "model.num_layers"], ["model.num_layers", "model"]])
 def test_a_key_below_a_plain_value_clashes_in_either_order(keys):
-    with pytest.raises(RequestError, match=r"model\.num_layers: 'model' was given a plain value"):
+    with pytest.raises(RequestError, match=r"^model=5 and model\.num_layers=5 do not go together; keep one"):
         dotted_to_nested(dict.fromkeys(keys, 5))
+
+
+def test_a_kind_with_a_field_of_it_shows_the_mapping():
+    with pytest.raises(RequestError, match=r"; write model\.norm=\{kind: rmsnorm, eps: 1e-6\}$"):
+        dotted_to_nested(parse_overrides(["model.norm=rmsnorm", "model.norm.eps=1e-6"]))
 
 
 @pytest.mark.parametrize("turn", [1, -1])
@@ -183,6 +230,30 @@ def test_mappings_of_one_kind_merge_and_of_another_are_replaced():
     }
     assert merge(base, {"norm": {"kind": "rmsnorm"}})["norm"] == base["norm"]
     assert merge(base, {"norm": {"kind": "layernorm"}})["norm"] == {"kind": "layernorm"}
+
+
+def changed(*words, name="demo"):
+    return load_recipe(name, parse_overrides(words))
+
+
+def test_another_kind_given_field_by_field_keeps_what_both_share():
+    attention = changed("model.attention.kind=local", "model.attention.window=16").model.attention
+    assert (attention.kind, attention.num_heads, attention.num_kv_heads, attention.window) == ("local", 4, 2, 16)
+    assert changed("model.attention.kind=linear").model.attention.num_heads == 4
+    assert changed("model.feedforward.kind=mlp").model.feedforward.mlp_dim == 352
+    config = preset("vgpt", **{"attention.kind": "local", "attention.window": 16})  # vgpt's differ from gpt's
+    assert (config.attention.num_heads, config.attention.bias, config.attention.dropout) == (12, True, 0.1)
+
+
+def test_another_kind_given_whole_has_its_own_defaults():
+    config = preset("gpt", attention={"kind": "local", "num_heads": 12, "window": 16})
+    assert not config.attention.bias
+    with pytest.raises(RequestError, match=r"^model\.attention\.num_heads: this key is required$"):
+        changed("model.attention={kind: local, window: 16}")
+
+
+def test_another_optimizer_keeps_no_learning_rate():
+    assert changed("training.optimizer.kind=adamw").training.optimizer.learning_rate == 3e-4
 
 
 def test_a_base_without_a_kind_keeps_what_it_says():
@@ -254,6 +325,34 @@ def test_a_mistake_is_named_with_its_path_and_mend(key, value, message):
     with pytest.raises(RequestError) as error:
         load_recipe("demo", {key: value})
     assert str(error.value) == message
+
+
+def test_known_keys_refuse_what_validation_refuses_and_nothing_else():
+    keys = known_keys(RunConfig)
+    assert json.loads(json.dumps(keys)) == keys
+    for key, value in [
+        ("model.attention.num_head", 1),
+        ("model.pattern", [{}, {"attention": {"num_haeds": 2}}]),
+        ("model.pattern", [{"atention": {}}]),
+        ("training.samples.evry", 1),
+        ("training.optimizer.learning_rte", 1e-3),
+        ("steps", 5),
+        ("model.norm.kind", "rmsnrm"),
+        ("model.norm", "rmsnrm"),
+    ]:
+        with pytest.raises(RequestError) as expected:
+            load_recipe("demo", {key: value})
+        with pytest.raises(RequestError) as found:
+            check_keys(keys, recipe_fields("demo", {key: value}))
+        assert str(found.value) == str(expected.value)
+    for name in recipe_names():
+        check_keys(keys, recipe_fields(name))
+    fine = [
+        "model.pattern=[{attention: {window: 8}}, {norm: layernorm}]",
+        "model.norm=a.b:C",
+        "training.evaluations=[]",
+    ]
+    check_keys(keys, recipe_fields("demo", parse_overrides(fine)))
 
 
 def test_three_mistakes_are_told_and_the_rest_counted():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import keyword
 import os
@@ -11,6 +12,7 @@ import traceback
 
 import click
 
+from polygpt.cache import keep_compiled_programs
 from polygpt.errors import PolygptError, suggest
 from polygpt.process import keep_freed_memory, keep_interrupts
 
@@ -68,6 +70,9 @@ def main(argv: list[str] | None = None) -> None:
     """The program: runs a command and exits with its code."""
     words = sys.argv[1:] if argv is None else argv
     debug = "--debug" in words
+    # Importing JAX and tracing make objects by the hundred thousand and hardly any garbage.
+    gc.set_threshold(50_000, 20, 20)
+    keep_compiled_programs()
     keep_freed_memory()
     keep_interrupts()
     # SIGTERM as Ctrl-C: what is half-written is removed on the way out.
@@ -109,5 +114,6 @@ def _run(words: list[str], debug: bool) -> int:
 def _fail(error: BaseException, message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
-    click.echo(f"polygpt: {message}", err=True)
+    shown = message.encode(errors="backslashreplace").decode()  # it may name a path that is not UTF-8
+    click.echo(f"polygpt: {shown}", err=True)
     return code

@@ -8,10 +8,11 @@ from pathlib import Path
 import click
 
 from polygpt.cli.output import json_option, overrides_argument, print_json, print_result
+from polygpt.cli.settings import SettingsCommand, check_names
 from polygpt.process import command_line
 
 
-@click.command()
+@click.command(cls=SettingsCommand)
 @overrides_argument
 @click.option(
     "--out", type=click.Path(path_type=Path), help="The run's folder; the first free of runs/demo, runs/demo-2."
@@ -22,11 +23,15 @@ from polygpt.process import command_line
 @json_option
 def demo(overrides: tuple[str, ...], out: Path | None, short: bool, as_json: bool) -> None:
     """Train a small GPT on Python's own documentation and sources, and measure it against three baselines."""
-    from polygpt.config import parse_overrides
+    from polygpt.config import dotted_to_nested, parse_overrides
+
+    changes = parse_overrides(overrides)
+    check_names(dotted_to_nested(changes))
+
     from polygpt.demo import run_demo
     from polygpt.training.listeners import standard_listeners
 
-    result = run_demo(out, parse_overrides(overrides), short=short, listeners=standard_listeners())
+    result = run_demo(out, changes, short=short, listeners=standard_listeners())
     if as_json:
         print_json(dataclasses.asdict(result))
         return

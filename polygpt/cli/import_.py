@@ -7,10 +7,11 @@ from pathlib import Path
 import click
 
 from polygpt.cli.output import dtype_option, json_option, overrides_argument, print_json, print_result, reading
+from polygpt.cli.settings import SettingsCommand, check_names
 from polygpt.process import command_line
 
 
-@click.command("import")
+@click.command("import", cls=SettingsCommand)
 @click.argument("source", metavar="SOURCE")
 @overrides_argument
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The new folder.")
@@ -23,13 +24,17 @@ def import_(source: str, overrides: tuple[str, ...], out: Path, dtype: str | Non
     model that leave its weights their shapes can be changed: model.vocab_size=50304 pads the vocabulary,
     model.context_length=1024 shortens the context.
     """
-    from polygpt.config import parse_overrides
+    from polygpt.config import dotted_to_nested, parse_overrides
     from polygpt.errors import RequestError
-    from polygpt.loading import save
 
     if out.exists():
         raise RequestError(f"{out}: exists already; choose another --out")
-    lm = reading(source, dtype, parse_overrides(overrides))
+    changes = parse_overrides(overrides)
+    check_names(dotted_to_nested(changes))
+
+    from polygpt.loading import save
+
+    lm = reading(source, dtype, changes)
     save(lm, out)
     facts = {
         "model": str(out),

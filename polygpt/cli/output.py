@@ -12,7 +12,6 @@ import click
 
 if TYPE_CHECKING:
     from polygpt.language_model import LanguageModel
-    from polygpt.summary import Node
 
 json_option: Callable = click.option(
     "--json", "as_json", is_flag=True, help="One JSON object on standard output, everything else on standard error."
@@ -35,19 +34,16 @@ def reading(name: str, dtype: str | None, overrides: Mapping[str, Any], **how: A
 
     `overrides` are dotted keys, all below `model`; `how` is for `polygpt.load`.
     """
-    from polygpt.config import dotted_to_nested
-    from polygpt.errors import RequestError
+    from polygpt.config import as_yaml
     from polygpt.loading import load
+    from polygpt.recipes import model_changes
 
-    changes = dotted_to_nested(overrides)
-    for key in changes:
-        if key != "model":
-            raise RequestError(f"{key}: only the model can be changed here; write model.KEY=VALUE")
+    changes = as_yaml(model_changes(overrides))
     with weights_bar() as on_progress:
         return load(
             name,
             dtype=dtype,
-            overrides=changes.get("model", {}),
+            overrides=changes,
             warn=lambda line: click.echo(f"warning: {line}", err=True),
             on_progress=on_progress,
             **how,
@@ -91,47 +87,47 @@ def print_table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[Any]
     _console(200).print(table)
 
 
-def print_tree(root: Node) -> None:
-    """A model's parts on standard output: settings beside parts; shape, logical axes and count beside parameters."""
+def print_tree(root: Mapping[str, Any]) -> None:
+    """A model's parts (`Node.to_dict`) on standard output: settings beside parts; shape, axes, count of parameters."""
     from rich.text import Text
     from rich.tree import Tree
 
-    rows = [(4 * depth, node) for depth, node in _walk(root) if node.info is not None]
-    names = max(indent + len(node.name) for indent, node in rows)
+    rows = [(4 * depth, node) for depth, node in _walk(root) if node["shape"] is not None]
+    names = max(indent + len(node["name"]) for indent, node in rows)
     shapes = max(len(_shape(node)) for _, node in rows)
-    axes = max(len(", ".join(node.info.axes)) for _, node in rows)
-    counts = len(f"{root.size:,}")
+    axes = max(len(", ".join(node["axes"])) for _, node in rows)
+    counts = len(f"{root['size']:,}")
     console = _console(1000)
     # Counts stand in a column where there is room for one.
     before = names + 2 + shapes + 2 + axes
     before, counts = (before, counts) if before + 2 + counts <= console.width else (0, 0)
 
-    def label(node: Node, depth: int) -> Text:
-        if node.info is not None:
-            name = f"{node.name:<{names - 4 * depth}}"
-            text = Text(f"{name}  {_shape(node):<{shapes}}  {', '.join(node.info.axes)}")
+    def label(node: Mapping[str, Any], depth: int) -> Text:
+        if node["shape"] is not None:
+            name = f"{node['name']:<{names - 4 * depth}}"
+            text = Text(f"{name}  {_shape(node):<{shapes}}  {', '.join(node['axes'])}")
         else:
-            text = Text.assemble((node.name, "bold"), f": {node.note}" if node.note else "")
-        if node.size:
+            text = Text.assemble((node["name"], "bold"), f": {node['note']}" if node["note"] else "")
+        if node["size"]:
             text.pad_right(max(before - 4 * depth - len(text), 0))
-            text.append(f"  {node.size:>{counts},}", style="cyan")
+            text.append(f"  {node['size']:>{counts},}", style="cyan")
         return text
 
-    def grow(tree: Tree, node: Node, depth: int) -> Tree:
-        for child in node.children:
+    def grow(tree: Tree, node: Mapping[str, Any], depth: int) -> Tree:
+        for child in node["children"]:
             grow(tree.add(label(child, depth + 1)), child, depth + 1)
         return tree
 
     console.print(grow(Tree(label(root, 0)), root, 0))
 
 
-def _shape(parameter: Node) -> str:
-    return "×".join(map(str, parameter.info.shape)) or "scalar"
+def _shape(parameter: Mapping[str, Any]) -> str:
+    return "×".join(map(str, parameter["shape"])) or "scalar"
 
 
-def _walk(node: Node, depth: int = 0) -> Iterator[tuple[int, Node]]:
+def _walk(node: Mapping[str, Any], depth: int = 0) -> Iterator[tuple[int, Mapping[str, Any]]]:
     yield depth, node
-    for child in node.children:
+    for child in node["children"]:
         yield from _walk(child, depth + 1)
 
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from polygpt.cli.output import json_option, print_json, print_table
+from polygpt.cli.settings import recipe_titles, shown
 
 
 @click.command()
 @json_option
 def presets(as_json: bool) -> None:
-    """Every preset: parameters, active parameters, KV bytes a token, FLOPs a token (training, full context)."""
-    from polygpt.presets import PRESET_VOCAB
-    from polygpt.summary import preset_summaries
+    """Every preset: parameters, active parameters, KV bytes a token, FLOPs a token (training, full context).
 
-    rows = preset_summaries()
+    Recipes, which are whole runs, are listed below them.
+    """
+    from polygpt.presets import PRESET_VOCAB, PRESETS
+
+    rows = [_row(name) for name in PRESETS]
     if as_json:
         print_json(rows)
         return
@@ -38,3 +43,12 @@ def presets(as_json: bool) -> None:
     )
     click.echo(f"* the tokenizer's vocabulary; counted here with {PRESET_VOCAB:,} (GPT-2's)")
     click.echo("† not causal in training: its training loss is not that of a language model (polygpt show says why)")
+    click.echo()
+    print_table([("recipe", "left"), ("", "left")], recipe_titles().items())
+
+
+def _row(name: str) -> dict[str, Any]:
+    answer = shown(name)
+    config = answer["facts"]["config"]
+    width = config["embed_dim"] or config["vocab_size"]
+    return {"preset": name, "open_vocabulary": answer["vocabulary"] is not None, "width": width, **answer["facts"]}

@@ -8,52 +8,61 @@ from typing import Any
 import click
 
 from polygpt.cli.output import json_option, overrides_argument, print_json, print_result, print_tree
+from polygpt.cli.settings import RunCommand, shown
 
 
-@click.command()
+@click.command(cls=RunCommand)
 @click.argument("name", metavar="PRESET|RECIPE|FILE|RUN")
 @overrides_argument
 @click.option("--html", "page", type=click.Path(path_type=Path), help="Write an interactive page of its parts here.")
 @json_option
 def show(name: str, overrides: tuple[str, ...], page: Path | None, as_json: bool) -> None:
-    """The resolved configuration of a model, the tree of its parts, and what it costs.
+    """The resolved configuration of a model or a run, the tree of the model's parts, and what it costs.
 
     Settings are written as in a run: polygpt show gpt2 model.num_layers=4
 
     The page holds shapes alone, and of a run's folder (without settings) its weights.
     """
-    from polygpt.config import parse_overrides, to_yaml
-    from polygpt.files import new_file
-    from polygpt.loading import load
-    from polygpt.model import Model
-    from polygpt.summary import model_page, model_tree, resolve_model, summary
-
-    config, is_open = resolve_model(name, parse_overrides(overrides))
-    facts = summary(config)
+    answer = shown(name, overrides)
+    facts = answer["facts"]
     if page is not None:
-        with new_file(page) as partial:
-            trained = Path(name).expanduser().is_dir() and not overrides
-            params = load(name, warn=lambda line: click.echo(f"warning: {line}", err=True)).params if trained else None
-            partial.write_text(model_page(Model(config), " ".join((name, *overrides)), params), encoding="utf-8")
+        _write_page(page, name, overrides)
     if as_json:
         print_json(facts | ({"page": str(page)} if page is not None else {}))
         return
-    click.echo(to_yaml(config))
-    print_tree(model_tree(Model(config)))
+    click.echo(answer["yaml"])
+    print_tree(answer["tree"])
     click.echo()
-    print_result(_lines(facts, is_open) + ([("page", str(page))] if page is not None else []))
+    print_result(_lines(facts, answer["vocabulary"]) + ([("page", str(page))] if page is not None else []))
     for note in facts["notes"]:
         click.echo(f"note: {note}")
 
 
-def _lines(facts: dict[str, Any], is_open: bool) -> list[tuple[str, str]]:
-    note = " (vocabulary open; counted with GPT-2's)" if is_open else ""
+def _write_page(page: Path, name: str, overrides: tuple[str, ...]) -> None:
+    from polygpt.config import parse_overrides
+    from polygpt.files import new_file
+    from polygpt.loading import load
+    from polygpt.model import model_of
+    from polygpt.summary import model_page, resolve_model
+
+    model = model_of(resolve_model(name, parse_overrides(overrides)).model)
+    with new_file(page) as partial:
+        trained = Path(name).expanduser().is_dir() and not overrides
+        params = load(name, warn=lambda line: click.echo(f"warning: {line}", err=True)).params if trained else None
+        partial.write_text(model_page(model, " ".join((name, *overrides)), params), encoding="utf-8")
+
+
+def _lines(facts: dict[str, Any], vocabulary: str | None) -> list[tuple[str, str]]:
+    config, training = facts["config"], facts["training_bytes"]
     per_token, whole = facts["kv_cache_bytes_per_token"], facts["state_bytes_at_full_context"]
-    context = facts["config"]["context_length"]
+    parts = [f"{size:,} ({name.replace('_', ' ')})" for name, size in training.items()]
+    lines = [("vocabulary", f"{config['vocab_size']:,} ({vocabulary})")] if vocabulary else []
     return [
-        ("parameters", f"{facts['parameters']:,}{note}"),
+        *lines,
+        ("parameters", f"{facts['parameters']:,}, {facts['non_embedding_parameters']:,} without embeddings"),
         ("active parameters", f"{facts['active_parameters']:,}"),
-        ("decoding state", f"{per_token:,} bytes a token, {whole:,} bytes for {context:,} tokens"),
+        ("decoding state", f"{per_token:,} bytes a token, {whole:,} bytes for {config['context_length']:,} tokens"),
         ("training", f"{facts['flops_per_token'] / 1e6:,.1f} MFLOPs a token at full context"),
+        ("training memory", f"{' + '.join(parts)} bytes, and activations"),
         ("attention here", facts["attention_implementation"] or "none can run: see the note"),
     ]

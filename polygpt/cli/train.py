@@ -8,10 +8,11 @@ from pathlib import Path
 import click
 
 from polygpt.cli.output import json_option, overrides_argument, print_json, print_result
+from polygpt.cli.settings import RunCommand, check_names
 from polygpt.process import command_line
 
 
-@click.command()
+@click.command(cls=RunCommand)
 @click.argument("recipe", required=False, metavar="[RECIPE|FILE]")
 @overrides_argument
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The run's folder.")
@@ -22,14 +23,18 @@ def train(recipe: str | None, overrides: tuple[str, ...], out: Path, resume: boo
 
     polygpt train shakespeare_char_cpu data.path=input.txt training.steps=500 --out runs/try
     """
-    from polygpt.config import parse_overrides
+    from polygpt.config import dotted_to_nested, parse_overrides
     from polygpt.errors import RequestError
-    from polygpt.recipes import load_recipe, resume_config
-    from polygpt.training import train as run_training
+    from polygpt.recipes import load_recipe, recipe_fields, resume_config
 
     if recipe is not None and "=" in recipe and not Path(recipe).exists():
         recipe, overrides = None, (recipe, *overrides)
     changes = parse_overrides(overrides)
+    if recipe is not None or resume:
+        check_names(dotted_to_nested(changes) if recipe is None else recipe_fields(recipe, changes))
+
+    from polygpt.training import train as run_training
+
     if resume:
         config = resume_config(out, recipe, changes)
     elif recipe is None:

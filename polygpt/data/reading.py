@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import gzip
 import io
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 import zstandard
 
@@ -16,6 +15,7 @@ from polygpt.errors import PolygptError, RequestError
 
 SEPARATOR = b"<|endoftext|>"
 CHUNK = 1 << 20
+GZIP = b"\x1f\x8b"
 SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz", ".gz", ".txt.zst", ".jsonl.zst", ".zst")
 
 
@@ -37,15 +37,14 @@ def open_bytes(path: Path) -> Iterator[BinaryIO]:
     try:
         with path.open("rb") as raw:
             if path.suffix.lower() == ".gz":
-                yield gzip.GzipFile(fileobj=raw)
+                yield io.BufferedReader(_Decompressed(raw, lambda: zlib.decompressobj(wbits=31), GZIP), CHUNK)
             elif path.suffix.lower() == ".zst":
-                yield io.BufferedReader(_Zstd(raw), CHUNK)
+                yield io.BufferedReader(_Decompressed(raw, zstandard.ZstdDecompressor().decompressobj), CHUNK)
             else:
                 yield raw
-    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise RequestError(f"{path}: not a whole gzip file ({error})") from None
-    except zstandard.ZstdError as error:
-        raise RequestError(f"{path}: not a whole zstd file ({error})") from None
+    except (zlib.error, zstandard.ZstdError, EOFError) as error:
+        kind = "gzip" if path.suffix.lower() == ".gz" else "zstd"
+        raise RequestError(f"{path}: not a whole {kind} file ({error})") from None
     except PermissionError as error:
         raise RequestError(f"{path}: cannot be read ({error.strerror})") from None
     except FileNotFoundError:
@@ -54,11 +53,16 @@ def open_bytes(path: Path) -> Iterator[BinaryIO]:
         raise PolygptError(f"{path}: reading failed ({error.strerror})") from None
 
 
-class _Zstd(io.RawIOBase):
-    """A zstd stream of any number of frames; `zstandard`'s own reader takes a truncated one for whole."""
+class _Decompressed(io.RawIOBase):
+    """A compressed stream of one or more frames, refused if it is cut short (`zstandard`'s own reader accepts that).
 
-    def __init__(self, raw: BinaryIO):
-        self.raw, self.frame = raw, zstandard.ZstdDecompressor().decompressobj()
+    With the `magic` that frames begin with, bytes after a frame that do not are ignored, as gzip(1) does: padding of a
+    tape or a block device, a signature.
+    """
+
+    def __init__(self, raw: BinaryIO, new_frame: Callable[[], Any], magic: bytes = b""):
+        self.raw, self.new_frame, self.magic = raw, new_frame, magic
+        self.frame = new_frame()
         self.pending = memoryview(b"")
         self.within = False  # a frame has begun and not ended
 
@@ -68,12 +72,15 @@ class _Zstd(io.RawIOBase):
     def readinto(self, buffer: memoryview) -> int:
         while not self.pending:
             chunk = self.frame.unused_data or self.raw.read(1 << 16)
+            if self.frame.eof:
+                chunk += self.raw.read(max(0, len(self.magic) - len(chunk)))
+                if not chunk.startswith(self.magic):
+                    return 0
+                self.frame = self.new_frame()
             if not chunk:
                 if self.within:
-                    raise zstandard.ZstdError("it ends in the middle")
+                    raise EOFError("it ends in the middle")
                 return 0
-            if self.frame.eof:
-                self.frame = zstandard.ZstdDecompressor().decompressobj()
             self.pending = memoryview(self.frame.decompress(chunk))
             self.within = not self.frame.eof
         count = min(len(buffer), len(self.pending))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -12,7 +13,7 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from polygpt.config import PartConfig
 from polygpt.evaluation.harness import metrics_of, run_harness, samples_of, task_manager
-from polygpt.evaluation.hellaswag import Choice, choose_endings, encode_questions, read_questions
+from polygpt.evaluation.hellaswag import Choice, Question, choose_endings, encode_questions, read_questions
 from polygpt.evaluation.perplexity import check_windows, encode_text, perplexity, read_text
 from polygpt.evaluation.scoring import Tell
 from polygpt.language_model import LanguageModel
@@ -87,12 +88,16 @@ class PerplexityConfig(EvaluationConfig):
     stride: PositiveInt | None = None
     start: bool = True
 
+    @cached_property
+    def _text(self) -> str:
+        return read_text(_path(self.path))
+
     def check(self) -> None:
-        read_text(_path(self.path))
+        _ = self._text
 
     def prepare(self, tokenizer: Tokenizer, context_length: int) -> Ready:
         windows = check_windows(self.context, self.stride, context_length)
-        text = encode_text(read_text(_path(self.path)), tokenizer, self.path, self.start)
+        text = encode_text(self._text, tokenizer, self.path, self.start)
 
         def run(lm: LanguageModel, tell: Tell) -> Outcome:
             result = dataclasses.asdict(perplexity(lm, text, *windows, tell))
@@ -113,11 +118,15 @@ class HellaSwagConfig(EvaluationConfig):
     path: str
     limit: PositiveInt | None = None
 
+    @cached_property
+    def _questions(self) -> list[Question]:
+        return read_questions(_path(self.path), self.limit)
+
     def check(self) -> None:
-        read_questions(_path(self.path), self.limit)
+        _ = self._questions
 
     def prepare(self, tokenizer: Tokenizer, context_length: int) -> Ready:
-        questions = read_questions(_path(self.path), self.limit)
+        questions = self._questions
         pairs = encode_questions(questions, tokenizer, context_length, _path(self.path))
 
         def run(lm: LanguageModel, tell: Tell) -> Outcome:

@@ -224,6 +224,19 @@ class Model:
         """Parameters that take part in computing one token."""
         return sum(int(info.size * info.active) for info in jax.tree.leaves(self.parameters))
 
+    @cached_property
+    def num_non_embedding_parameters(self) -> int:
+        """Parameters without the tables of tokens and positions, which are looked up (Kaplan et al. 2020's N)."""
+        return sum(info.size for info in jax.tree.leaves(self.parameters) if info.inputs != 0)
+
+    def training_bytes(self, init_optimizer: Callable[[Params], PyTree] | None = None) -> dict[str, int]:
+        """Bytes of the parameters, their gradients and the optimizer's state; of Adam's two moments by default."""
+        init_optimizer = init_optimizer or (lambda params: (params, params))
+        params = jax.tree.map(lambda info: jax.ShapeDtypeStruct(info.shape, info.dtype), self.parameters)
+        state = jax.eval_shape(init_optimizer, params)
+        own, held = (sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) for tree in (params, state))
+        return {"parameters": own, "gradients": own, "optimizer_state": held}
+
     def state_bytes(self, length: int) -> int:
         """Bytes of the decoding state of one sequence of `length` tokens, over all layers."""
         shapes = jax.eval_shape(lambda: self.init_state(1, length))

@@ -1,17 +1,19 @@
-"""Presets: functions that return model configurations, each written as its difference from another.
+"""Presets: functions that return the fields of a model, each written as its difference from another.
 
-`PRESETS` is the menu; `preset(name, **overrides)` the door.
+`PRESETS` is the registry; `preset(name, **overrides)` gives the configuration.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from polygpt.config import dotted_to_nested, merge, validate
 from polygpt.errors import RequestError, suggest
-from polygpt.model import ModelConfig
 from polygpt.presets import core, experts, gpt2, small
+
+if TYPE_CHECKING:
+    from polygpt.model import ModelConfig
 
 Fields = dict[str, Any]
 
@@ -62,7 +64,9 @@ def preset(name: str, **overrides: Any) -> ModelConfig:
     Raises:
         RequestError: no such preset or key, or the result does not fit together.
     """
+    from polygpt.model import ModelConfig  # imports JAX, which the names of presets do without
+
     return validate(ModelConfig, merge(preset_fields(name), dotted_to_nested(overrides)), name)
 
 
-__all__ = ["PRESETS", "preset", "preset_fields"]
+__all__ = ["PRESETS", "PRESET_VOCAB", "preset", "preset_fields"]

@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from polygpt.config import dotted_to_nested, merge, parse_yaml, read_yaml, validate
+from polygpt.config import as_yaml, dotted_to_nested, merge, parse_yaml, read_yaml, validate
 from polygpt.errors import RequestError, suggest
-from polygpt.loading import adapted, find
 from polygpt.presets import PRESETS, preset_fields
-from polygpt.training import RunConfig, read_config
+
+if TYPE_CHECKING:
+    from polygpt.training import RunConfig
+
+# What imports JAX is imported where it is used: names of recipes and misspelled keys are known without it.
+
+CONFIG = "config.yaml"  # of a run's or a model's folder
 
 
 def recipe_names() -> list[str]:
@@ -28,15 +33,27 @@ def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> RunCon
     Raises:
         RequestError: no such recipe or file, a mistake in it or in an override, or shapes that do not fit.
     """
-    fields = merge(_read(name), dotted_to_nested(overrides or {}))
+    from polygpt.training import RunConfig
+
+    fields = recipe_fields(name, overrides)
     training = fields.get("training")
     initial = training.get("initial") if isinstance(training, Mapping) else None
-    if isinstance(fields.get("model"), Mapping):
-        fields["model"] = model_fields(fields["model"])
-    if isinstance(initial, str):
-        fields["model"] = _initial_fields(initial, fields.get("model") or {})
+    if isinstance(initial, str) and as_yaml(initial) is not None:
+        fields["model"] = _initial_fields(str(initial), as_yaml(fields.get("model") or {}))
         fields.setdefault("tokenizer", {"kind": "initial"})
     return validate(RunConfig, fields)
+
+
+def recipe_fields(name: str, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The plain fields of a recipe or a YAML file with dotted `overrides` laid over it, and its preset filled in.
+
+    Raises:
+        RequestError: there is no such recipe, file or preset.
+    """
+    fields = merge(_read(name), dotted_to_nested(overrides or {}))
+    if isinstance(fields.get("model"), Mapping):
+        fields["model"] = model_fields(fields["model"])
+    return fields
 
 
 def resume_config(run: Path, name: str | None, overrides: Mapping[str, Any]) -> RunConfig:
@@ -45,8 +62,53 @@ def resume_config(run: Path, name: str | None, overrides: Mapping[str, Any]) -> 
     Raises:
         RequestError: there is no run in the folder, or as `load_recipe`.
     """
+    from polygpt.training import read_config
+
     own = read_config(run)
     return own.replace(**overrides) if name is None else load_recipe(name, overrides)
+
+
+def named_fields(name: str, overrides: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], bool] | None:
+    """The plain fields that a preset, a recipe, a YAML file or a run's folder stands for, with `overrides`.
+
+    Also says whether they are of a run; otherwise they are of a model alone. None for any other MODEL.
+
+    Raises:
+        RequestError: there is nothing by that name, or an override is of a run where there is a model alone.
+    """
+    path = Path(name).expanduser()
+    own = path / CONFIG if (path / CONFIG).is_file() else path
+    if name in PRESETS:
+        fields = preset_fields(name)
+    elif own.suffix in (".yaml", ".yml"):
+        whole = read_yaml(own)
+        if {"model", "training"} <= whole.keys():
+            return (recipe_fields(str(own), overrides), True)
+        fields = whole.get("model", whole)
+        if not isinstance(fields, Mapping):
+            raise RequestError(f"{own}: model: a mapping is needed, not {fields!r}")
+        fields = model_fields(fields)
+    elif name in recipe_names():
+        return (recipe_fields(name, overrides), True)
+    elif path.exists() or name.startswith("hf:"):
+        return None
+    else:
+        hint = suggest(name, [*PRESETS, *recipe_names()])
+        raise RequestError(f"no preset, recipe, model or .yaml file '{name}'; {hint}")
+    return merge(fields, model_changes(overrides or {})), False
+
+
+def model_changes(overrides: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The nested changes of a model that dotted `overrides` are, written as in a run (`model.num_layers=4`).
+
+    Raises:
+        RequestError: one is not of the model.
+    """
+    changes = dotted_to_nested(overrides)
+    for key in changes:
+        if key != "model":
+            raise RequestError(f"{key}: this is a model without a run; write model.KEY=VALUE")
+    return changes.get("model", {})
 
 
 def model_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -62,6 +124,8 @@ def model_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _initial_fields(initial: str, changes: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration of the model to start from, with `changes`."""
+    from polygpt.loading import adapted, find
+
     return adapted(find(initial).config, None, changes).to_dict()
 
 

@@ -2,65 +2,135 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from polygpt.config import dotted_to_nested, merge, read_yaml, validate
-from polygpt.errors import RequestError, suggest
-from polygpt.interop import HUB
-from polygpt.loading import CONFIG as RUN
+from polygpt.config import as_yaml, merge, to_yaml, validate
+from polygpt.data import is_prepared, open_shards, open_source
+from polygpt.errors import PolygptError, RequestError
 from polygpt.loading import find
-from polygpt.model import Model, ModelConfig
-from polygpt.presets import PRESET_VOCAB, PRESETS, preset
-from polygpt.recipes import load_recipe, model_fields, recipe_names
+from polygpt.model import Model, ModelConfig, model_of
+from polygpt.presets import PRESET_VOCAB
+from polygpt.recipes import load_recipe, model_changes, named_fields
+from polygpt.summary.tree import model_tree
+from polygpt.tokenizers import load_tokenizer
+from polygpt.training import OptimizerConfig, RunConfig, TrainingConfig, read_config
+
+# A text of more bytes is not read only to count its characters.
+LARGEST_TEXT = 2**26
+DEFAULT_OPTIMIZER: OptimizerConfig = TrainingConfig.model_fields["optimizer"].default
 
 
-def resolve_model(name: str, overrides: Mapping[str, Any] | None = None) -> tuple[ModelConfig, bool]:
+@dataclass(frozen=True)
+class Resolved:
+    """What a name stands for.
+
+    Attributes:
+        model: with its vocabulary filled in.
+        run: the run it is the model of, the vocabulary as the run has it; None for a model alone.
+        vocabulary: how an open vocabulary was filled in; None where it was not open.
+        repeatable: whether all of it follows from the name, polygpt's own files and the YAML file that is named.
+    """
+
+    model: ModelConfig
+    run: RunConfig | None = None
+    vocabulary: str | None = None
+    repeatable: bool = True
+
+
+def resolve_model(name: str, overrides: Mapping[str, Any] | None = None) -> Resolved:
     """The model that a preset, a recipe, a YAML file (of a model or a run), or any MODEL names.
 
-    Overrides are written as in a run (`model.num_layers=4`). Also says whether the vocabulary was open, and so is
-    `PRESET_VOCAB`.
+    Overrides are written as in a run (`model.num_layers=4`).
 
     Raises:
         RequestError: there is nothing by that name, or an override is wrong.
     """
-    changes = dotted_to_nested(overrides or {})
-    for key in changes:
-        if key != "model":
-            raise RequestError(f"{key}: only the model is shown; write model.KEY=VALUE")
-    config = validate(ModelConfig, merge(_fields(name), changes.get("model", {})), name)
-    return config.with_vocab(PRESET_VOCAB), config.vocab_size is None
+    found = named_fields(name, overrides)
+    if found is None:
+        fields = merge(find(name).config.to_dict(), as_yaml(model_changes(overrides or {})))
+        return Resolved(validate(ModelConfig, fields, name), repeatable=False)
+    fields, of_run = found
+    if not of_run:
+        model = validate(ModelConfig, fields, name)
+        counted = None if model.vocab_size else f"counted with GPT-2's {PRESET_VOCAB:,} ids"
+        return Resolved(model.with_vocab(PRESET_VOCAB), None, counted)
+    folder = Path(name).expanduser()
+    run = read_config(folder).replace(**overrides or {}) if folder.is_dir() else load_recipe(name, overrides)
+    if run.model.vocab_size is not None:
+        return Resolved(run.model, run, repeatable=run.training.initial is None)
+    size, told, repeatable = _vocabulary(run)
+    return Resolved(run.model.with_vocab(size), run, told, repeatable)
 
 
-def _fields(name: str) -> dict[str, Any]:
-    if name in PRESETS:
-        return preset(name).to_dict()
-    path = Path(name).expanduser()
-    if (path / RUN).is_file():  # a run need not have come to a checkpoint
-        return dict(read_yaml(path / RUN).get("model") or {})
-    if path.suffix in (".yaml", ".yml"):
-        fields = read_yaml(path)
-        model = fields.get("model", fields)
-        if not isinstance(model, Mapping):
-            raise RequestError(f"{path}: model: a mapping is needed, not {model!r}")
-        return model_fields(model)
-    if name in recipe_names():
-        return load_recipe(name).model.to_dict()
-    if path.exists() or name.startswith(HUB):
-        return find(name).config.to_dict()
-    known = [*PRESETS, *recipe_names()]
-    raise RequestError(f"no preset, recipe, model or .yaml file '{name}'; {suggest(name, known)}")
+def _vocabulary(run: RunConfig) -> tuple[int, str, bool]:
+    """The size that the run's tokenizer will have, how it is known, and whether no file had to be read for it."""
+    tokenizer = run.tokenizer
+    try:
+        if is_prepared(run.data):
+            return open_shards(run.data.paths[0]).manifest.vocab_size, "that of the prepared shards", False
+        match tokenizer.kind:
+            case "byte":
+                return 256 + len(tokenizer.specials), "every byte", True
+            case "bpe":
+                return tokenizer.vocab_size, "tokenizer.vocab_size; a short text gives fewer", True
+            case "file":
+                return load_tokenizer(tokenizer.path).vocab_size, f"that of {tokenizer.path}", False
+        source = open_source(run.data)
+        if sum(Path(file).stat().st_size for file in source.files) <= LARGEST_TEXT:
+            alphabet = set().union(*(document.text for document in source))
+            return len(alphabet) + len(tokenizer.specials), "the characters of the text", False
+    except (PolygptError, OSError):  # what is wrong with it, training says
+        pass
+    size = len(string.printable)
+    return size, f"counted with {size} characters: it is that of the text, once it is read", False
 
 
-def summary(config: ModelConfig) -> dict[str, Any]:
+def shown(name: str, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """All that `polygpt show` says of what `name` stands for, ready for JSON.
+
+    `yaml` is the configuration to be printed, of the whole run where there is one; `facts` is what `summary` gives, and
+    the run's other settings under `run`; `tree` holds the parts; `vocabulary` and `repeatable` are those of `Resolved`.
+
+    Raises:
+        RequestError: as `resolve_model`.
+    """
+    resolved = resolve_model(name, overrides)
+    run = resolved.run
+    facts = summary(resolved.model, run and run.training.optimizer)
+    if run is not None:
+        facts["run"] = {key: value for key, value in run.to_dict().items() if key != "model"}
+    text = to_yaml(resolved.model if run is None else {"model": resolved.model.to_dict(), **facts["run"]})
+    own = any(":" in kind for kind in _kinds(facts))  # a user's own part may change
+    return {
+        "yaml": text,
+        "facts": facts,
+        "tree": model_tree(model_of(resolved.model)).to_dict(),
+        "vocabulary": resolved.vocabulary,
+        "repeatable": resolved.repeatable and not own,
+    }
+
+
+def _kinds(value: Any) -> list[str]:
+    """The kinds of all parts in plain data."""
+    if isinstance(value, Mapping):
+        own = [value["kind"]] if isinstance(value.get("kind"), str) else []
+        return own + [kind for inner in value.values() for kind in _kinds(inner)]
+    return [kind for inner in value for kind in _kinds(inner)] if isinstance(value, list) else []
+
+
+def summary(config: ModelConfig, optimizer: OptimizerConfig | None = None) -> dict[str, Any]:
     """The resolved configuration and what it costs.
 
-    Bytes are of one sequence's decoding state, FLOPs of training on a token at full context.
+    Bytes of the state are of one sequence's decoding, FLOPs of training on a token at full context. `training_bytes`
+    counts parameters, gradients and the state of `optimizer` (AdamW's by default), not activations.
     `attention_implementation` is None where the one that was asked for cannot run on this machine; `notes` says so,
     and what else is to be known before training.
     """
-    model = Model(config)
+    model = model_of(config)
     implementation, refusal = None, None
     try:
         implementation = model.attention_implementation()
@@ -70,6 +140,8 @@ def summary(config: ModelConfig) -> dict[str, Any]:
         "config": config.to_dict(),
         "parameters": model.num_parameters,
         "active_parameters": model.num_active_parameters,
+        "non_embedding_parameters": model.num_non_embedding_parameters,
+        "training_bytes": _training_bytes(model, optimizer or DEFAULT_OPTIMIZER),
         "kv_cache_bytes_per_token": model.state_bytes_per_token,
         "state_bytes_at_full_context": model.state_bytes(config.context_length),
         "flops_per_token": model.flops_per_token,
@@ -79,10 +151,5 @@ def summary(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def preset_summaries() -> list[dict[str, Any]]:
-    """A summary for every preset, an open vocabulary counted as `PRESET_VOCAB`."""
-    rows = []
-    for name in PRESETS:
-        config, is_open = resolve_model(name)
-        rows.append({"preset": name, "open_vocabulary": is_open, "width": config.width, **summary(config)})
-    return rows
+def _training_bytes(model: Model, optimizer: OptimizerConfig) -> dict[str, int]:
+    return model.training_bytes(optimizer.build(model, lambda step: 0.0).init)

@@ -33,6 +33,18 @@ class Node:
         """Numbers in it, and in all below it."""
         return self.info.size if self.info is not None else sum(child.size for child in self.children)
 
+    def to_dict(self) -> dict[str, Any]:
+        """The node and all below it, ready for JSON; `shape` and `axes` are None where it is no parameter."""
+        info = self.info
+        return {
+            "name": self.name,
+            "note": self.note,
+            "shape": None if info is None else list(info.shape),
+            "axes": None if info is None else list(info.axes),
+            "size": self.size,
+            "children": [child.to_dict() for child in self.children],
+        }
+
 
 def model_tree(model: Model) -> Node:
     """The model's parts in the order in which a token meets them, with a branch for each entry of the pattern."""

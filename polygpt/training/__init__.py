@@ -2,6 +2,7 @@
 
 from polygpt.training.config import RunConfig, SamplingConfig, TrainingConfig
 from polygpt.training.events import (
+    Compiled,
     Ended,
     Evaluated,
     Event,
@@ -23,6 +24,7 @@ from polygpt.training.step import Batch, Trainer, TrainState
 
 __all__ = [
     "Batch",
+    "Compiled",
     "Ended",
     "Evaluated",
     "Event",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
@@ -22,7 +22,7 @@ from polygpt.training.optimizers import (
 
 
 class SamplingConfig(Config):
-    """Samples written during training: every `every` steps (0: never), continuing each of `prompts`."""
+    """Samples generated during training: every `every` steps and at the end (0: never), one for each of `prompts`."""
 
     every: NonNegativeInt = 0
     prompts: Annotated[tuple[str, ...], Field(strict=False)] = ("\n",)
@@ -32,24 +32,34 @@ class SamplingConfig(Config):
     seed: Seed = 0
 
 
+class Seeds(NamedTuple):
+    """The seeds of a run."""
+
+    init: int
+    data: int
+    dropout: int
+
+
 class TrainingConfig(Config):
     """How a model is trained.
 
     Attributes:
         initial: a MODEL whose weights training starts from; None draws new ones.
         steps: optimizer steps.
-        batch_size: windows a step; a step sees batch_size · context_length tokens.
+        batch_size: windows per step; a step sees batch_size · context_length tokens.
         optimizer, schedule: chosen by `kind`.
         clip_norm: the gradient's global norm is clipped to this; None does not clip.
-        seed: of initialisation, batches and dropout.
+        seed: of dropout, and of initial values and batches unless they have their own.
+        init_seed: of initial values; None is `seed`.
+        data_seed: of the order of batches; None is `seed`.
         eval_every: steps between evaluations on the fixed validation windows; 0 evaluates at the end only.
-        eval_batches: how many batches of validation windows, evenly spread, an evaluation along the way reads;
-            None reads all. The evaluation at the end always reads all.
-        save_every: steps between checkpoints; 0 saves at the end (and when interrupted) only.
-        keep: how many of the newest checkpoints stay.
+        eval_batches: how many batches of validation windows, evenly spaced, an evaluation during training reads; None
+            reads all. The evaluation at the end always reads all.
+        save_every: steps between checkpoints; 0 saves only at the end and when interrupted.
+        keep: how many of the newest checkpoints are kept.
         log_every: steps whose metrics are fetched from the device together.
-        samples: text sampled along the way.
-        evaluations: what else the model is evaluated by along the way and at the end, each chosen by `kind`.
+        samples: text sampled during training.
+        evaluations: further evaluations, during training and at the end, each chosen by `kind`.
     """
 
     initial: str | None = None
@@ -59,6 +69,8 @@ class TrainingConfig(Config):
     schedule: slot(ScheduleConfig, SCHEDULES, default="cosine") = CosineConfig()
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     seed: Seed = 0
+    init_seed: Seed | None = None
+    data_seed: Seed | None = None
     eval_every: NonNegativeInt = 0
     eval_batches: PositiveInt | None = None
     save_every: NonNegativeInt = 0
@@ -66,6 +78,12 @@ class TrainingConfig(Config):
     log_every: PositiveInt = 10
     samples: SamplingConfig = SamplingConfig()
     evaluations: Tuple[slot(EvaluationConfig, EVALUATIONS)] = ()
+
+    @property
+    def seeds(self) -> Seeds:
+        """The seeds, the defaults filled in."""
+        own = (self.seed if seed is None else seed for seed in (self.init_seed, self.data_seed))
+        return Seeds(*own, dropout=self.seed)
 
     @model_validator(mode="after")
     def _names_differ(self) -> TrainingConfig:
@@ -77,9 +95,9 @@ class TrainingConfig(Config):
 
 
 class RunConfig(Config):
-    """Everything a run is: from text to a trained model.
+    """The whole run, from text to a trained model.
 
-    With `training.initial` the recipe need not name model and tokenizer: they are the initial model's.
+    With `training.initial`, model and tokenizer may be left out of a recipe: they are those of the initial model.
     """
 
     model: ModelConfig

@@ -1,4 +1,4 @@
-"""What happens in a run, as one stream of typed events; the progress bar, the files and the report listen."""
+"""What happens in a run, as a stream of typed events for listeners: the progress bar, the files, the report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from polygpt.training.config import RunConfig
 
 @dataclass(frozen=True)
 class Note:
-    """Something worth a line: what is being prepared, a warning, what implementation runs."""
+    """A message: what is being prepared, what was chosen, a warning."""
 
     text: str
     warning: bool = False
@@ -20,7 +20,7 @@ class Note:
 
 @dataclass(frozen=True)
 class Started:
-    """Training begins at `step` (0, or where a resumed run goes on)."""
+    """Training is about to begin after `step` steps (0 unless the run is resumed)."""
 
     config: RunConfig
     folder: Path
@@ -30,10 +30,19 @@ class Started:
 
 
 @dataclass(frozen=True)
-class Stepped:
-    """Metrics of one finished step; `tokens_per_second` is of the last group of steps, compilation excluded.
+class Compiled:
+    """The step is compiled; the first one is about to run."""
 
-    `extra` has the auxiliary losses (weighted, not part of `loss`) and metrics of the model's parts, by name.
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """Metrics of one finished step.
+
+    Attributes:
+        tokens_per_second: over the last group of steps, compilation excluded; None within a group.
+        extra: auxiliary losses (weighted, not part of `loss`) and metrics of the model's parts, by name.
     """
 
     step: int
@@ -46,7 +55,7 @@ class Stepped:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Mean nats a token and bits a byte on validation windows after `step` steps; `full` if on all of them."""
+    """Mean nats per token and bits per byte on the validation windows; `full` if on all of them."""
 
     step: int
     val_loss: float
@@ -56,7 +65,7 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Measured:
-    """What one of `training.evaluations` found after `step` steps; `metrics` by name, as in `hellaswag/acc`."""
+    """The metrics of one of `training.evaluations`, by name (`hellaswag/acc`)."""
 
     step: int
     metrics: dict[str, float | None]
@@ -64,7 +73,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Sampled:
-    """Text the model wrote after `step` steps."""
+    """Text that the model generated from `prompt`."""
 
     step: int
     prompt: str
@@ -73,7 +82,7 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Saved:
-    """A verified checkpoint after `step` steps."""
+    """A checkpoint was saved."""
 
     step: int
     folder: Path
@@ -88,12 +97,12 @@ class Finished:
 
 @dataclass(frozen=True)
 class Ended:
-    """The last event of all, whether the run is complete, was interrupted or failed."""
+    """The last event of every run, complete, interrupted or failed."""
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run comes to. Losses in nats a token; `seconds` is all of it, from preparing the data to the end."""
+    """The result of a run: losses in nats per token; `seconds` is the time from preparing the data to the end."""
 
     run: str
     steps: int
@@ -105,5 +114,5 @@ class RunResult:
     compile_seconds: float
 
 
-Event = Note | Started | Stepped | Evaluated | Measured | Sampled | Saved | Finished | Ended
+Event = Note | Started | Compiled | Stepped | Evaluated | Measured | Sampled | Saved | Finished | Ended
 Listener = Callable[[Event], None]

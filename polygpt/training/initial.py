@@ -1,4 +1,4 @@
-"""Starting from a model that exists: its weights, its tokenizer, and what came with it."""
+"""Starting from an existing model: its weights, its tokenizer, and what came with it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _found(initial: str) -> StoredModel:
 
 
 def check_initial(config: RunConfig) -> None:
-    """Looks `training.initial` up anew, before anything is prepared.
+    """Looks up `training.initial` (again), before anything is prepared.
 
     Raises:
         RequestError: it has no tokenizer, or its weights do not fit the run's model; the first difference is named.
@@ -64,6 +64,6 @@ def check_prepared(config: RunConfig, folder: Path) -> None:
     """Refuses shards that were prepared with another tokenizer than the initial model's.
 
     Raises:
-        RequestError: they were.
+        RequestError: they do not match.
     """
     open_shards(folder, initial_tokenizer(config))

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a flag that the loop looks at between steps, so that it can save before it stops."""
+"""SIGINT and SIGTERM as a flag that the loop checks between steps, so that it can save before it stops."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from polygpt.process import command_line
 
 
 class Interrupted(PolygptError):
-    """The run was asked to stop, and saved."""
+    """The run was interrupted, after saving a checkpoint."""
 
     exit_code = 130
 
@@ -22,9 +22,9 @@ class Interrupted(PolygptError):
 
 
 class InterruptFlag:
-    """While entered, the first SIGINT or SIGTERM sets `raised`; a second SIGINT interrupts at once.
+    """A context in which the first SIGINT or SIGTERM only sets `raised`; a second SIGINT interrupts at once.
 
-    Outside the main thread, where Python allows no handlers, signals keep their usual meaning.
+    Outside the main thread, where Python allows no signal handlers, it does nothing.
     """
 
     raised = False

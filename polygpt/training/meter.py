@@ -9,13 +9,13 @@ from collections import deque
 import jax
 import numpy as np
 
-from polygpt.errors import PolygptError
+from polygpt.checkpoint import NotFiniteError
 from polygpt.training.events import Listener, Stepped
 from polygpt.training.step import Metrics
 
 
 class Meter:
-    """Metrics wait on the device and are fetched together, so that no step waits for the one before."""
+    """Keeps metrics on the device and fetches several steps' together, so that no step waits for the one before."""
 
     def __init__(self, emit: Listener, tokens_per_step: int):
         self.emit, self.tokens_per_step = emit, tokens_per_step
@@ -25,18 +25,18 @@ class Meter:
         self.clock = time.perf_counter()
 
     def restart(self) -> None:
-        """The clock, after something that was not training."""
+        """Restarts the clock, after work that was not training."""
         self.clock = time.perf_counter()
 
     def add(self, step: int, metrics: Metrics) -> None:
-        """Metrics of a step that may not have finished."""
+        """Adds the metrics of a step, which may still be running."""
         self.pending.append((step, metrics))
 
     def flush(self) -> None:
-        """Fetches what is pending and tells of it.
+        """Fetches what is pending and emits it.
 
         Raises:
-            PolygptError: a loss or gradient is not a finite number.
+            NotFiniteError: a loss or gradient is not a finite number.
         """
         if not self.pending:
             return
@@ -47,10 +47,7 @@ class Meter:
         for step, metrics in fetched:
             values = {name: float(value) for name, value in metrics._asdict().items() if name != "extra"}
             if not all(map(math.isfinite, values.values())):
-                raise PolygptError(
-                    f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}: training diverged; "
-                    "lower training.optimizer.learning_rate. Checkpoints saved before it are intact"
-                )
+                raise NotFiniteError(f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}")
             self.recent.append(values["loss"])
             extra = {name: float(value) for name, value in metrics.extra.items()}
             timed = speed if step == fetched[-1][0] else None
@@ -59,10 +56,10 @@ class Meter:
 
     @property
     def recent_loss(self) -> float:
-        """Mean loss of the last (up to 20) steps, nats a token; the loss of one batch says little."""
+        """Mean loss of the last (up to 20) steps, in nats per token; a single batch's loss is too noisy."""
         return sum(self.recent) / len(self.recent) if self.recent else math.nan
 
     @property
     def tokens_per_second(self) -> float:
-        """Median over groups of steps, so that neither compilation nor a pause counts."""
+        """Median over groups of steps, so that one pause does not count."""
         return float(np.median(self.speeds)) if self.speeds else 0.0

@@ -39,7 +39,10 @@ REQUESTS = {
     "no attention": ([*TRAIN, "model.attention="], "attention is required: layer 0 has none"),
     "not a number": ([*TRAIN, "training.optimizer.learning_rate=.nan"], "a finite number is needed, not .nan"),
     "infinity": ([*TRAIN, "training.clip_norm=.inf"], "training.clip_norm: a finite number is needed, not .inf"),
-    "infinity within": ([*TRAIN, "model.norm={kind: rmsnorm, eps: .inf}"], "model.norm.eps: input should be a finite"),
+    "infinity within": (
+        [*TRAIN, "model.norm={kind: rmsnorm, eps: .inf}"],
+        "model.norm.eps: a finite number is needed, not .inf",
+    ),
     "a negative rate": ([*TRAIN, "training.optimizer.learning_rate=-1"], "greater than 0, not -1"),
     "negative steps": ([*TRAIN, "training.steps=-5"], "training.steps: input should be greater than 0, not -5"),
     "no steps": ([*TRAIN, "training.steps=0"], "training.steps: input should be greater than 0, not 0"),
@@ -50,6 +53,15 @@ REQUESTS = {
     "no value": ([*TRAIN, "training.steps="], "training.steps: input should be a valid integer, not None"),
     # Words that are no settings.
     "a stray word": ([*TRAIN, "foo"], "'foo': settings are written key=value"),
+    "a setting as an option": (
+        [*TRAIN, "--steps", "300"],
+        "no option --steps: settings are written training.steps=300",
+    ),
+    "a setting as an option with =": (["show", "gpt2", "--num-layers=3"], "settings are written model.num_layers=3"),
+    "a kind beside a field of it": (
+        [*TRAIN, "model.norm=rmsnorm", "model.norm.eps=1e-6"],
+        "write model.norm={kind: rmsnorm, eps: 1e-6}",
+    ),
     "a setting twice": ([*TRAIN, "training.steps=1", "training.steps=2"], "training.steps: given twice"),
     "a setting cut short": ([*TRAIN, "training.steps=["], "training.steps line 1: "),
     "no out": (["train", "tiny.yaml"], "Missing option '--out'"),
@@ -104,6 +116,7 @@ REQUESTS = {
     ),
     "a run whose tokenizer is gone": (["generate", "run-mute", "--prompt", "a"], "tokenizer.json: no such file"),
     # Folders of runs.
+    "an out that is not UTF-8": (["train", "tiny.yaml", "--out", "new/a\udcff"], "not UTF-8, so no checkpoint can be"),
     "an out that exists": (["train", "tiny.yaml", "--out", "run"], "run: exists already; go on with it (--resume)"),
     "an out that is a file": (["train", "tiny.yaml", "--out", "text.txt"], "text.txt: exists already"),
     "a demo's out that exists": (["demo", "--short", "--out", "run"], "run: exists already"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +15,12 @@ from polygpt.errors import PolygptError
 COSTS = {
     "parameters",
     "active_parameters",
+    "non_embedding_parameters",
     "kv_cache_bytes_per_token",
     "state_bytes_at_full_context",
     "flops_per_token",
 }
-SHOWN = {"config", "attention_implementation", "causal_in_training", "notes", *COSTS}
+SHOWN = {"config", "training_bytes", "attention_implementation", "causal_in_training", "notes", *COSTS}
 RESULT = {
     "run",
     "steps",
@@ -128,22 +130,40 @@ def test_presets_as_json_are_a_list_of_what_show_gives(program):
 
 def test_presets_are_a_table_a_row_each(program):
     from polygpt.presets import PRESETS
+    from polygpt.recipes import recipe_names
 
-    lines = program("presets").out.splitlines()
+    table, recipes = program("presets").out.split("\n\n")
+    lines = table.splitlines()
     rows = {line.split()[0]: line for line in lines[1 : len(PRESETS) + 1]}
     assert list(rows) == list(PRESETS)
     assert rows["gpt2"].split()[4:6] == ["124,439,808", "124,439,808"]
     assert rows["tiny_moe"].split()[5:7] == ["631,370,304", "248,666,688"]
     assert {name for name, row in rows.items() if "†" in row} == {"tiny_moe", "tiny_moe_2", "tiny_moe_3"}
     assert [line[0] for line in lines[len(PRESETS) + 1 :]] == ["*", "†"]
+    assert [line.split()[0] for line in recipes.splitlines()[1:]] == recipe_names()
 
 
 @pytest.mark.parametrize("name", ["gpt2", "demo", "tiny.yaml", "run"])
 def test_show_knows_presets_recipes_files_and_runs(run, program, name):
     shown = one_object(program("show", name, "model.num_layers=3", "--json"))
-    assert set(shown) == SHOWN
+    assert set(shown) == SHOWN | (set() if name == "gpt2" else {"run"})
     assert shown["config"]["num_layers"] == 3
     assert all(isinstance(shown[key], int) and shown[key] >= 0 for key in COSTS)
+
+
+def test_show_of_a_recipe_is_the_whole_run_with_its_tokenizers_vocabulary(workdir, program):
+    shown = one_object(program("show", "demo", "training.steps=7", "--json"))
+    assert (shown["config"]["vocab_size"], shown["parameters"]) == (4096, 893_568)
+    assert (shown["run"]["training"]["steps"], shown["run"]["tokenizer"]["kind"]) == (7, "bpe")
+    assert shown["training_bytes"]["parameters"] == 4 * 893_568
+    done = program("show", "tiny.yaml")
+    config, tree, facts = done.out.split("\n\n")
+    (workdir / "again.yaml").write_text(config)
+    assert program("show", "again.yaml").out.split("\n\n")[:2] == [config, tree]
+    letters = len(set((workdir / "text.txt").read_text()))
+    assert f"vocabulary         {letters} (the characters of the text)" in facts
+    assert "vocabulary         100 (counted with 100" in program("show", "tiny.yaml", "data.path=absent.txt").out
+    assert "vocabulary         257 (every byte)" in program("show", "tiny.yaml", "tokenizer.kind=byte").out
 
 
 def test_show_prints_a_configuration_that_can_be_used_again(workdir, program):
@@ -194,6 +214,14 @@ def test_train_gives_its_result_as_json_and_all_else_on_standard_error(workdir, 
     assert result["seconds"] > result["compile_seconds"] > 0
     assert json.loads((workdir / "run/result.json").read_text()) == result
     assert "step 4: validation loss" in done.err
+
+
+def test_data_may_have_any_name_that_a_file_can_have(workdir, process):
+    name = os.fsdecode(b"caf\xe9 #1 {a}: [b].txt")
+    shutil.copy("text.txt", name)
+    for words in (["tiny.yaml", f"data.path={name}", "training.steps=2"], ["--resume", "training.steps=3"]):
+        done = process("train", *words, "--out", "run", "--json")
+        assert one_object(done)["val_loss"] > 0
 
 
 def test_demo_gives_its_result_beside_the_baselines(workdir, program):

@@ -60,6 +60,19 @@ def test_compressed_or_not_the_documents_are_the_same(tmp_path, suffix):
     assert texts(str(tmp_path)) == [row["text"] for row in rows] + ["whole\nfile\n" * 30_000]
 
 
+@pytest.mark.parametrize("rest", [b"\0" * 70_000, b"a signature", b"\x1f", b"\x1f\x8a", b"\x8b" * 8])
+@pytest.mark.parametrize("frames", [1, 2])
+def test_bytes_after_a_gzip_file_are_ignored_as_gzip_does(tmp_path, rest, frames):
+    text = "the whole text, " * 9_000
+    assert texts(write(tmp_path / "a.txt.gz", gzip.compress(text.encode()) * frames + rest)) == [text * frames]
+
+
+@pytest.mark.parametrize("rest", [b"\x1f\x8bno gzip", gzip.compress(b"another")[:-5]])
+def test_another_gzip_member_that_is_damaged_is_refused(tmp_path, rest):
+    with pytest.raises(RequestError, match="not a whole gzip file"):
+        texts(write(tmp_path / "a.txt.gz", gzip.compress(b"the whole text") + rest))
+
+
 def test_a_bare_compressed_suffix_is_text(tmp_path):
     assert texts(write(tmp_path / "corpus.gz", gzip.compress(b"some text"))) == ["some text"]
 
@@ -169,7 +182,8 @@ def test_what_cannot_be_found_is_refused_at_once(tmp_path):
 def test_a_compressed_file_that_is_damaged_is_refused(tmp_path, name):
     text = jsonl(*({"text": f"row {i}"} for i in range(2000)))
     data = gzip.compress(text.encode()) if name.endswith("gz") else zstandard.ZstdCompressor().compress(text.encode())
-    for damaged in (data[:-5], data[: len(data) // 2], b"plain text", data + b"rest"):
+    beyond = [data + b"rest"] if name.endswith("zst") else []
+    for damaged in (data[:-5], data[: len(data) // 2], b"plain text", *beyond):
         with pytest.raises(RequestError, match=r"not a whole (gzip|zstd) file"):
             texts(write(tmp_path / name, damaged))
 

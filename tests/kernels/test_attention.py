@@ -136,6 +136,15 @@ def test_dropped_probabilities_are_a_share_of_all(length, window):
     assert not np.allclose(out, other)
 
 
+def test_blocks_drop_differently_from_one_another():
+    zeros, ones = jnp.zeros((1, 4 * BLOCK, 1, 4)), jnp.ones((1, 4 * BLOCK, 1, 4))
+    rule, inputs = ScoreRule(1.0, window=20, dropout=0.5), ScoreInputs(key=jax.random.key(0))
+    out = jax.jit(blocked_attention, static_argnums=3)(zeros, zeros, ones, rule, inputs)
+    shares = np.asarray(out[0, :, 0, 0]).reshape(4, BLOCK)[1:]  # what is left of each query's probabilities
+    assert not np.allclose(shares[0], shares[1])
+    assert not np.allclose(shares[1], shares[2])
+
+
 def test_the_gradient_drops_what_the_forward_pass_dropped():
     q, k, v, weights = draw(2, 3 * BLOCK, 2, 1, 4)
     rule, inputs = ScoreRule(0.5, window=50, dropout=0.3), ScoreInputs(key=jax.random.key(3))

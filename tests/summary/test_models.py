@@ -1,5 +1,7 @@
 """Which model a name stands for, and what it costs, without allocating it."""
 
+import json
+
 import pytest
 
 import polygpt
@@ -7,45 +9,106 @@ from polygpt.errors import RequestError
 from polygpt.interop import export_huggingface
 from polygpt.loading import save
 from polygpt.presets import PRESET_VOCAB, PRESETS, preset
-from polygpt.summary import preset_summaries, resolve_model, summary
+from polygpt.summary import Resolved, resolve_model, shown, summary
 
 # Presets of which, in training, a token's output depends on later tokens.
 LATE = {"tiny_moe", "tiny_moe_2", "tiny_moe_3"}
 
 
 def test_presets_recipes_files_and_runs_are_found(tiny_run, tiny_files):
-    assert resolve_model("gpt2") == (preset("gpt2"), False)
-    assert resolve_model("tiny_large") == (preset("tiny_large", vocab_size=PRESET_VOCAB), True)
-    assert resolve_model("demo")[1]
-    run, file = resolve_model(str(tiny_run)), resolve_model(str(tiny_files / "tiny.yaml"))
-    assert (run[1], file[1]) == (False, True)
-    assert run[0] == file[0].replace(vocab_size=run[0].vocab_size)
+    assert resolve_model("gpt2") == Resolved(preset("gpt2"))
+    open_one = resolve_model("tiny_large")
+    assert open_one.model == preset("tiny_large", vocab_size=PRESET_VOCAB)
+    assert open_one.vocabulary == "counted with GPT-2's 50,257 ids"
+    run = resolve_model(str(tiny_run))
+    file = resolve_model(str(tiny_files / "tiny.yaml"), {"data.path": str(tiny_files / "text.txt")})
+    assert (run.vocabulary, file.vocabulary) == (None, "the characters of the text")
+    assert run.model == file.model
+    assert run.run.training == file.run.training
+
+
+@pytest.mark.parametrize(
+    ("changes", "size", "repeatable"),
+    [
+        ({}, 4096, True),
+        ({"tokenizer": {"kind": "byte"}}, 257, True),
+        ({"tokenizer": {"kind": "byte", "special_tokens": []}}, 256, True),
+        ({"tokenizer": {"kind": "char"}, "data.path": "absent.txt"}, 100, False),
+        ({"model.vocab_size": 5000}, 5000, True),
+    ],
+)
+def test_a_recipes_vocabulary_is_what_its_tokenizer_will_have(changes, size, repeatable):
+    resolved = resolve_model("demo", changes)
+    assert (resolved.model.vocab_size, resolved.repeatable) == (size, repeatable)
+
+
+def test_a_recipes_vocabulary_is_read_from_a_tokenizer_or_shards(tiny_run):
+    known = resolve_model(str(tiny_run)).model.vocab_size
+    for changes in (
+        {"tokenizer": {"kind": "file", "path": str(tiny_run)}},
+        {"data.path": str(tiny_run / "data")},
+    ):
+        resolved = resolve_model("demo", changes)
+        assert (resolved.model.vocab_size, resolved.repeatable) == (known, False)
+
+
+def test_what_depends_on_a_users_own_part_is_not_repeatable(tmp_path, monkeypatch):
+    (tmp_path / "own_norm_of_summary.py").write_text(
+        "from polygpt.model.norms import RMSNormConfig\nclass Own(RMSNormConfig):\n    kind: str\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert shown("giant")["repeatable"]
+    assert not shown("giant", {"model.norm": "own_norm_of_summary:Own"})["repeatable"]
 
 
 @pytest.mark.parametrize("text", ["model: {preset: gpt, num_layers: 2}", "{preset: gpt, num_layers: 2}"])
 def test_a_file_is_of_a_run_or_of_a_model_alone(tmp_path, text):
     path = tmp_path / "file.yml"
     path.write_text(text)
-    assert resolve_model(str(path))[0] == preset("gpt", num_layers=2)
+    assert resolve_model(str(path)).model == preset("gpt", num_layers=2)
 
 
 def test_overrides_are_written_as_in_a_run():
-    assert resolve_model("gpt2", {"model.attention.num_heads": 6})[0] == preset("gpt2", attention={"num_heads": 6})
-    with pytest.raises(RequestError, match=r"training: only the model is shown; write model\.KEY=VALUE"):
+    assert resolve_model("gpt2", {"model.attention.num_heads": 6}).model == preset("gpt2", attention={"num_heads": 6})
+    with pytest.raises(RequestError, match=r"training: this is a model without a run; write model\.KEY=VALUE"):
         resolve_model("gpt2", {"training.steps": 3})
     with pytest.raises(RequestError, match=r"gpt2: num_layer: no such key"):
         resolve_model("gpt2", {"model.num_layer": 3})
 
 
 def test_every_preset_is_summed_up_without_allocating_it():
-    rows = preset_summaries()
-    assert [row["preset"] for row in rows] == list(PRESETS)
-    for row in rows:
-        assert row["open_vocabulary"] == (PRESETS[row["preset"]]().get("vocab_size") is None)
-        assert row["config"]["vocab_size"] == preset(row["preset"]).with_vocab(PRESET_VOCAB).vocab_size
-        assert row["active_parameters"] <= row["parameters"]
-        assert row["causal_in_training"] == (row["preset"] not in LATE)
-        assert bool(row["notes"]) == (row["preset"] in LATE)
+    for name in PRESETS:
+        answer = shown(name)
+        facts = answer["facts"]
+        assert (answer["vocabulary"] is not None) == (PRESETS[name]().get("vocab_size") is None)
+        assert facts["config"]["vocab_size"] == preset(name).with_vocab(PRESET_VOCAB).vocab_size
+        assert facts["non_embedding_parameters"] < facts["parameters"] >= facts["active_parameters"]
+        assert facts["causal_in_training"] == (name not in LATE)
+        assert bool(facts["notes"]) == (name in LATE)
+        assert answer["tree"]["size"] == facts["parameters"]
+        assert json.loads(json.dumps(answer)) == answer
+
+
+def test_bytes_of_training_are_those_of_parameters_gradients_and_optimizer():
+    config = preset("giant", vocab_size=64)
+    facts = summary(config)
+    size = 4 * facts["parameters"]
+    assert facts["training_bytes"] == {"parameters": size, "gradients": size, "optimizer_state": 2 * size + 8}
+    half = summary(preset("giant", vocab_size=64, param_dtype="bfloat16"))["training_bytes"]
+    assert half["parameters"] == half["gradients"] == size // 2
+    muon = shown("demo")["facts"]
+    matrices = muon["non_embedding_parameters"] - 128 * 5  # of blocks; the rest has Adam's two moments
+    assert abs(muon["training_bytes"]["optimizer_state"] - 4 * (2 * muon["parameters"] - matrices)) < 100
+    lm = polygpt.build(config)
+    assert lm.training_bytes == {"parameters": size, "gradients": size, "optimizer_state": 2 * size}
+    assert lm.non_embedding_parameters == facts["non_embedding_parameters"]
+
+
+def test_embeddings_are_the_tables_of_tokens_and_positions():
+    facts = summary(preset("gpt2"))
+    assert facts["parameters"] - facts["non_embedding_parameters"] == (50257 + 1024) * 768
+    untied = summary(preset("small", vocab_size=100))
+    assert untied["parameters"] - untied["non_embedding_parameters"] == (100 + 512) * 512
 
 
 def test_costs_are_those_of_arithmetic():
@@ -78,8 +141,8 @@ def test_a_model_brought_in_or_elsewhere_can_be_shown(tmp_path):
     lm = polygpt.build(preset("giant", vocab_size=64))
     save(lm, tmp_path / "own")
     export_huggingface(tmp_path / "theirs", lm.config, lm.params)
-    assert resolve_model(str(tmp_path / "own")) == (lm.config, False)
-    shown, _ = resolve_model(str(tmp_path / "theirs"), {"model.num_layers": 1})
-    assert (shown.num_layers, shown.attention.kv_heads) == (1, 1)
+    assert resolve_model(str(tmp_path / "own")).model == lm.config
+    model = resolve_model(str(tmp_path / "theirs"), {"model.num_layers": 1}).model
+    assert (model.num_layers, model.attention.kv_heads) == (1, 1)
     with pytest.raises(RequestError, match="no model 'MODEL'; name a run's folder"):
         resolve_model("finetune")

@@ -36,9 +36,13 @@ BOTH = [
 
 def test_they_are_lines_of_the_metrics_and_of_the_report(asked, workdir, capsys):
     train(asked(BOTH), "run")
-    lines = [line for line in read_lines(workdir / "run/metrics.jsonl") if not {"loss", "val_loss"} & set(line)]
-    book = {"step", "book/nats_per_token", "book/perplexity", "book/bits_per_byte"}
-    questions = {"step", *(f"hellaswag/{name}" for name in ("acc", "acc_norm", "acc_stderr", "acc_norm_stderr"))}
+    lines = [line for line in read_lines(workdir / "run/metrics.jsonl") if line["event"] == "evaluation"]
+    book = {"event", "step", "book/nats_per_token", "book/perplexity", "book/bits_per_byte"}
+    questions = {
+        "event",
+        "step",
+        *(f"hellaswag/{name}" for name in ("acc", "acc_norm", "acc_stderr", "acc_norm_stderr")),
+    }
     assert [(line["step"], set(line)) for line in lines] == [(4, book), (6, book), (6, questions)]
     lm = load("run")
     found = perplexity(lm, encode_text(TEXT, lm.tokenizer, "book"))

@@ -8,7 +8,7 @@ import pytest
 from polygpt.config import validate
 from polygpt.errors import RequestError
 from polygpt.model import Model, ModelConfig
-from polygpt.training.optimizers import AdamWConfig, CosineConfig, MuonConfig, TrapezoidConfig
+from polygpt.training.optimizers import AdamWConfig, CosineConfig, MuonConfig, TrapezoidConfig, build_optimizer
 
 FIELDS = {
     "vocab_size": 11,
@@ -109,6 +109,38 @@ def test_schedules_hold_in_runs_shorter_than_their_warm_up(kind, warmup):
     schedule = kind(warmup_steps=warmup).build(1.0, 5)
     assert all(0 <= float(schedule(step)) <= 1 for step in range(6))
     assert float(schedule(0)) > 0
+
+
+@pytest.mark.parametrize(("warmup", "share"), [(10, 1.0), (30, 0.8), (50, 0.6), (80, 1.0)])
+def test_a_trapezoid_whose_warm_up_and_decay_overlap_still_ends_at_nothing(warmup, share):
+    schedule = TrapezoidConfig(warmup_steps=warmup, decay_fraction=share).build(1.0, 100)
+    assert float(schedule(warmup)) == pytest.approx(1.0)
+    assert float(schedule((warmup + 100) // 2)) == pytest.approx(0.5, abs=0.01)
+    assert float(schedule(100)) == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "settings", "vanishing"),
+    [
+        ("float32", {}, []),
+        ("float16", {}, ["eps"]),
+        ("float16", {"eps": 1e-6}, []),
+        ("bfloat16", {}, []),
+        ("bfloat16", {"b2": 0.999}, ["b2"]),
+        ("bfloat16", {"b1": 0.0, "weight_decay": 0.0}, []),
+    ],
+)
+def test_settings_that_a_type_rounds_away_are_named(dtype, settings, vanishing):
+    assert AdamWConfig(**settings).vanishing(jnp.dtype(dtype)) == vanishing
+
+
+def test_an_optimizer_whose_settings_vanish_works_in_float32(model):
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), draw(model, 0))
+    half = Model(model.config.replace(param_dtype="bfloat16"))
+    for b2, dtype in ((0.95, jnp.bfloat16), (0.999, jnp.float32)):
+        optimizer = build_optimizer(AdamWConfig(b2=b2), half, lambda step: 0.1)
+        state = optimizer.init(params)
+        assert {leaf.dtype for leaf in jax.tree.leaves(state) if leaf.ndim} == {jnp.dtype(dtype)}
 
 
 @pytest.mark.parametrize(

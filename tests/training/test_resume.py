@@ -35,9 +35,8 @@ def bytes_of_arrays(run):
     config = read_config(run)
     like = Trainer(Model(config.model), config.training).abstract_state()
     saved = checkpoint.newest(run / "checkpoints")
-    params = checkpoint.restore(saved, "params", like.params)
-    optimizer = checkpoint.restore(saved, "optimizer", (like.optimizer, like.step))
-    return [np.asarray(leaf).tobytes() for tree in (params, optimizer) for leaf in jax.tree.leaves(tree)]
+    found = checkpoint.restore(saved, like.params, like.optimizer)
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves((found.params, found.optimizer, found.step))]
 
 
 def numbers(run):
@@ -104,7 +103,7 @@ def test_lines_after_the_checkpoint_come_again_once(run, program):
     ("change", "message"),
     [
         ("model.num_layers=2", "this run has model.num_layers=1, not 2"),
-        ("model.dropout=0.2", "this run has model.dropout=0.1, not 0.2"),
+        ("model.embed_scale=2.0", "this run has model.embed_scale=1.0, not 2.0"),
         ("model.norm={kind: layernorm}", "this run has model.norm="),
         ("tokenizer.kind=byte", "this run has tokenizer.kind=char, not byte"),
         ("data.path=tiny.yaml", "this run has data.path="),
@@ -121,6 +120,51 @@ def test_another_model_data_or_order_is_refused_by_name(run, workdir, program, s
     assert message in "\n".join(done.complaint)
     assert len(done.complaint) <= 3
     assert snapshot(workdir) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["training.steps=8", "model.scan_layers=true"], "changed: model.scan_layers None → True"),
+        (
+            ["training.steps=8", "model.attention.implementation=xla"],
+            "changed: model.attention.implementation auto → xla, training.steps 6 → 8",
+        ),
+        (["training.steps=8", "model.dropout=0.2"], "changed: model.dropout 0.1 → 0.2"),
+        (
+            ["training.steps=8", "training.optimizer.learning_rate=0.0005"],
+            "changed: training.steps 6 → 8, training.optimizer.learning_rate 0.0003 → 0.0005",
+        ),
+    ],
+)
+def test_how_a_model_is_computed_and_trained_may_change_and_is_said(run, program, changes, said):
+    done = program("train", "--resume", *changes, "--out", run)
+    assert done.code == 0, done.err
+    assert said in done.err
+    lines = numbers(run)
+    assert [line["step"] for line in lines if line["event"] == "step"] == [*range(1, 9)]
+    key, _, value = said.rpartition(", ")[2].removeprefix("changed: ").partition(" ")
+    node = read_config(run).to_dict()
+    for step in key.split("."):
+        node = node[step]
+    assert str(node) == value.rpartition(" ")[2]
+
+
+def test_a_run_resumed_as_it_was_says_nothing_of_changes(run, program):
+    assert "changed" not in program("train", "--resume", "--out", run).err
+
+
+def test_initial_values_batches_and_dropout_have_seeds_of_their_own(workdir):
+    def losses(name, **changes):
+        train(load_recipe("tiny.yaml", changes), name, listeners=[RunFiles()])
+        return [line["loss"] for line in numbers(workdir / name) if line["event"] == "step"]
+
+    seed, init, data = "training.seed", "training.init_seed", "training.data_seed"
+    plain = losses("plain", **{"model.dropout": 0.0, seed: 1})
+    assert losses("named", **{"model.dropout": 0.0, seed: 5, init: 1, data: 1}) == plain
+    assert losses("init", **{"model.dropout": 0.0, seed: 1, init: 2}) != plain
+    assert losses("data", **{"model.dropout": 0.0, seed: 1, data: 2}) != plain
+    assert losses("dropout", **{seed: 5, init: 1, data: 1}) != losses("dropout1", **{seed: 1, init: 1, data: 1})
 
 
 def test_a_recipe_given_again_must_be_the_runs(run, program):

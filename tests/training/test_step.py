@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from polygpt.config import validate
-from polygpt.model import Model, ModelConfig
+from polygpt.model import NO_EFFECTS, Model, ModelConfig
 from polygpt.training import Batch, Trainer, TrainingConfig, TrainState
 from polygpt.training.step import nll_sums
 
@@ -111,6 +111,74 @@ def test_clipping_bounds_the_global_norm(model, state):
     length = optax.tree.norm(jax.tree.map(jnp.subtract, after.params, start.params))
     assert float(metrics.grad_norm) > 0.01, "the metric is the norm before clipping"
     assert float(length) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_a_step_is_its_gradients_applied(trainer, state):
+    @jax.jit
+    def in_two(state, batch):
+        gradients, metrics, effects = trainer.gradients(state, batch)
+        return *trainer.apply(state, gradients, effects), metrics.loss
+
+    whole, metrics = jax.jit(trainer.step)(state, batch_of(3))
+    after, norm, rate, loss = in_two(state, batch_of(3))
+    jax.tree.map(np.testing.assert_array_equal, (after, norm, rate, loss), (whole, *metrics[2:], metrics.loss))
+
+
+def test_gradients_of_two_batches_add_up_to_those_of_both(model, state):
+    """What accumulation needs: nothing happens to the parameters before `apply`."""
+    plain = trainer_of(Model(model.config.replace(dropout=0.0)))
+    both = Batch(*(jnp.concatenate(pair) for pair in zip(batch_of(3)[:3], batch_of(4)[:3], strict=True)))
+    one, two, sum_of_both = (jax.jit(plain.gradients)(state, batch)[0] for batch in (batch_of(3), batch_of(4), both))
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, one, two)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), mean, sum_of_both)
+
+
+def test_packed_documents_have_the_loss_they_have_alone(model, state):
+    plain = trainer_of(Model(model.config.replace(dropout=0.0)))
+    gradients = jax.jit(plain.gradients)
+    whole = batch_of(5)
+    segments = jnp.asarray([[0] * 3 + [1] * 5] * 3)
+    packed, metrics, _ = gradients(state, whole._replace(segment_ids=segments))
+    parts = []
+    for document in (slice(0, 3), slice(3, 8)):
+        alone = Batch(
+            *(jnp.pad(leaf[:, document], ((0, 0), (0, 8 - (document.stop - document.start)))) for leaf in whole[:3])
+        )
+        assert float(alone.mask.sum()) == 3 * (document.stop - document.start)
+        parts.append((alone.mask.sum() / 24, gradients(state, alone)))
+    assert float(metrics.loss) == pytest.approx(float(sum(share * part[1].loss for share, part in parts)), rel=1e-5)
+    total = jax.tree.map(lambda a, b: parts[0][0] * a + parts[1][0] * b, parts[0][1][0], parts[1][1][0])
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), packed, total)
+    assert float(gradients(state, whole)[1].loss) != pytest.approx(float(metrics.loss), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_float16_parameters_are_updated_in_float32(model, kind):
+    """Adam's eps is 0 in float16, and so are the squares of most gradients."""
+    losses = {}
+    for dtype in ("float32", "float16"):
+        typed = Model(model.config.replace(param_dtype=dtype, compute_dtype=dtype, dropout=0.0))
+        trainer = trainer_of(typed, optimizer={"kind": kind, "learning_rate": 0.01})
+        state, step = trainer.init(), jax.jit(trainer.step)
+        losses[dtype] = []
+        for _ in range(20):
+            state, metrics = step(state, batch_of(0))
+            losses[dtype].append(float(metrics.loss))
+    assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(state.params))
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float16")}
+    floating = [leaf for leaf in jax.tree.leaves(state.optimizer) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    assert {leaf.dtype for leaf in floating} == {jnp.dtype("float32")}
+    np.testing.assert_allclose(losses["float16"], losses["float32"], atol=0.02)
+
+
+def test_the_norm_of_float16_gradients_does_not_overflow(model):
+    half = Model(model.config.replace(param_dtype="float16"))
+    trainer = trainer_of(half)
+    state = trainer.init()
+    large = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 300, leaf.dtype), state.params)
+    after, norm, _ = jax.jit(trainer.apply)(state, large, NO_EFFECTS)
+    assert float(norm) == pytest.approx(300 * half.num_parameters**0.5, rel=1e-3)
+    assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(after.params))
 
 
 def test_the_compiled_step_takes_the_old_states_memory(trainer):

@@ -1,65 +1,68 @@
-"""`metrics.jsonl` and `samples.jsonl`: one JSON object a line, cut back to the checkpoint when a run goes on."""
+"""`metrics.jsonl` and `samples.jsonl`: one JSON object per line, cut back to the checkpoint when a run resumes."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import Any
 
+from polygpt import checkpoint
 from polygpt.errors import PolygptError
 from polygpt.files import write_text
-from polygpt.loading import RESULT
-from polygpt.training.events import Evaluated, Event, Finished, Measured, Sampled, Saved, Started, Stepped
+from polygpt.loading import CHECKPOINTS, RESULT
+from polygpt.training.events import Evaluated, Event, Finished, Measured, Sampled, Started, Stepped
 from polygpt.training.listeners.report import write_report
-from polygpt.training.run_folder import METRICS, SAMPLES, read_lines
+from polygpt.training.run_folder import METRICS, SAMPLES, read_lines, read_metrics
 
 
 class RunFiles:
-    """Writes the run's line files; lines of a step go to the disk together with the next checkpoint or evaluation."""
+    """Writes the run's metrics and samples and, at the end, its result and report.
+
+    Each line of the metrics says what it is: `event` is `step`, `validation` or `evaluation`.
+    """
 
     def __call__(self, event: Event) -> None:
         try:
             self._handle(event)
         except OSError as error:
-            raise PolygptError(
-                f"{self.folder}: cannot be written ({error.strerror}); checkpoints are intact"
-            ) from error
+            kept = checkpoint.describe_saved(self.folder / CHECKPOINTS)
+            raise PolygptError(f"{self.folder}: cannot be written ({error.strerror or error}); {kept}") from error
 
     def _handle(self, event: Event) -> None:
         match event:
             case Started(folder=folder, step=step):
                 self.folder = folder
-                kept = [_cut_after(folder / name, step) for name in (METRICS, SAMPLES)]
-                self.evaluated = next((line for line in reversed(kept[0]) if "val_loss" in line), None)
-                self.measured = [line for line in kept[0] if "loss" not in line and "val_loss" not in line]
+                metrics = [line for line in read_metrics(folder) if line["step"] <= step]
+                samples = [line for line in read_lines(folder / SAMPLES) if line["step"] <= step]
+                for name, lines in ((METRICS, metrics), (SAMPLES, samples)):
+                    if (folder / name).is_file():  # lines after the checkpoint will be written again
+                        write_text(folder / name, "".join(map(_to_json, lines)))
+                self.evaluated = [line for line in metrics if line["event"] != "step"]
             case Stepped():
                 line = {k: v for k, v in dataclasses.asdict(event).items() if v is not None and k != "extra"}
-                self._write(METRICS, event.extra | line)
+                self._write(
+                    METRICS, {"event": "step", **line, **{k: v for k, v in event.extra.items() if k not in line}}
+                )
             case Evaluated():
-                # A finished run that is resumed ends with the evaluation that it already has.
-                if (line := dataclasses.asdict(event)) != self.evaluated:
-                    self._write(METRICS, line)
+                self._write_once({"event": "validation", **dataclasses.asdict(event)})
             case Measured(step=step, metrics=metrics):
-                if (line := {"step": step, **metrics}) not in self.measured:
-                    self._write(METRICS, line)
+                self._write_once({"event": "evaluation", "step": step, **metrics})
             case Sampled():
                 self._write(SAMPLES, dataclasses.asdict(event))
             case Finished(result=result):
                 text = json.dumps(dataclasses.asdict(result), indent=1) + "\n"
                 (self.folder / RESULT).write_text(text, encoding="utf-8")
                 write_report(self.folder)
-            case Saved():
-                pass
+
+    def _write_once(self, line: dict[str, Any]) -> None:
+        """Adds an evaluation, unless it is one that a finished run already has and repeats on resuming."""
+        if line not in self.evaluated:
+            self._write(METRICS, line)
 
     def _write(self, name: str, line: dict[str, Any]) -> None:
         with (self.folder / name).open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+            stream.write(_to_json(line))
 
 
-def _cut_after(path: Path, step: int) -> list[dict[str, Any]]:
-    """Leaves, and gives, the lines up to `step`: what came after the checkpoint will come again."""
-    kept = [line for line in read_lines(path) if line["step"] <= step]
-    if path.is_file():
-        write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
-    return kept
+def _to_json(line: dict[str, Any]) -> str:
+    return json.dumps(line, ensure_ascii=False) + "\n"

@@ -1,4 +1,4 @@
-"""The progress bar on standard error; plain lines where that is no terminal."""
+"""The progress bar on standard error; plain lines if that is not a terminal."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import time
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from polygpt.training.events import (
+    Compiled,
     Ended,
     Evaluated,
     Event,
@@ -33,13 +34,15 @@ def progress_listener(console: Console | None = None) -> Listener:
 
 
 def describe(event: Event) -> str | None:
-    """One line for an event that is worth one, as rich markup."""
+    """One line about an event, as rich markup; None if it is not worth one."""
     match event:
         case Note(text=text, warning=warning):
             return f"[yellow]warning:[/yellow] {escape(text)}" if warning else f"[dim]{escape(text)}[/dim]"
         case Started(step=step, num_parameters=count, facts=facts):
             where = f"going on after step {step}" if step else "training"
             return f"{where}: {count:,} parameters, " + escape(", ".join(f"{k} {v}" for k, v in facts.items()))
+        case Compiled(seconds=seconds):
+            return f"[dim]compiled in {seconds:.1f} s[/dim]"
         case Evaluated(step=step, val_loss=loss, val_bits_per_byte=bits, full=full):
             part = "" if full else " (part of the held-out text)"
             return f"step {step}: validation loss {loss:.4f}, {bits:.4f} bits per byte{part}"
@@ -47,7 +50,7 @@ def describe(event: Event) -> str | None:
             known = (f"{escape(name)} {value:.4f}" for name, value in metrics.items() if value is not None)
             return f"step {step}: {', '.join(known)}"
         case Sampled(step=step, prompt=prompt, text=text):
-            return f"step {step}: [cyan]{escape(_short(prompt))}[/cyan]{escape(_short(text))}"
+            return f"step {step}: [cyan]{escape(_one_line(prompt))}[/cyan]{escape(_one_line(text))}"
         case Saved(step=step, folder=folder):
             return f"[dim]step {step}: saved {escape(str(folder))}[/dim]"
         case Finished(result=result):
@@ -55,67 +58,92 @@ def describe(event: Event) -> str | None:
     return None
 
 
-def _short(text: str, width: int = 160) -> str:
+def _one_line(text: str, width: int = 160) -> str:
     line = text.replace("\n", "⏎")
     return line if len(line) <= width else line[: width - 1] + "…"
 
 
-class _Lines:
-    """A line for what matters, and one every few seconds for the steps between."""
-
-    def __init__(self, console: Console):
-        self.console, self.config, self.last = console, None, 0.0
-
-    def __call__(self, event: Event) -> None:
-        if isinstance(event, Started):
-            self.config, self.begun, self.first = event.config, time.monotonic(), event.step
-        if isinstance(event, Stepped):
-            self._step(event)
-        elif line := describe(event):
-            self.console.print(line)
-
-    def _step(self, event: Stepped) -> None:
-        now = time.monotonic()
-        if event.tokens_per_second is None or now - self.last < PLAIN_INTERVAL:
-            return
-        self.last = now
-        steps = self.config.training.steps
-        left = (now - self.begun) / (event.step - self.first) * (steps - event.step)
-        speed = f"{event.tokens_per_second:,.0f} tokens/s"
-        self.console.print(f"step {event.step}/{steps}: loss {event.loss:.4f}, {speed}, {left:.0f} s left")
+def _duration(seconds: float) -> str:
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= 100 * length / 60:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"
 
 
-class _Bar:
-    """A live bar below the lines, until the run ends.
-
-    (Not until it is deleted: that can be when Python shuts down, where the thread that draws is waited for in vain.)
-    """
+class _Progress:
+    """What both forms share: every event worth a line is printed, and the last samples in full at the end."""
 
     def __init__(self, console: Console):
         self.console = console
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]} · {task.fields[speed]} tokens/s ·"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-        )
-        self.task = None
+        self.steps = self.first = 0
+        self.begun = time.monotonic()
+        self.last_samples: list[Sampled] = []
 
     def __call__(self, event: Event) -> None:
-        if isinstance(event, Stepped):
-            speed = {} if event.tokens_per_second is None else {"speed": f"{event.tokens_per_second:,.0f}"}
-            self.progress.update(self.task, completed=event.step, loss=f"{event.loss:.3f}", **speed)
-            return
-        if isinstance(event, Finished | Ended):
-            self.progress.stop()
+        match event:
+            case Started(config=config, step=step):
+                self.steps, self.first = config.training.steps, step
+            case Compiled():
+                self.begun = time.monotonic()  # compiling says nothing about the time left
+            case Sampled(step=step) if step == self.steps:
+                self.last_samples.append(event)
+                return
+            case Finished():
+                for sample in self.last_samples:
+                    self.console.print(f"\n[cyan]{escape(sample.prompt)}[/cyan]{escape(sample.text)}\n")
         if line := describe(event):
             self.console.print(line)
-        if isinstance(event, Started):
-            self.task = self.progress.add_task(
-                "training", total=event.config.training.steps, completed=event.step, loss="–", speed="–"
-            )
-            self.progress.start()
+
+    def status(self, event: Stepped) -> str:
+        """How fast training is, and how long it will still take at the pace so far, evaluations and all included."""
+        left = (time.monotonic() - self.begun) / (event.step - self.first) * (self.steps - event.step)
+        return f"loss {event.loss:.4f}, {event.tokens_per_second:,.0f} tokens/s, {_duration(left)} left"
+
+
+class _Lines(_Progress):
+    """Plain lines, with one every few seconds for the steps in between."""
+
+    last = -PLAIN_INTERVAL
+
+    def __call__(self, event: Event) -> None:
+        super().__call__(event)
+        now = time.monotonic()
+        if isinstance(event, Stepped) and event.tokens_per_second is not None and now - self.last >= PLAIN_INTERVAL:
+            self.last = now
+            self.console.print(f"step {event.step}/{self.steps}: {self.status(event)}")
+
+
+class _Bar(_Progress):
+    """A live bar below the lines, until the run ends; then it disappears, whether the run is complete or not.
+
+    (It ends with the run rather than with this object: at interpreter exit, joining rich's drawing thread can hang.)
+    """
+
+    def __init__(self, console: Console):
+        super().__init__(console)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(),
+        )
+        self.progress = Progress(*columns, console=console, transient=True)
+        self.task = self.progress.add_task("compiling", total=None, status="", start=False)
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Finished | Ended):
+            self.progress.stop()
+        super().__call__(event)
+        match event:
+            case Started(step=step):
+                done = step == self.steps
+                self.progress.update(self.task, description="evaluating" if done else "compiling")
+                self.progress.start_task(self.task)
+                self.progress.start()
+            case Compiled():
+                self._show(self.first, f"{self.first}/{self.steps}")
+            case Stepped(step=step, tokens_per_second=speed) if speed is not None:
+                self._show(step, f"{step}/{self.steps}, {self.status(event)}")
+
+    def _show(self, step: int, status: str) -> None:
+        self.progress.update(self.task, description="training", total=self.steps, completed=step, status=status)

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from polygpt.config import read_yaml, to_yaml
 from polygpt.files import write_text
 from polygpt.loading import CONFIG, RESULT
-from polygpt.model import Model
+from polygpt.model import model_of
 from polygpt.training.events import Stepped
-from polygpt.training.run_folder import METRICS, SAMPLES, read_config, read_lines
+from polygpt.training.run_folder import SAMPLES, read_config, read_lines, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,7 +39,7 @@ class Baseline:
 
 def write_report(run: Path, baselines: Sequence[Baseline] = ()) -> Path:
     """Writes `report.html` and `loss.png` into the finished run's folder; gives the page's path."""
-    lines = read_lines(run / METRICS)
+    lines = read_metrics(run)
     result = json.loads((run / RESULT).read_text(encoding="utf-8"))
     curve = _loss_figure(lines)
     curve.savefig(run / PLOT, dpi=150)
@@ -58,15 +58,19 @@ def write_report(run: Path, baselines: Sequence[Baseline] = ()) -> Path:
         measured=measured,
         measured_names=_measured_names(measured),
         measures=_svg(_measured_figure(measured)) if _measured_names(measured) else None,
-        caveat=Model(read_config(run).model).training_caveat,
+        caveat=model_of(read_config(run).model).training_caveat,
         bars=bars,
         baselines=baselines,
         samples=read_lines(run / SAMPLES),
-        evaluations=[line for line in lines if "val_loss" in line],
+        evaluations=_of(lines, "validation"),
         versions=_versions(),
     )
     write_text(run / REPORT, page)
     return run / REPORT
+
+
+def _of(lines: Sequence[dict[str, Any]], event: str) -> list[dict[str, Any]]:
+    return [line for line in lines if line["event"] == event]
 
 
 def _template() -> Any:
@@ -95,11 +99,11 @@ def _figure(height: float = 3.4, rows: int | None = None) -> tuple[Figure, Any]:
 
 def _loss_figure(lines: Sequence[dict[str, Any]]) -> Figure:
     figure, axes = _figure()
-    steps = [line for line in lines if "loss" in line]
+    steps = _of(lines, "step")
     x, loss = [line["step"] for line in steps], [line["loss"] for line in steps]
     axes.plot(x, loss, color=BLUE, alpha=0.25, linewidth=0.8, label="training, each batch")
     axes.plot(x, _smooth(loss), color=BLUE, linewidth=1.6, label="training, moving average")
-    held_out = [line for line in lines if "val_loss" in line]
+    held_out = _of(lines, "validation")
     axes.plot(
         [line["step"] for line in held_out],
         [line["val_loss"] for line in held_out],
@@ -126,13 +130,12 @@ def _speed_figure(lines: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
-# What every line of a step has; anything beside it was said by a part of the model.
-_STEP_FIELDS = {field.name for field in fields(Stepped)}
+# The fields of every step's line; others were reported by a part of the model.
+_STEP_FIELDS = {"event", *(field.name for field in fields(Stepped))}
 
 
 def _extra_names(lines: Sequence[dict[str, Any]]) -> list[str]:
-    steps = (line for line in lines if "loss" in line)
-    return [name for name in next(steps, {}) if name not in _STEP_FIELDS]
+    return [name for name in next(iter(_of(lines, "step")), {}) if name not in _STEP_FIELDS]
 
 
 def _parts_figure(lines: Sequence[dict[str, Any]]) -> Figure:
@@ -142,15 +145,14 @@ def _parts_figure(lines: Sequence[dict[str, Any]]) -> Figure:
         axes.plot(x, values, color=BLUE, alpha=0.25, linewidth=0.8)
         axes.plot(x, _smooth(values), color=BLUE, linewidth=1.4)
 
-    return _panels(_extra_names(lines), [line for line in lines if "loss" in line], draw)
+    return _panels(_extra_names(lines), _of(lines, "step"), draw)
 
 
 def _measured(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What `training.evaluations` found: a line a step, the metrics of all of them together."""
+    """The metrics of `training.evaluations`, those of one step in one row."""
     by_step: dict[int, dict[str, Any]] = {}
-    for line in lines:
-        if "loss" not in line and "val_loss" not in line:
-            by_step.setdefault(line["step"], {}).update(line)
+    for line in _of(lines, "evaluation"):
+        by_step.setdefault(line["step"], {}).update(line)
     return list(by_step.values())
 
 
@@ -162,9 +164,9 @@ def _measured_figure(rows: Sequence[dict[str, Any]]) -> Figure:
 
 
 def _measured_names(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Metrics in the order they came, the standard errors left out."""
+    """The metrics' names in order, without the standard errors."""
     names = dict.fromkeys(name for row in rows for name in row)
-    return [name for name in names if name != "step" and "_stderr" not in name]
+    return [name for name in names if name not in ("event", "step") and "_stderr" not in name]
 
 
 def _panels(names: Sequence[str], rows: Sequence[dict[str, Any]], draw: Callable[..., None]) -> Figure:

@@ -9,9 +9,9 @@ from rich.console import Console
 
 from polygpt.errors import PolygptError
 from polygpt.recipes import load_recipe
-from polygpt.training import Ended, Evaluated, Finished, Note, RunResult, Sampled, Saved, Started, Stepped
-from polygpt.training.listeners import Baseline, RunFiles, progress_listener, write_report
-from polygpt.training.run_folder import read_lines
+from polygpt.training import Compiled, Ended, Evaluated, Finished, Note, RunResult, Sampled, Saved, Started, Stepped
+from polygpt.training.listeners import Baseline, RunFiles, progress, progress_listener, write_report
+from polygpt.training.run_folder import read_lines, read_metrics
 
 RESULT = RunResult("run", 4, 1.0, 2.0, 3.0, 1234.0, 5.0, 0.5)
 
@@ -32,11 +32,19 @@ def test_steps_and_evaluations_are_lines_and_samples_too(tmp_path):
     tell(RunFiles(), started(tmp_path), Stepped(1, 5.5, 1.0, 0.1), Stepped(2, 5.0, 1.0, 0.1, 99.0))
     tell(RunFiles(), started(tmp_path, 2), Evaluated(2, 4.0, 6.0, False), Sampled(2, "a", "b\u2028c\x00"))
     assert read_lines(tmp_path / "metrics.jsonl") == [
-        {"step": 1, "loss": 5.5, "grad_norm": 1.0, "learning_rate": 0.1},
-        {"step": 2, "loss": 5.0, "grad_norm": 1.0, "learning_rate": 0.1, "tokens_per_second": 99.0},
-        {"step": 2, "val_loss": 4.0, "val_bits_per_byte": 6.0, "full": False},
+        {"event": "step", "step": 1, "loss": 5.5, "grad_norm": 1.0, "learning_rate": 0.1},
+        {"event": "step", "step": 2, "loss": 5.0, "grad_norm": 1.0, "learning_rate": 0.1, "tokens_per_second": 99.0},
+        {"event": "validation", "step": 2, "val_loss": 4.0, "val_bits_per_byte": 6.0, "full": False},
     ]
     assert read_lines(tmp_path / "samples.jsonl") == [{"step": 2, "prompt": "a", "text": "b\u2028c\x00"}]
+
+
+def test_lines_of_an_earlier_version_are_given_their_event(tmp_path):
+    lines = [{"step": 1, "loss": 1.0}, {"step": 1, "val_loss": 2.0}, {"step": 1, "book/perplexity": 3.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = read_metrics(tmp_path)
+    assert [line["event"] for line in found] == ["step", "validation", "evaluation"]
+    assert [{k: v for k, v in line.items() if k != "event"} for line in found] == lines
 
 
 def test_lines_after_the_step_where_a_run_goes_on_are_cut(tmp_path):
@@ -57,7 +65,7 @@ def test_the_evaluation_that_a_finished_run_has_is_not_written_twice(tmp_path):
 
 def test_a_file_that_cannot_be_written_fails_the_run_by_name(tmp_path):
     (tmp_path / "metrics.jsonl").mkdir()
-    with pytest.raises(PolygptError, match=r"cannot be written .*checkpoints are intact"):
+    with pytest.raises(PolygptError, match=r"cannot be written \(Is a directory\); no checkpoint has been saved"):
         tell(RunFiles(), started(tmp_path), Stepped(1, 1.0, 1.0, 0.1))
 
 
@@ -91,6 +99,80 @@ def test_without_a_terminal_each_event_is_a_plain_line(tmp_path):
     ]
 
 
+def bar_lines(stream):
+    """What a terminal shows in the end: the text after the last control sequence that erases lines."""
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stream.getvalue().rpartition("\x1b[2K")[2])
+
+
+def clock(monkeypatch):
+    """A clock that the test sets."""
+    now = [1000.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
+
+
+def run_of(steps, folder, step=0):
+    return Started(load_recipe("demo", {"training.steps": steps}), folder, step, 1_000, {})
+
+
+@pytest.mark.parametrize("resumed", [0, 100])
+def test_the_time_left_goes_by_steps_alone_and_not_by_compiling(tmp_path, monkeypatch, resumed):
+    now, stream = clock(monkeypatch), io.StringIO()
+    listener = progress_listener(Console(file=stream, soft_wrap=True, width=200))
+    listener(run_of(300, tmp_path, resumed))
+    now[0] += 500  # compiling
+    listener(Compiled(500.0))
+    now[0] += 20
+    for step in range(1, 10):
+        listener(Stepped(resumed + step, 5.0, 1.0, 0.1))
+    listener(Stepped(resumed + 10, 5.0, 1.0, 0.1, 99.0))
+    left = {0: "9.7 min", 100: "6.3 min"}[resumed]
+    assert f"step {resumed + 10}/300: loss 5.0000, 99 tokens/s, {left} left" in stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (99, "99 s"), (100, "1.7 min"), (5999, "100.0 min"), (6000, "1.7 h")]
+)
+def test_durations_are_short(seconds, text):
+    assert progress._duration(seconds) == text
+
+
+def test_on_a_terminal_compiling_is_called_so_and_shows_no_steps(tmp_path):
+    stream = io.StringIO()
+    bar = progress_listener(Console(file=stream, force_terminal=True, width=120))
+    bar(run_of(300, tmp_path))
+    bar.progress.refresh()
+    assert "compiling" in stream.getvalue()
+    assert "/300" not in stream.getvalue()
+    bar(Compiled(1.0))
+    bar.progress.refresh()
+    assert "training" in stream.getvalue()
+    assert "0/300" in stream.getvalue()
+    bar(Ended())
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_no_bar_is_left_behind_when_a_run_ends(tmp_path, finished):
+    stream = io.StringIO()
+    bar = progress_listener(Console(file=stream, force_terminal=True, width=120))
+    tell(bar, run_of(300, tmp_path), Compiled(1.0), Stepped(10, 5.25, 1.0, 0.1, 2_000.0))
+    bar.progress.refresh()
+    assert "10/300" in stream.getvalue()
+    tell(bar, *([Finished(RESULT)] if finished else []), Ended())
+    assert "300" not in bar_lines(stream)
+    assert "━" not in bar_lines(stream)
+
+
+def test_the_last_samples_are_shown_in_full_at_the_end(tmp_path):
+    stream = io.StringIO()
+    listener = progress_listener(Console(file=stream, soft_wrap=True, width=60))
+    long = "word " * 60
+    tell(listener, run_of(4, tmp_path), Sampled(2, "a", long), Sampled(4, "b", f"[x]\n{long}"), Finished(RESULT))
+    lines = stream.getvalue().splitlines()
+    assert lines[1] == "step 2: a" + long[:159] + "…"
+    assert lines[2:] == ["", "b[x]", long, "", "done: 4 steps, 1,234 tokens/s, 5 s"]
+
+
 @pytest.mark.parametrize("finished", [True, False])
 def test_on_a_terminal_a_bar_is_drawn_and_the_cursor_given_back(tmp_path, finished):
     stream = io.StringIO()
@@ -98,8 +180,7 @@ def test_on_a_terminal_a_bar_is_drawn_and_the_cursor_given_back(tmp_path, finish
     tell(bar, started(tmp_path), *EVENTS[: None if finished else -1], Ended())
     text = stream.getvalue()
     assert text.rfind("\x1b[?25h") > text.rfind("\x1b[?25l") > 0
-    assert "11/" in text
-    assert "2,000 tokens/s" in text
+    assert "10/1800, loss 5.2500, 2,000 tokens/s, " in text
 
 
 # --- The report ---------------------------------------------------------------------------------------------

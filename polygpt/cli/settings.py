@@ -1,0 +1,106 @@
+"""Settings as commands take them: misspelled ones are refused, and what is known is shown, before JAX is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import click
+
+from polygpt.cache import kept
+
+
+class SettingsCommand(click.Command):
+    """A command that takes KEY=VALUE settings: a setting written as an option is shown as it should be."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        words = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            path = _path_of(error.option_name.lstrip("-").replace("-", "_"), _keys())
+            if path is None:
+                raise
+            given = next(word for word in words if word.partition("=")[0] == error.option_name)
+            after = words[words.index(given) + 1 :][:1]
+            value = given.partition("=")[2] or (after[0] if after else "VALUE")
+            raise click.UsageError(f"no option {error.option_name}: settings are written {path}={value}") from None
+
+
+class RunCommand(SettingsCommand):
+    """A command that takes a recipe, and lists them in its help."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Recipes"):
+            formatter.write_dl(list(recipe_titles().items()))
+
+
+def recipe_titles() -> dict[str, str]:
+    """The recipes that come with polygpt, each with the first line of its file; imports nothing that is slow."""
+    files = resources.files("polygpt").joinpath("recipes").iterdir()
+    found = {file.name.removesuffix(".yaml"): file for file in files if file.name.endswith(".yaml")}
+    return {name: file.read_text(encoding="utf-8").splitlines()[0].strip("# .") for name, file in sorted(found.items())}
+
+
+def check_names(fields: Mapping[str, Any], where: str = "", *, of_run: bool = True) -> None:
+    """Refuses a misspelled key or kind in the settings of a run, or of a model, before JAX is imported.
+
+    Raises:
+        RequestError: it names the nearest.
+    """
+    from polygpt.config import check_keys
+
+    keys = _keys()
+    check_keys(keys if of_run else keys["model"]["keys"], fields, where)
+
+
+def shown(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What `summary.shown` gives for a name and settings as they are typed; kept for the next time where it can be.
+
+    Raises:
+        RequestError: there is nothing by that name, or a setting is wrong.
+    """
+    from polygpt.config import parse_overrides
+    from polygpt.recipes import CONFIG, named_fields
+
+    changes = parse_overrides(overrides)
+    found = named_fields(name, changes)
+    if found is not None:
+        fields, of_run = found
+        check_names(fields, "" if of_run else name, of_run=of_run)
+
+    def compute() -> dict[str, Any]:
+        from polygpt import summary
+
+        return summary.shown(name, changes)
+
+    path = Path(name).expanduser()
+    files = [path / CONFIG, path]
+    content = next((file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file()), "")
+    return kept(["show", name, *overrides, content], compute, keep=lambda answer: answer["repeatable"])
+
+
+def _keys() -> dict[str, Any]:
+    """The keys of a run."""
+
+    def compute() -> dict[str, Any]:
+        from polygpt.config import known_keys
+        from polygpt.training import RunConfig
+
+        return known_keys(RunConfig)
+
+    return kept(["keys"], compute)
+
+
+def _path_of(key: str, keys: Mapping[str, Any]) -> str | None:
+    """The dotted path of the setting called `key`, the least deep; None if there is none."""
+    return min((path for path, name in _paths(keys) if name == key), key=lambda path: path.count("."), default=None)
+
+
+def _paths(keys: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
+    for name, below in keys.items():
+        yield before + name, name
+        for inner in [] if below is None else [below.get("keys", {}), *below.get("kinds", {}).values()]:
+            yield from _paths(inner, f"{before}{name}.")

@@ -1,0 +1,97 @@
+"""Which keys there are, as plain data: a misspelled one can be refused without the classes, which import JAX."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel
+
+from polygpt.config.fields import nested, slot_of
+from polygpt.errors import RequestError, suggest
+
+Keys = dict[str, Any]
+
+
+def known_keys(cls: type[BaseModel]) -> Keys:
+    """The keys of `cls`, each with what may be below it, ready for JSON.
+
+    A plain field is None, a configuration `{"keys": ...}`, a slot `{"kinds": {kind: keys}, "default": kind}`.
+    """
+    keys: Keys = {}
+    for name, field in cls.model_fields.items():
+        slot, inner = slot_of(field), nested(field)
+        if slot is not None:
+            kinds = {kind: known_keys(part) for kind, part in slot.registry.items()}
+            keys[name] = {"kinds": kinds, "default": slot.default}
+        else:
+            keys[name] = None if inner is None else {"keys": known_keys(inner)}
+    return keys
+
+
+def check_keys(keys: Keys, data: Mapping[str, Any], where: str = "") -> None:
+    """Refuses a key or a kind in `data` that `keys` does not know.
+
+    Raises:
+        RequestError: the first ones, each with its path and the nearest that exists.
+    """
+    refuse(list(_unknown(keys, data, "", {}).values()), where)
+
+
+def refuse(problems: list[str], where: str = "") -> None:
+    """Raises a RequestError of the first three problems, if there are any."""
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        prefix = f"{where}: " if where else ""
+        raise RequestError("\n".join(prefix + problem for problem in problems[:3]) + more)
+
+
+def no_such_key(path: str, keys: Keys) -> str:
+    """Says that the last step of `path` is none of `keys`, and names the nearest, or the same key one level deeper."""
+    key = path.rpartition(".")[2]
+    deeper = [name for name, below in keys.items() if below and key in below.get("keys", ())]
+    return f"{path}: no such key; " + (f"did you mean '{deeper[0]}.{key}'?" if deeper else suggest(key, keys))
+
+
+def no_such_kind(kind: str, kinds: Mapping[str, Any]) -> str:
+    """Says that there is no part `kind`, and names the nearest."""
+    own = " (a part of your own is named module:Class)" if "." in kind else ""
+    return f"no kind '{kind}'; {suggest(kind, kinds)}{own}"
+
+
+def _unknown(keys: Keys, data: Mapping[str, Any], at: str, beside: Mapping[str, Any]) -> dict[str, str]:
+    """The problems below the path `at`. A part in a list that names no kind takes that of its namesake in `beside`."""
+    problems = {}
+    for name, value in data.items():
+        path = f"{at}{name}"
+        if name not in keys:
+            problems[path] = no_such_key(path, keys)
+            continue
+        below = keys[name] or {}
+        for step, entry in _each(value):
+            if "keys" in below and isinstance(entry, Mapping):
+                problems |= _unknown(below["keys"], entry, f"{path}{step}.", data if step else {})
+            elif "kinds" in below:
+                problems |= _unknown_in_part(below, entry, f"{path}{step}", beside.get(name))
+    return problems
+
+
+def _unknown_in_part(slot: dict[str, Any], value: Any, path: str, beside: Any) -> dict[str, str]:
+    kind = next(filter(None, (_kind(value), _kind(beside), slot["default"])), None)
+    if kind is None or ":" in kind:  # a mistake of another sort, or a part of the user's own
+        return {}
+    if kind not in slot["kinds"]:
+        return {path: f"{path}: {no_such_kind(kind, slot['kinds'])}"}
+    return _unknown(slot["kinds"][kind], value, f"{path}.", {}) if isinstance(value, Mapping) else {}
+
+
+def _kind(value: Any) -> str | None:
+    kind = value.get("kind") if isinstance(value, Mapping) else value
+    return str(kind) if isinstance(kind, str) else None
+
+
+def _each(value: Any) -> list[tuple[str, Any]]:
+    """The entries of a list with their steps in a path, or `value` itself."""
+    if isinstance(value, (list, tuple)):
+        return [(f".{index}", entry) for index, entry in enumerate(value)]
+    return [("", value)]

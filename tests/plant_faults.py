@@ -1,0 +1,118 @@
+"""Plants one fault at a time in a copy of the package and says whether the tests catch it.
+
+    python tests/plant_faults.py              # all of them, one after the other
+    python tests/plant_faults.py kernels      # those of files whose path has this in it
+
+A fault is a piece of text that stands once in a file and what takes its place. Not part of `make test`: a fault that
+lives shows a test that is missing, and the test is what stays.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+# What the tests read beside the package and themselves.
+COPIED = ("polygpt", "tests", "docs", "README.md", "pyproject.toml", "Makefile", "benchmarks", "notebooks")
+
+
+class Fault(NamedTuple):
+    """`old` in polygpt/`file` becomes `new`; `tests` are those below tests/ that should notice."""
+
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+FAULTS = [
+    # kernels
+    Fault("kernels/blocked.py", "fold_in(self.inputs.key, first)", "fold_in(self.inputs.key, 0)", "kernels"),
+    Fault("kernels/blocked.py", "before = rule.window - 1", "before = rule.window - 2", "kernels"),
+    Fault("kernels/blocked.py", "return rule.scaled(_by_token(d_q))", "return _by_token(d_q)", "kernels"),
+    Fault("kernels/cache.py", "(positions > last - slots)", "(positions >= last - slots)", "model/test_decoding.py"),
+    Fault("kernels/experts.py", "d_weight.at[index].add(", "d_weight.at[index].set(", "model spec"),
+    Fault("kernels/loss.py", "exps * (token_weights[:, None] / denominator)", "exps / denominator", "kernels"),
+    Fault("kernels/packed.py", "/ 127", "/ 126", "kernels"),
+    Fault("kernels/regularization.py", "x / (1 - rate)", "x", "kernels model/test_model.py"),
+    Fault("kernels/scores.py", "seen & (distance < window)", "seen & (distance <= window)", "kernels"),
+    Fault(
+        "kernels/softmax_attention.py",
+        "scores = rule.cap(scores * rule.scale)",
+        "scores = rule.cap(scores) * rule.scale",
+        "spec",
+    ),
+    # model
+    Fault("model/block.py", "context.fold(3).key", "context.fold(1).key", "model/test_model.py"),
+    Fault(
+        "model/decoder.py", "context.fold(index * len(graphs) + entry)", "context.fold(entry)", "model/test_model.py"
+    ),
+    Fault("model/decoder.py", "positions - lax.cummax(", "positions - 0 * lax.cummax(", "model/test_documents.py"),
+    Fault(
+        "model/feedforward/moe.py",
+        "jnp.sign(1 / self.num_experts - loads",
+        'jnp.sign(loads["load"] - 1 / self.num_experts) * (1 + 0 * loads',
+        "model/test_moe.py",
+    ),
+    Fault(
+        "model/initial.py", "jax.random.fold_in(key, path_hash)", "jax.random.fold_in(key, 0)", "model/test_model.py"
+    ),
+    Fault(
+        "model/initial.py",
+        'hashlib.sha256(".".join(map(str, path))',
+        "hashlib.sha256(str(path[-1])",
+        "model/test_model.py",
+    ),
+    Fault("model/model.py", "return 3 * (2 * weights", "return 2 * (2 * weights", "model/test_model.py"),
+    Fault("model/rope.py", "jnp.sin(angles) * magnitude", "jnp.sin(angles)", "spec"),
+    Fault("model/parts.py", "scale *= self.residual_scale", "scale *= 1", "model/test_model.py"),
+]
+
+
+def plant(fault: Fault, copy: Path) -> tuple[bool, float]:
+    """Whether the tests caught `fault` in the copy of the project, and how long they took; the copy is restored."""
+    path = copy / "polygpt" / fault.file
+    text = path.read_text(encoding="utf-8")
+    if text.count(fault.old) != 1:
+        raise SystemExit(f"polygpt/{fault.file}: {fault.old!r} stands {text.count(fault.old)} times in it, not once")
+    path.write_text(text.replace(fault.old, fault.new), encoding="utf-8")
+    started = time.perf_counter()
+    try:
+        tests = [f"tests/{name}" for name in fault.tests.split()]
+        marks = "not slow and not gpu and not parity and not llamacpp"
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-n0", "-m", marks, *tests]
+        environment = os.environ | {"PYTHONPATH": str(copy)}
+        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+    finally:
+        path.write_text(text, encoding="utf-8")
+    if done.returncode not in (0, 1):
+        raise SystemExit(f"pytest could not run:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return done.returncode == 1, time.perf_counter() - started
+
+
+def main() -> None:
+    """Plants the faults whose file's path contains one of the arguments (all without any); exits 1 if one lived."""
+    wanted = [fault for fault in FAULTS if not sys.argv[1:] or any(word in fault.file for word in sys.argv[1:])]
+    lived = 0
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "polygpt"
+        copy.mkdir()
+        for name in COPIED:
+            copy_one = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+            copy_one(ROOT / name, copy / name)
+        for fault in wanted:
+            caught, seconds = plant(fault, copy)
+            lived += not caught
+            print(f"{'caught' if caught else 'LIVED '} {seconds:6.1f} s  {fault.file}: {fault.new}", flush=True)
+    sys.exit(1 if lived else 0)
+
+
+if __name__ == "__main__":
+    main()

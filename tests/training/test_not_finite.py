@@ -1,0 +1,93 @@
+"""Training that diverges: nothing that is not finite is saved, resumed from, or reported as done."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from polygpt import checkpoint
+from polygpt.errors import PolygptError
+from polygpt.loading import load
+from polygpt.model import Model
+from polygpt.recipes import load_recipe
+from polygpt.training import Trainer, read_config, train
+from polygpt.training.listeners import RunFiles
+from polygpt.training.run_folder import read_lines
+
+TOO_FAST = {"training.optimizer.learning_rate": 1e3, "training.optimizer.weight_decay": 1e38}  # infinite parameters
+MUCH_TOO_FAST = {"training.optimizer.learning_rate": 1e37}  # the parameters stay finite, their products do not
+
+
+@pytest.mark.parametrize("steps", [1, 6])
+def test_an_update_that_is_not_finite_is_not_saved(workdir, program, steps):
+    words = [
+        f"{key}={value}" for key, value in (TOO_FAST | {"training.steps": steps, "training.save_every": 1}).items()
+    ]
+    done = program("train", "tiny.yaml", *words, "--out", "run")
+    assert (done.code, done.out) == (1, "")
+    assert len(done.complaint) == 1
+    assert "step 1: params: " in done.complaint[0]
+    assert "holds values that are not finite (NaN or infinity): training diverged" in done.complaint[0]
+    assert done.complaint[0].endswith("(no checkpoint has been saved)")
+    assert not (workdir / "run/result.json").exists()
+    assert not list((workdir / "run/checkpoints").glob("*"))
+
+
+def test_a_run_whose_validation_loss_is_not_finite_fails(workdir):
+    config = load_recipe("tiny.yaml", MUCH_TOO_FAST | {"training.steps": 1})
+    with pytest.raises(PolygptError, match=r"^step 1: validation loss (nan|inf): training diverged") as error:
+        train(config, "run", listeners=[RunFiles()])
+    assert error.value.exit_code == 1
+    assert not (workdir / "run/result.json").exists()
+    assert all(line["event"] == "step" for line in read_lines(workdir / "run/metrics.jsonl"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_says_what_is_kept(workdir):
+    config = load_recipe("tiny.yaml", MUCH_TOO_FAST | {"training.save_every": 1, "training.eval_every": 0})
+    with pytest.raises(PolygptError, match=r"^step 2: loss .* \(earlier checkpoints are intact\)$"):
+        train(config, "run", listeners=[])
+    assert [path.name for path in (workdir / "run/checkpoints").iterdir()] == ["step_00000001"]
+
+
+def test_float16_parameters_train_save_and_resume(workdir, program):
+    half = ["model.param_dtype=float16", "model.compute_dtype=float16", "training.save_every=1"]
+    done = program("train", "tiny.yaml", *half, "training.steps=1", "--out", "run", "--json")
+    assert done.code == 0, done.err
+    assert 0 < json.loads(done.out)["val_loss"] < 10
+    done = program("train", "--resume", "training.steps=3", "--out", "run", "--json")
+    assert (done.code, json.loads(done.out)["steps"]) == (0, 3), done.err
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(load("run").params))
+
+
+def spoil(run, monkeypatch):
+    """Replaces the newest checkpoint by one that holds NaN, which an earlier version saved."""
+    config = read_config(run)
+    like = Trainer(Model(config.model), config.training).abstract_state()
+    saved = checkpoint.newest(run / "checkpoints")
+    found = checkpoint.restore(saved, like.params, like.optimizer)
+    params = jax.tree.map(lambda leaf: leaf * jnp.nan, found.params)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_check_finite", lambda *_: None)
+        checkpoint.save(run / "checkpoints", dataclasses.replace(found, params=params))
+
+
+def test_a_checkpoint_that_is_not_finite_is_not_resumed_from(run, program, monkeypatch):
+    before = read_lines(run / "metrics.jsonl")
+    spoil(run, monkeypatch)
+    done = program("train", "--resume", "--out", run)
+    assert done.code == 0, done.err
+    assert "step_00000006/params: " in done.err.replace("\n", "")
+    assert "trying the step before it" in done.err
+    assert "after step 4" in done.err
+    losses = [
+        [line["loss"] for line in lines if "loss" in line] for lines in (before, read_lines(run / "metrics.jsonl"))
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_a_checkpoint_that_is_not_finite_is_not_loaded(run, monkeypatch):
+    spoil(run, monkeypatch)
+    with pytest.raises(PolygptError, match=r"step_00000006/params: \S+ holds values that are not finite"):
+        load("run")
