@@ -1,7 +1,7 @@
-"""From a MODEL, as commands and scripts name it, to a `LanguageModel`; and how one of ours lies in a folder.
+"""Opens a MODEL, as commands and scripts name it, as a `LanguageModel`, and saves one as a folder of ours.
 
-A folder of ours holds `config.yaml` (a run's, or a model's alone), `tokenizer.json`, `checkpoints/`, and `origin.json`
-where the model came from elsewhere.
+Such a folder holds `config.yaml` (of a run, or of a model only), `tokenizer.json`, `checkpoints/`, and for an imported
+model `origin.json`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from polygpt import checkpoint
 from polygpt.config import Config, merge, read_yaml, to_yaml, validate
 from polygpt.errors import RequestError, suggest
 from polygpt.files import check_checkpoint_path, new_folder, write_text
-from polygpt.interop import HUB, StoredModel, fetch, is_huggingface, open_huggingface, read_json
+from polygpt.interop import HUB, StoredModel, fetch, is_huggingface, open_huggingface
 from polygpt.kernels import WeightType
 from polygpt.language_model import NO_TOKENIZER, LanguageModel, Origin
-from polygpt.model import Model, ModelConfig, ParameterInfo, Params
+from polygpt.model import ModelConfig, ParameterInfo, Params, model_of
 from polygpt.presets import PRESET_VOCAB, PRESETS, preset
 from polygpt.process import command_line
+from polygpt.settings import read_json
 from polygpt.sharding import placement
 from polygpt.tokenizers import Tokenizer, load_tokenizer
 
@@ -35,17 +36,17 @@ Warn = Callable[[str], None]
 
 
 def build(config: ModelConfig, seed: int = 0, tokenizer: Tokenizer | None = None) -> LanguageModel:
-    """A model of freshly drawn weights.
+    """A model with random weights.
 
     Raises:
-        RequestError: the vocabulary is open and there is no tokenizer to fill it.
+        RequestError: `vocab_size` is open and there is no tokenizer to give it.
     """
     if not isinstance(config, ModelConfig):
         kind = type(config).__name__ if isinstance(config, Config) else repr(config)
         raise RequestError(f"a ModelConfig is needed (such as polygpt.preset('gpt2')), not {kind}")
     if tokenizer is not None:
         config = config.with_vocab(tokenizer.vocab_size)
-    return LanguageModel(config, Model(config).init(seed), tokenizer)
+    return LanguageModel(config, model_of(config).init(seed), tokenizer)
 
 
 def load(
@@ -60,25 +61,25 @@ def load(
     warn: Warn = warnings.warn,
     on_progress: Callable[[int], None] = int,
 ) -> LanguageModel:
-    """The model that `name` stands for, with its weights.
+    """The model called `name`, with its weights.
 
     Args:
         name: a run's folder (its newest verified checkpoint), an imported or a Hugging Face folder,
             `hf:owner/name[@revision]`, a llama2.c or GGUF file, or a preset (random weights).
-        dtype: of parameters and activations; None keeps what the checkpoint has.
-        overrides: fields of the model's configuration to change, nested; its parameters keep their shapes, but for a
-            larger `vocab_size`, which pads the vocabulary.
-        weights: pack the weights for inference in this type (`LanguageModel.pack`); auto, in their own, on a CPU alone,
-            where that is the faster form; None leaves them as parameters.
+        dtype: of parameters and activations; None keeps the checkpoint's.
+        overrides: fields of the model's configuration to change, nested. Parameters must keep their shapes, except that
+            a larger `vocab_size` pads the vocabulary.
+        weights: pack the weights for inference in this type (`LanguageModel.pack`); `auto` packs them in their own type
+            on a CPU, where that is faster, and nowhere else; None leaves them as parameters.
         for_text: refuse a model without a tokenizer before its weights are read.
-        check: is given the configuration before the weights are read, and may refuse it.
-        mesh: of axes `data` and `model`; the weights are laid over it by their logical axes, one after the other. None
-            is the first device.
-        warn: is given what is worth knowing.
-        on_progress: is given the number of weights read, again and again.
+        check: is given the configuration before the weights are read, and may raise.
+        mesh: with axes `data` and `model`; weights are sharded over it by their logical axes, one at a time. None means
+            the first device.
+        warn: is given warnings.
+        on_progress: progress callback, given the number of weights read.
 
     Raises:
-        RequestError: there is nothing by that name, or it cannot be used.
+        RequestError: there is no such model, or it cannot be used.
     """
     found = find(name, warn)
     if for_text and found.tokenizer is None:
@@ -88,21 +89,21 @@ def load(
     if check is not None:
         check(config)
     if mesh is not None and weights is not None:
-        raise RequestError("packed weights lie on one device: leave out weights or mesh")
-    placed = None if mesh is None else flatten_dict(placement(Model(config).parameters, mesh))
+        raise RequestError("packed weights are on one device: leave out weights or mesh")
+    placed = None if mesh is None else flatten_dict(placement(model_of(config).parameters, mesh))
     if weights == "auto":
         weights = config.param_dtype if jax.default_backend() == "cpu" else None
     params = found.read(config, on_progress, weights)
     if placed is not None:
         flat = flatten_dict(params)
-        del params  # so that no second copy of all is made
+        del params  # so that only one weight at a time is in memory twice
         params = unflatten_dict({path: jax.device_put(flat.pop(path), where) for path, where in placed.items()})
     origin = Origin(found.stop_tokens, found.chat_template, dict(found.facts))
     return LanguageModel(config, params, found.tokenizer, origin, weights)
 
 
 def find(name: str | Path, warn: Warn = warnings.warn) -> StoredModel:
-    """What `load` reads, found and checked, its weights not yet read.
+    """The model that `load` would read, found and checked; its weights are not read yet.
 
     Raises:
         RequestError: as `load`.
@@ -111,9 +112,7 @@ def find(name: str | Path, warn: Warn = warnings.warn) -> StoredModel:
         return open_huggingface(fetch(str(name)))
     path = Path(name).expanduser()
     if path.is_dir():
-        if is_huggingface(path) and not (path / CONFIG).exists():
-            return open_huggingface(path)
-        return _open_own(path, warn)
+        return open_huggingface(path) if _is_foreign(path) else _open_own(path, warn)
     if path.is_file():
         return _open_file(path)
     if str(name) in PRESETS:
@@ -125,17 +124,33 @@ def find(name: str | Path, warn: Warn = warnings.warn) -> StoredModel:
     raise RequestError(f"no model '{name}'; {hint}")
 
 
+def _is_foreign(folder: Path) -> bool:
+    """Whether a folder is a Hugging Face model's. A stray config.yaml or config.json beside a model does not matter.
+
+    Raises:
+        RequestError: it holds a model of ours as well.
+    """
+    ours = (folder / CONFIG).exists() and (folder / CHECKPOINTS).is_dir()
+    theirs = is_huggingface(folder) and any(folder.glob("*.safetensors"))
+    if ours and theirs:
+        raise RequestError(
+            f"{folder}: two models in one folder: {CONFIG} with {CHECKPOINTS}/, and config.json with *.safetensors;\n"
+            "move one of them to a folder of its own"
+        )
+    return theirs or (is_huggingface(folder) and not (folder / CONFIG).exists())
+
+
 def _drawn(config: ModelConfig, on_progress: Callable[[int], None], weights: WeightType | None = None) -> Params:
     """Random weights."""
-    model = Model(config)
+    model = model_of(config)
     return model.pack(model.init(0), weights) if weights else model.init(0)
 
 
 def adapted(config: ModelConfig, dtype: str | None, overrides: Mapping[str, Any]) -> ModelConfig:
-    """`config` in another type and with changed fields; a larger vocabulary is padded.
+    """`config` with another type and with changed fields; a larger vocabulary is padding.
 
     Raises:
-        RequestError: a field does not fit, or the vocabulary would become smaller.
+        RequestError: a field does not fit, or the vocabulary would shrink.
     """
     fields = merge(config.to_dict(), overrides)
     if dtype is not None:
@@ -143,16 +158,16 @@ def adapted(config: ModelConfig, dtype: str | None, overrides: Mapping[str, Any]
     wanted, tokens = fields["vocab_size"], config.vocab_size - config.vocab_padding
     if wanted != config.vocab_size:
         if not isinstance(wanted, int) or wanted < tokens:
-            raise RequestError(f"model.vocab_size={wanted}: this model has {tokens:,} ids, and none can be left out")
+            raise RequestError(f"model.vocab_size={wanted}: this model has {tokens:,} ids, and none can be removed")
         fields["vocab_padding"] = wanted - tokens
     return validate(ModelConfig, fields)
 
 
 def check_shapes(stored: ModelConfig, wanted: ModelConfig, name: str) -> None:
-    """Refuses a configuration for which weights of another cannot serve: only padding and fewer positions can differ.
+    """Refuses a configuration that the stored weights do not fit; only padding and fewer positions may differ.
 
     Raises:
-        RequestError: the first parameter of another shape is named.
+        RequestError: a parameter has another shape; the first is named.
     """
     if stored == wanted:
         return
@@ -160,10 +175,10 @@ def check_shapes(stored: ModelConfig, wanted: ModelConfig, name: str) -> None:
     for path in sorted(there.keys() | here.keys()):
         theirs, ours = there.get(path), here.get(path)
         if theirs is None or ours is None or not all(map(_serves, theirs.shape, ours.shape, ours.axes)):
-            had, asked = ("no such parameter" if i is None else list(i.shape) for i in (theirs, ours))
+            had, asked = ("missing" if i is None else list(i.shape) for i in (theirs, ours))
             raise RequestError(
-                f"{name}: {path} is {had} there, {asked} in the model asked for; its sizes cannot be changed: "
-                "leave out what asks for others"
+                f"{name}: {path} is {had} in the checkpoint and {asked} in the model asked for; "
+                "remove the override that changes this shape"
             )
 
 
@@ -172,12 +187,12 @@ def _serves(stored: int, wanted: int, axis: str) -> bool:
 
 
 def _shapes(config: ModelConfig) -> dict[str, ParameterInfo]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(Model(config).parameters)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(model_of(config).parameters)
     return {jax.tree_util.keystr(path, simple=True, separator="."): info for path, info in leaves}
 
 
 def save(lm: LanguageModel, folder: Path) -> None:
-    """Writes a model into a new folder of ours, verified by SHA-256 sums.
+    """Writes a model into a new folder of ours, with SHA-256 sums.
 
     Raises:
         RequestError: the folder exists, or the weights are packed.
@@ -196,16 +211,16 @@ def save(lm: LanguageModel, folder: Path) -> None:
 
 
 def write_origin(folder: Path, origin: Origin) -> None:
-    """Writes what is to be known of where a model came from, if there is anything."""
+    """Writes where a model came from, if it is known."""
     if origin != Origin():
         write_text(folder / ORIGIN, origin.to_json())
 
 
 def read_origin(folder: Path) -> Origin:
-    """What `write_origin` wrote.
+    """Reads what `write_origin` wrote.
 
     Raises:
-        RequestError: it is not what that writes.
+        RequestError: the file is something else.
     """
     path = folder / ORIGIN
     return Origin.from_json(read_json(path), str(path)) if path.is_file() else Origin()
@@ -218,7 +233,7 @@ def _open_own(folder: Path, warn: Warn) -> StoredModel:
         raise RequestError(f"{folder}: no model here (neither {CONFIG} nor config.json); start a run with: {start}")
     fields = read_yaml(path)
     config = validate(ModelConfig, fields.get("model") or {}, f"{path}: model")
-    # A run has a tokenizer always; a model that was imported may have come without one.
+    # A run always has a tokenizer; an imported model may have none.
     wanted = "tokenizer" in fields or (folder / TOKENIZER).exists()
     tokenizer = load_tokenizer(folder / TOKENIZER) if wanted else None
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
@@ -230,23 +245,23 @@ def _open_own(folder: Path, warn: Warn) -> StoredModel:
     origin = read_origin(folder)
 
     def read(wanted: ModelConfig, on_progress: Callable[[int], None], weights: WeightType | None = None) -> Params:
-        like = jax.eval_shape(lambda: Model(config).init(0))
+        like = jax.eval_shape(lambda: model_of(config).init(0))
         params = _converted(checkpoint.restore(saved, like).params, wanted)
-        return Model(wanted).pack(params, weights) if weights else params
+        return model_of(wanted).pack(params, weights) if weights else params
 
     facts = {**origin.facts, **_figures(folder)}
     return StoredModel(config, read, tokenizer, origin.stop_tokens, origin.chat_template, facts)
 
 
 def _figures(folder: Path) -> dict[str, Any]:
-    """What training came to, of a finished run."""
+    """The results of a finished run."""
     path = folder / RESULT
     wanted = ("steps", "train_loss", "val_loss", "val_bits_per_byte")
     return {key: value for key, value in read_json(path).items() if key in wanted} if path.is_file() else {}
 
 
 def _converted(params: Params, wanted: ModelConfig) -> Params:
-    """Parameters for a configuration of other types, more padding of the vocabulary, or fewer positions."""
+    """Parameters for a configuration with another type, more padding of the vocabulary, or fewer positions."""
 
     def convert(leaf: jax.Array, info: ParameterInfo) -> jax.Array:
         if leaf.shape != info.shape:
@@ -254,7 +269,7 @@ def _converted(params: Params, wanted: ModelConfig) -> Params:
             leaf = leaf[tuple(slice(n) for n in info.shape)]
         return leaf.astype(info.dtype)
 
-    return jax.tree.map(convert, params, Model(wanted).parameters)
+    return jax.tree.map(convert, params, model_of(wanted).parameters)
 
 
 def _open_file(path: Path) -> StoredModel:
@@ -267,5 +282,5 @@ def _open_file(path: Path) -> StoredModel:
     if path.suffix == ".bin":
         return interop.open_llama2c(path)
     if path.suffix == ".safetensors":
-        raise RequestError(f"{path}: weights alone; name the folder that also holds their config.json")
-    raise RequestError(f"{path}: no model file; a .gguf file, a llama2.c .bin file, or a folder can be read")
+        raise RequestError(f"{path}: only weights; name the folder that also holds their config.json")
+    raise RequestError(f"{path}: not a model; name a .gguf file, a llama2.c .bin file, or a folder")

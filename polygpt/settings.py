@@ -1,4 +1,4 @@
-"""A foreign configuration, read key by key, so that a setting nobody has looked at is an error and not a surprise."""
+"""A foreign configuration, read key by key, so that a setting which nothing reads is an error and not a surprise."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _LARGEST = (1 << 31) - 1
 
 
 class Settings:
-    """The keys of one JSON object; each is to be taken once, and `finish` names those that were not.
+    """The keys of one JSON object. `finish` refuses keys that were neither read nor ignored.
 
-    A value of null counts as absent, as it does for the libraries that write these files.
+    Null counts as absent, as it does in the libraries that write these files.
     """
 
     def __init__(self, values: Mapping[str, Any], where: str, under: str = ""):
@@ -33,7 +33,7 @@ class Settings:
         return default if value is None else value
 
     def take(self, name: str, kind: type[T], default: Any = _MISSING) -> T:
-        """The value, of type `kind`; a whole number may stand for a float.
+        """The value, of type `kind`; an integer is accepted for a float.
 
         Raises:
             RequestError: it is missing and has no default, or is of another type.
@@ -51,15 +51,15 @@ class Settings:
             raise self.error(f"'{name}' is {value!r}, where {_KINDS[kind]} is needed")
         return value
 
-    def lay_under(self, defaults: Mapping[str, Any]) -> None:
-        """Values of keys that are absent; one that is null stays null."""
+    def set_defaults(self, defaults: Mapping[str, Any]) -> None:
+        """Adds keys that are absent; one that is null stays null."""
         self.values = {**defaults, **self.values}
 
     def require(self, name: str, expected: Any, why: str) -> None:
-        """Refuses any value but `expected` (or none).
+        """Refuses any value but `expected` or null.
 
         Raises:
-            RequestError: it has another; `why` says what that would take.
+            RequestError: it has another value; `why` says why that is refused.
         """
         value = self.get(name, expected)
         if value != expected:
@@ -75,11 +75,11 @@ class Settings:
         return Settings(value, self.where, f"{self.under}{name}.")
 
     def ignore(self, *names: str) -> None:
-        """These are known to change nothing of what the model computes."""
+        """Marks keys that do not change what the model computes."""
         self.seen.update(names)
 
     def finish(self) -> None:
-        """Refuses settings that were never looked at.
+        """Refuses settings that were neither read nor ignored.
 
         Raises:
             RequestError: there is one; it is named.
@@ -92,18 +92,20 @@ class Settings:
         return RequestError(f"{self.where}: {text.replace(chr(39), chr(39) + self.under, 1)}")
 
 
-_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+_KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`: no key twice, no NaN, no infinity.
+    """The JSON object in `path`; duplicate keys, NaN and infinities are refused.
 
     Raises:
-        RequestError: it cannot be read, is too large, or is no such object.
+        RequestError: it cannot be read, is too large, or is not such an object.
     """
     try:
         if path.stat().st_size > LIMIT:
-            raise RequestError(f"{path}: {path.stat().st_size:,} bytes; a configuration has at most {LIMIT:,}")
+            raise RequestError(
+                f"{path}: {path.stat().st_size:,} bytes exceed the limit of {LIMIT:,} for a configuration"
+            )
         text = path.read_text(encoding="utf-8")
         value = json.loads(text, object_pairs_hook=unique, parse_constant=_refuse_constant, parse_float=_finite)
     except OSError as error:
@@ -116,15 +118,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For `json.loads`: an object in which no key stands twice.
+    """For `json.loads`: an object without duplicate keys.
 
     Raises:
-        ValueError: one does; it is named.
+        ValueError: a key is duplicated; it is named.
     """
     values: dict[str, Any] = {}
     for key, value in pairs:
         if key in values:
-            raise ValueError(f"the key {key!r} stands there twice")
+            raise ValueError(f"duplicate key {key!r}")
         values[key] = value
     return values
 
@@ -137,4 +139,4 @@ def _finite(text: str) -> float:
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")

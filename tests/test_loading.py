@@ -123,5 +123,5 @@ def test_what_a_mesh_cannot_hold_is_named(tiny_run):
         polygpt.load(tiny_run, mesh=mesh)
     with pytest.raises(RequestError, match="the mesh has no axis data or model"):
         polygpt.load(tiny_run, mesh=AbstractMesh((1,), ("x",)))
-    with pytest.raises(RequestError, match="packed weights lie on one device"):
+    with pytest.raises(RequestError, match="packed weights are on one device"):
         polygpt.load(tiny_run, mesh=make_mesh(), weights="float32")

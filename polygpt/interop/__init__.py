@@ -1,9 +1,8 @@
-"""Checkpoints of other people's, in and out. Name maps live here; the model knows nothing of them."""
+"""Import and export of foreign checkpoints. Only this package knows foreign names; the model does not."""
 
 from polygpt.interop.gguf import choose_architecture, export_gguf, is_gguf, open_gguf
 from polygpt.interop.huggingface import HUB, choose_family, export_huggingface, fetch, is_huggingface, open_huggingface
 from polygpt.interop.llama2c import open_llama2c
-from polygpt.interop.settings import read_json
 from polygpt.interop.stored import StoredModel
 
 __all__ = [
@@ -19,5 +18,4 @@ __all__ = [
     "open_gguf",
     "open_huggingface",
     "open_llama2c",
-    "read_json",
 ]

@@ -1,4 +1,4 @@
-"""A model as an architecture sees it that has biases everywhere."""
+"""Zero biases, for architectures that have biases everywhere."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from polygpt.config import validate
-from polygpt.model import Model, ModelConfig, Params
+from polygpt.model import ModelConfig, Params, model_of
 
 
 def with_biases(config: ModelConfig) -> ModelConfig:
-    """The configuration with a bias wherever there may be one."""
+    """The configuration with every possible bias."""
 
     def biased(value: Any) -> Any:
         if isinstance(value, list):
@@ -25,12 +25,12 @@ def with_biases(config: ModelConfig) -> ModelConfig:
 
 
 def with_zero_biases(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
-    """The same model with zeros for the biases that it has not."""
+    """The same model with zeros for the biases it lacks."""
     full = with_biases(config)
-    held = flatten_dict(params)
+    existing = flatten_dict(params)
     missing = {
         path: np.zeros(info.shape, info.dtype)
-        for path, info in flatten_dict(Model(full).parameters).items()
-        if path not in held
+        for path, info in flatten_dict(model_of(full).parameters).items()
+        if path not in existing
     }
-    return full, unflatten_dict(held | missing)
+    return full, unflatten_dict(existing | missing)

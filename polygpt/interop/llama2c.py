@@ -1,7 +1,7 @@
-"""llama2.c's first format: seven whole numbers, then one float32 after another; a tokenizer in a file beside it.
+"""llama2.c's first format: seven integers, then float32 values; the tokenizer is in another file of the folder.
 
-Read from `run.c` and `export.py` (`legacy_export`) of github.com/karpathy/llama2.c. Nothing in the file says what it
-is, so its size must be exactly what its numbers ask for.
+After `run.c` and `export.py` (`legacy_export`) of github.com/karpathy/llama2.c. Nothing in the file says what it is, so
+its size must be exactly what the seven integers require.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import struct
 from collections import Counter
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,15 +19,14 @@ from polygpt.config import validate
 from polygpt.errors import RequestError
 from polygpt.interop.names import Layout, foreign_tensors
 from polygpt.interop.stored import StoredModel
-from polygpt.interop.weights import TensorInfo, check, read_params
-from polygpt.kernels import WeightType
-from polygpt.model import Model, ModelConfig, Params
+from polygpt.interop.weights import TensorInfo, check_tensors, read_params
+from polygpt.model import ModelConfig, model_of
 from polygpt.tokenizers import SPACE, PieceKind, Tokenizer, score_bpe
 
-_MAGIC = 0x616B3432  # of its later formats
-_UNKNOWN, _START, _END = 0, 1, 2  # ids; the 256 bytes follow
+_MAGIC = 0x616B3432  # begins its later formats
+_UNKNOWN, _START, _END = 0, 1, 2  # ids; those of the 256 bytes follow
 _TOKENIZER_LIMIT = 1 << 26  # bytes
-# Meta's names, which are llama2.c's own.
+# Meta's names, which llama2.c uses too.
 _NAMES = {
     "tok_embeddings.weight": "embedding",
     "norm.weight": "final_norm.gain",
@@ -46,7 +45,7 @@ _LAYOUT = Layout(interleaved=frozenset({"blocks.attention.query", "blocks.attent
 
 
 class _Header(NamedTuple):
-    """The seven numbers; a negative vocabulary says that the head is not the embedding."""
+    """The seven integers; a negative vocabulary means that the head is not tied to the embedding."""
 
     dim: int
     hidden_dim: int
@@ -61,16 +60,16 @@ class _Header(NamedTuple):
         return abs(self.vocab_size)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The tensors in the order of the file; a name with `{layer}` stands for one of each layer."""
+        """The tensors in the order of the file; a name with `{layer}` stands for one tensor per layer."""
         width, layer = self.dim, "layers.{layer}."
-        narrow = width * self.n_kv_heads // self.n_heads
+        kv_width = width * self.n_kv_heads // self.n_heads
         angles = (self.max_seq_len, width // self.n_heads // 2)
         shapes: dict[str, tuple[int, ...]] = {
             "tok_embeddings.weight": (self.vocabulary, width),
             f"{layer}attention_norm.weight": (width,),
             f"{layer}attention.wq.weight": (width, width),
-            f"{layer}attention.wk.weight": (narrow, width),
-            f"{layer}attention.wv.weight": (narrow, width),
+            f"{layer}attention.wk.weight": (kv_width, width),
+            f"{layer}attention.wv.weight": (kv_width, width),
             f"{layer}attention.wo.weight": (width, width),
             f"{layer}ffn_norm.weight": (width,),
             f"{layer}feed_forward.w1.weight": (self.hidden_dim, width),
@@ -87,7 +86,7 @@ class _Legacy:
     """A `TensorSource` over the file.
 
     Raises:
-        RequestError: it is not such a file, or not whole.
+        RequestError: it is not such a file, or is truncated.
     """
 
     def __init__(self, path: Path):
@@ -100,69 +99,66 @@ class _Legacy:
             raise RequestError(f"{path}: cannot be read ({error.strerror})") from None
         self.header = _check_header(path, head)
         self.tensors: dict[str, TensorInfo] = {}
-        self._places: dict[str, int] = {}
-        place = len(head)
+        self._offsets: dict[str, int] = {}
+        # Summed before any name is expanded, since a damaged header may claim 2^31 layers.
+        expected = len(head)
         for name, shape in self.header.shapes().items():
-            many = self.header.n_layers if "{layer}" in name else 1
-            # No name is written down before the size is known to be right: the header may ask for 2^31 layers.
-            place += 4 * many * math.prod(shape)
-        if place != size:
+            expected += 4 * math.prod(shape) * (self.header.n_layers if "{layer}" in name else 1)
+        if expected != size:
             raise RequestError(
-                f"{path}: {size:,} bytes, where its first seven numbers {tuple(self.header)} ask for {place:,}; "
-                "it is cut off, or not of llama2.c's first format"
+                f"{path}: {size:,} bytes, but its first seven integers {tuple(self.header)} require {expected:,}; "
+                "it is truncated, or not in llama2.c's first format"
             )
-        place = len(head)
+        offset = len(head)
         for name, shape in self.header.shapes().items():
             for layer in range(self.header.n_layers) if "{layer}" in name else (0,):
                 full = name.format(layer=layer)
-                self.tensors[full], self._places[full] = TensorInfo(shape, "F32"), place
-                place += 4 * math.prod(shape)
+                self.tensors[full], self._offsets[full] = TensorInfo(shape, "F32"), offset
+                offset += 4 * math.prod(shape)
         self._data = np.memmap(path, np.uint8, "r")
 
     def read(self, name: str) -> np.ndarray:
-        shape, place = self.tensors[name].shape, self._places[name]
-        return self._data[place : place + 4 * math.prod(shape)].view("<f4").reshape(shape)
+        shape, offset = self.tensors[name].shape, self._offsets[name]
+        return self._data[offset : offset + 4 * math.prod(shape)].view("<f4").reshape(shape)
 
 
 def _check_header(path: Path, head: bytes) -> _Header:
     if len(head) < 4 * len(_Header._fields):
-        raise RequestError(f"{path}: {len(head)} bytes, too few for llama2.c's seven numbers")
+        raise RequestError(f"{path}: {len(head)} bytes, too few for llama2.c's seven integers")
     header = _Header(*struct.unpack("<7i", head))
     if header.dim == _MAGIC:
         raise RequestError(f"{path}: a newer format of llama2.c; export it with --version 0 (its legacy format)")
     for name, value in header._asdict().items():
         if value == 0 or (value < 0 and name != "vocab_size"):
-            raise RequestError(f"{path}: {name} is {value:,}; this is not llama2.c's first format")
+            raise RequestError(f"{path}: {name} is {value:,}; this is not in llama2.c's first format")
     fits = header.dim % (2 * header.n_heads) == 0 and header.n_heads % header.n_kv_heads == 0
     if not fits:
         raise RequestError(
-            f"{path}: {header.n_heads} heads, {header.n_kv_heads} of keys, cannot share a width of {header.dim}; "
-            "this is not llama2.c's first format"
+            f"{path}: {header.n_heads} heads and {header.n_kv_heads} key heads do not divide dim={header.dim}; "
+            "this is not in llama2.c's first format"
         )
     return header
 
 
 def open_llama2c(path: Path) -> StoredModel:
-    """The model in a file of llama2.c's first format, with the tokenizer of `tok*.bin` beside it.
+    """The model in a file of llama2.c's first format, with the tokenizer of the folder's `tok*.bin`.
 
     Raises:
-        RequestError: the file is not whole, or the tokenizers beside it are not this model's.
+        RequestError: the file is damaged, or no tokenizer in its folder belongs to it.
     """
     source = _Legacy(path)
     config = validate(ModelConfig, _fields(source.header), str(path))
-    table = foreign_tensors(Model(config), _NAMES, _LAYOUT)
-    check(source, table, ignored=r"freqs_(cos|sin)")
-
-    def read(asked: ModelConfig, on_progress: Callable[[int], None], weights: WeightType | None = None) -> Params:
-        return read_params(Model(asked), source, table, on_progress, weights)
-
+    tensors = foreign_tensors(model_of(config), _NAMES, _LAYOUT)
+    check_tensors(source, tensors, ignored=r"freqs_(cos|sin)")
     facts = {"format": "llama2.c", "architecture": "llama", "source": str(path)}
     tokenizer = _find_tokenizer(path, source.header.vocabulary)
-    return StoredModel(config, read, tokenizer, (_END,) if tokenizer else (), facts=facts)
+    return StoredModel(
+        config, partial(read_params, source, tensors), tokenizer, (_END,) if tokenizer else (), facts=facts
+    )
 
 
 def _fields(header: _Header) -> dict[str, Any]:
-    """What the numbers do not say, `run.c` has as constants: RoPE's base 10000, the norms' epsilon 1e-5."""
+    """The model's configuration. RoPE's base 10000 and the norms' epsilon 1e-5 are constants of `run.c`."""
     return {
         "vocab_size": header.vocabulary,
         "context_length": header.max_seq_len,
@@ -177,56 +173,58 @@ def _fields(header: _Header) -> dict[str, Any]:
 
 
 def _find_tokenizer(path: Path, size: int) -> Tokenizer | None:
-    """The tokenizer of `size` tokens beside the model; None where there is no `tok*.bin` at all."""
-    complaints = []
-    for beside in sorted(path.parent.glob("tok*.bin")):
-        if beside == path:
+    """The folder's tokenizer of `size` tokens; None if there is no `tok*.bin` at all."""
+    errors = []
+    for candidate in sorted(path.parent.glob("tok*.bin")):
+        if candidate == path:
             continue
         try:
-            return _read_tokenizer(beside, size)
+            return _read_tokenizer(candidate, size)
         except RequestError as error:
-            complaints.append(str(error))
-    if complaints:
-        raise RequestError(complaints[0])
+            errors.append(error)
+    if errors:
+        raise errors[0]
     return None
 
 
 def _read_tokenizer(path: Path, size: int) -> Tokenizer:
-    """llama2.c's tokenizer file: the longest piece's length, then score, length and bytes of each piece."""
+    """A tokenizer file of llama2.c: the length of the longest piece, then score, length and bytes of each piece."""
     try:
         if path.stat().st_size > _TOKENIZER_LIMIT:
-            raise RequestError(f"{path}: {path.stat().st_size:,} bytes is too much for a tokenizer")
+            raise RequestError(
+                f"{path}: {path.stat().st_size:,} bytes exceed the limit of {_TOKENIZER_LIMIT:,} for a tokenizer"
+            )
         data = path.read_bytes()
     except OSError as error:
         raise RequestError(f"{path}: cannot be read ({error.strerror})") from None
-    scores, pieces, place = [], [], 4
+    scores, pieces, offset = [], [], 4
     try:
-        while place < len(data) and len(pieces) <= size:
-            score, length = struct.unpack_from("<fi", data, place)
-            place += 8 + length
-            if not 0 <= length <= len(data) or place > len(data):
-                raise RequestError(f"{path}: token {len(pieces)} is cut off")
+        while offset < len(data) and len(pieces) <= size:
+            score, length = struct.unpack_from("<fi", data, offset)
+            offset += 8 + length
+            if not 0 <= length <= len(data) or offset > len(data):
+                raise RequestError(f"{path}: token {len(pieces)} is truncated")
             scores.append(score)
-            pieces.append(data[place - length : place].decode())
+            pieces.append(data[offset - length : offset].decode())
     except (struct.error, UnicodeDecodeError):
-        raise RequestError(f"{path}: token {len(pieces)} is no text; this is not llama2.c's tokenizer") from None
+        raise RequestError(f"{path}: token {len(pieces)} is not UTF-8; this is not a tokenizer of llama2.c") from None
     if len(pieces) != size:
         count = "more" if len(pieces) > size else len(pieces)
-        raise RequestError(f"{path}: a tokenizer of {count} tokens, where the model has {size}; put its own beside it")
+        raise RequestError(f"{path}: {count} tokens, but the model has {size}; put the model's own tokenizer there")
     return _assemble(path, pieces, scores)
 
 
 def _assemble(path: Path, pieces: list[str], scores: list[float]) -> Tokenizer:
     if len(pieces) < _END + 257:
-        raise RequestError(f"{path}: {len(pieces)} tokens; there must be three special ones and the 256 bytes")
+        raise RequestError(f"{path}: {len(pieces)} tokens; three special ones and the 256 bytes are required")
     pieces = [piece.replace(" ", SPACE) for piece in pieces]
-    # llama2.c writes the two with newlines around them.
+    # llama2.c writes these two with newlines around them.
     pieces[_START], pieces[_END] = pieces[_START].strip("\n"), pieces[_END].strip("\n")
     if len(set(pieces)) < len(pieces):
         twice, _ = Counter(pieces).most_common(1)[0]
-        raise RequestError(f"{path}: the token {twice!r} stands there twice")
+        raise RequestError(f"{path}: duplicate token {twice!r}")
     if not all(math.isfinite(score) for score in scores):
-        raise RequestError(f"{path}: a score is not a finite number")
+        raise RequestError(f"{path}: a score is not finite")
     kinds = [PieceKind.UNKNOWN, PieceKind.CONTROL, PieceKind.CONTROL, *[PieceKind.BYTE] * 256]
     kinds += [PieceKind.NORMAL] * (len(pieces) - len(kinds))
     try:

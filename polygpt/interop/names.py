@@ -1,8 +1,8 @@
-"""How a checkpoint of other people's lays out our parameters: the tables of names, turned into tensors.
+"""How a foreign checkpoint stores our parameters: a table of names, expanded into a list of tensors.
 
-A table maps each foreign tensor's name to the parameter it holds, or to several that lie one after another in it.
-`{layer}` and `{expert}` in a name are counted through. The same list of tensors serves reading and writing, so what one
-does the other undoes. Knows names and shapes; no files.
+A table maps the name of each foreign tensor to the parameter it holds, or to several that are concatenated in it.
+`{layer}` and `{expert}` stand for every index. The same list of tensors is used to read and to write, so each direction
+inverts the other. Knows names and shapes, not files.
 """
 
 from __future__ import annotations
@@ -18,19 +18,26 @@ from flax.traverse_util import flatten_dict
 
 from polygpt.model import Model, ParameterInfo
 
-# Foreign name -> our parameters in the order in which their outputs lie in it. A parameter of a layer is written
-# `blocks.attention.query`; the entry of the pattern and the place in its stack follow from {layer}.
+# Foreign name -> our parameters, in the order in which their outputs are concatenated. A layer's parameter is written
+# `blocks.attention.query`; {layer} gives the pattern entry and the index in its stack.
 NameTable = Mapping[str, str | tuple[str, ...]]
 Path = tuple[str | int, ...]
 
 
+def affine(name: str, weight: str | tuple[str, ...], bias: str | None = None) -> dict[str, str | tuple[str, ...]]:
+    """Two rows of a table: a weight and its bias, which by default is ours of the same name with `_bias` appended."""
+    biases = f"{weight}_bias" if isinstance(weight, str) else tuple(f"{part}_bias" for part in weight)
+    return {f"{name}.weight": weight, f"{name}.bias": bias or biases}
+
+
 @dataclass(frozen=True)
 class Layout:
-    """How a format stores what a table names.
+    """How a format stores the tensors of a table.
 
     Attributes:
-        inputs_first: a pattern of foreign names whose matrices are [in, out]; others are [out, in] (torch's Linear).
-        interleaved: parameters in whose heads rotary pairs are neighbours (2i, 2i+1); ours are (i, i + H/2).
+        inputs_first: a pattern of foreign names whose matrices are stored [in, out]; others are [out, in], as torch's
+            Linear stores them.
+        interleaved: parameters whose rotary pairs are the neighbours (2i, 2i+1) of a head; ours are (i, i + H/2).
     """
 
     inputs_first: str = r"(?!)"
@@ -43,9 +50,9 @@ class Piece:
 
     Attributes:
         path: our parameter.
-        index: which of its stack: the place among the layers of its pattern entry, the expert.
-        shape: of the matrix as we hold it, padding of the vocabulary left out.
-        inputs: its contracted axes; 0 for a table, None for a vector.
+        index: where it is in the parameter's stack: its layer among those of the pattern entry, its expert.
+        shape: of the matrix as we hold it, without padding of the vocabulary.
+        inputs: the number of contracted axes; 0 for a table, None for a vector.
         interleaved: see `Layout`.
     """
 
@@ -56,7 +63,7 @@ class Piece:
     interleaved: bool
 
     def flat(self) -> tuple[int, ...]:
-        """Its shape with inputs and outputs in one axis each: (in, out), or (size,) for a vector."""
+        """Its shape with one axis of inputs and one of outputs: (in, out), or (size,) for a vector."""
         if self.inputs is None:
             return (math.prod(self.shape),)
         if self.inputs == 0:
@@ -64,18 +71,18 @@ class Piece:
         return math.prod(self.shape[: self.inputs]), math.prod(self.shape[self.inputs :])
 
     def within(self, array: np.ndarray) -> np.ndarray:
-        """The place of this piece in the whole parameter."""
+        """The view of the whole parameter that is this piece."""
         return array[self.index][tuple(slice(size) for size in self.shape)]
 
 
 @dataclass(frozen=True)
 class ForeignTensor:
-    """A tensor of a foreign checkpoint, and which of our parameters make it up.
+    """A tensor of a foreign checkpoint, and our parameters in it.
 
     Attributes:
-        name: its name there.
-        pieces: ours, in the order in which their outputs lie in it.
-        outputs_first: its matrices are [out, in].
+        name: its foreign name.
+        pieces: ours, in the order in which their outputs are concatenated.
+        outputs_first: it is stored [out, in].
     """
 
     name: str
@@ -84,36 +91,36 @@ class ForeignTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its shape there."""
-        flats = [self._theirs(piece) for piece in self.pieces]
-        return tuple(sum(f[self._axis] for f in flats) if i == self._axis else n for i, n in enumerate(flats[0]))
+        """Its shape in the foreign checkpoint."""
+        shapes = [self._stored(piece) for piece in self.pieces]
+        return tuple(sum(s[self._axis] for s in shapes) if i == self._axis else n for i, n in enumerate(shapes[0]))
 
     @property
     def _axis(self) -> int:
-        """The axis along which pieces lie one after another: their outputs."""
+        """The axis along which pieces are concatenated: their outputs."""
         return 0 if self.outputs_first or self.pieces[0].inputs is None else 1
 
-    def _turned(self, piece: Piece) -> bool:
+    def _is_transposed(self, piece: Piece) -> bool:
         return self.outputs_first and bool(piece.inputs)
 
-    def _theirs(self, piece: Piece) -> tuple[int, ...]:
+    def _stored(self, piece: Piece) -> tuple[int, ...]:
         flat = piece.flat()
-        return flat[::-1] if self._turned(piece) else flat
+        return flat[::-1] if self._is_transposed(piece) else flat
 
     def split(self, array: np.ndarray) -> Iterator[tuple[Piece, np.ndarray]]:
-        """Each piece with its values as we hold them (a view where that is possible)."""
+        """Each piece with its values as we hold them (a view where possible)."""
         start = 0
         for piece in self.pieces:
-            width = self._theirs(piece)[self._axis]
-            own = array[start : start + width] if self._axis == 0 else array[:, start : start + width]
-            start += width
-            own = (own.T if self._turned(piece) else own).reshape(piece.shape)
+            stop = start + self._stored(piece)[self._axis]
+            own = array[start:stop] if self._axis == 0 else array[:, start:stop]
+            start = stop
+            own = (own.T if self._is_transposed(piece) else own).reshape(piece.shape)
             if piece.interleaved:
                 own = np.concatenate([own[..., 0::2], own[..., 1::2]], axis=-1)
             yield piece, own
 
     def join(self, values: Callable[[Path], np.ndarray]) -> np.ndarray:
-        """The tensor as it is there; `values` gives a whole parameter of ours."""
+        """The tensor as it is stored; `values` gives a whole parameter of ours."""
         parts = []
         for piece in self.pieces:
             own = piece.within(values(piece.path))
@@ -121,12 +128,12 @@ class ForeignTensor:
                 half = piece.shape[-1] // 2
                 own = np.stack([own[..., :half], own[..., half:]], axis=-1).reshape(piece.shape)
             own = own.reshape(piece.flat())
-            parts.append(own.T if self._turned(piece) else own)
+            parts.append(own.T if self._is_transposed(piece) else own)
         return np.ascontiguousarray(np.concatenate(parts, axis=self._axis) if len(parts) > 1 else parts[0])
 
 
 def foreign_tensors(model: Model, table: NameTable, layout: Layout) -> list[ForeignTensor]:
-    """The tensors in which a foreign checkpoint holds `model`: those of the table whose parameters the model has.
+    """The tensors of a foreign checkpoint of `model`: the rows of the table whose parameters the model has.
 
     Raises:
         KeyError: the model has a parameter that the table does not name.
@@ -137,7 +144,8 @@ def foreign_tensors(model: Model, table: NameTable, layout: Layout) -> list[Fore
     for name, ours in table.items():
         for layer in range(model.config.num_layers) if "{layer}" in name else (None,):
             paths = [_path(path, layer, model) for path in ((ours,) if isinstance(ours, str) else ours)]
-            if not all(path in parameters for path in paths):
+            # A table may have rows for experts beside those for a single feed-forward.
+            if not all(path in parameters and _is_row_of(name, parameters[path]) for path in paths):
                 continue
             unnamed -= set(paths)
             for expert in range(_experts(parameters[paths[0]])) if "{expert}" in name else (None,):
@@ -152,6 +160,10 @@ def foreign_tensors(model: Model, table: NameTable, layout: Layout) -> list[Fore
 def _path(path: str, layer: int | None, model: Model) -> Path:
     words: Sequence[Any] = path.split(".")
     return tuple(words) if layer is None else ("blocks", layer % len(model.config.pattern), *words[1:])
+
+
+def _is_row_of(name: str, info: ParameterInfo) -> bool:
+    return ("{expert}" in name) == (info.stack > 1)
 
 
 def _experts(info: ParameterInfo) -> int:

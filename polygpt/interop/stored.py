@@ -1,4 +1,4 @@
-"""A model that lies somewhere, whoever wrote it: what every format gives once it is opened."""
+"""A model in storage, whatever its format: what opening it gives."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from polygpt.tokenizers import Tokenizer
 
 
 class ReadParams(Protocol):
-    """Reads the weights of a model that was found."""
+    """Reads the weights of a stored model."""
 
     def __call__(
         self, config: ModelConfig, on_progress: Callable[[int], None], weights: WeightType | None = None
@@ -21,17 +21,17 @@ class ReadParams(Protocol):
 
 @dataclass(frozen=True)
 class StoredModel:
-    """A model that was found, its weights not yet read.
+    """A model that was found and checked; its weights have not been read yet.
 
     Attributes:
-        config: its configuration in our words.
-        read: reads the weights for a configuration of the same shapes (another `param_dtype`, say, or a padded
-            vocabulary); it is given a function that hears of progress, in weights, and the type in which to pack them
-            for inference, or None.
+        config: its configuration.
+        read: reads the weights for a configuration of the same shapes (with another `param_dtype`, say, or a padded
+            vocabulary). It takes a progress callback, which is given the number of weights read, and the type in which
+            to pack them for inference, or None.
         tokenizer: its tokenizer, if it has one.
-        stop_tokens: ids that end a text, beside the tokenizer's own.
+        stop_tokens: ids that end a text, besides the tokenizer's own.
         chat_template: a Jinja template that lays out messages, if it has one.
-        facts: what a reader may want to know of it: format, architecture, name.
+        facts: what a reader may want to know: format, architecture, name.
     """
 
     config: ModelConfig

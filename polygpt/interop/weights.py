@@ -1,4 +1,4 @@
-"""Tensors of a foreign checkpoint into our parameters, one at a time, and back."""
+"""Copies the tensors of a foreign checkpoint into our parameters, and back, one at a time."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from polygpt.errors import RequestError, suggest
 from polygpt.interop.names import ForeignTensor, Path
 from polygpt.kernels import ALIGNMENT, WeightType, pack_rows
-from polygpt.model import Model, ParameterInfo, Params
+from polygpt.model import ModelConfig, ParameterInfo, Params, model_of
+from polygpt.settings import Settings
 
 FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
 
 class TensorInfo(NamedTuple):
-    """What a file says of a tensor before it is read."""
+    """What a file says about a tensor before it is read."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -35,12 +36,22 @@ class TensorSource(Protocol):
     tensors: Mapping[str, TensorInfo]
 
     def read(self, name: str) -> np.ndarray:
-        """The values of one tensor, in a floating type; memory it takes is given back with the array."""
+        """The values of one tensor, in a floating type. Its memory is freed with the array."""
         ...
 
 
-def check(source: TensorSource, wanted: Sequence[ForeignTensor], ignored: str, dtypes: Iterable[str] = FLOATS) -> None:
-    """Compares names, shapes and types with what the configuration says, before anything is allocated.
+def check_counts(settings: Settings, tensors: int, *names: str) -> None:
+    """Refuses more layers or experts (the settings `names`) than there are tensors, before anything loops over them."""
+    for name in names:
+        value = settings.values.get(name)
+        if type(value) is int and value > tensors:
+            raise settings.error(f"'{name}' is {value:,}, but there are only {tensors:,} tensors")
+
+
+def check_tensors(
+    source: TensorSource, wanted: Sequence[ForeignTensor], ignored: str, dtypes: Iterable[str] = FLOATS
+) -> None:
+    """Compares names, shapes and types with the configuration before anything is allocated.
 
     Args:
         source: the checkpoint.
@@ -60,10 +71,10 @@ def check(source: TensorSource, wanted: Sequence[ForeignTensor], ignored: str, d
             hint = f"; {near}" if near.startswith("did you") else ""
             raise RequestError(f"{source.where}: the tensor {name} is missing{hint}")
         if info.shape != shape:
-            turned = " (it is transposed)" if info.shape == shape[::-1] else ""
+            hint = " (it is transposed)" if info.shape == shape[::-1] else ""
             raise RequestError(
                 f"{source.where}: the tensor {name} is {list(info.shape)}; by the configuration it must be "
-                f"{list(shape)}{turned}"
+                f"{list(shape)}{hint}"
             )
     for name, info in source.tensors.items():
         if name not in expected:
@@ -74,17 +85,23 @@ def check(source: TensorSource, wanted: Sequence[ForeignTensor], ignored: str, d
 
 
 def read_params(
-    model: Model,
     source: TensorSource,
     wanted: Sequence[ForeignTensor],
+    config: ModelConfig,
     on_progress: Callable[[int], None] = int,
     weights: WeightType | None = None,
 ) -> Params:
-    """The parameters of `model`, filled tensor by tensor: beside them only the tensors in hand are in memory.
+    """The parameters of a model, filled tensor by tensor, so that only few tensors are in memory beside them.
 
-    The model may have more ids than the tensors (padding, which is 0) and fewer learned positions. `on_progress` is
-    given the number of weights after each tensor. `weights`: packed in this type, as `Model.pack` would.
+    Args:
+        source: the checkpoint.
+        wanted: its tensors.
+        config: of the model, which may have more ids than the tensors (padding, filled with 0) and fewer learned
+            positions.
+        on_progress: is given the number of weights after each tensor.
+        weights: pack them in this type, as `Model.pack` would.
     """
+    model = model_of(config)
     infos = flatten_dict(model.parameters)
     packed = model.packable if weights else frozenset()
     rows, whole = {}, {}
@@ -97,18 +114,18 @@ def read_params(
     def fill(tensor: ForeignTensor) -> int:
         values = source.read(tensor.name)
         for piece, own in tensor.split(values):
-            place = piece.within(whole[piece.path])
-            place[...] = own[tuple(slice(size) for size in place.shape)]
+            target = piece.within(whole[piece.path])
+            target[...] = own[tuple(slice(size) for size in target.shape)]
         return values.size
 
-    # Two at a time: copying and turning a matrix leave Python's lock to others. The largest first, while little of
-    # the memory that they go to has been touched: so the peak is hardly above the weights.
+    # Two at a time: copying and transposing release the interpreter's lock. The largest first, while few pages of the
+    # parameters have been touched, so that the peak is hardly above the weights.
     ordered = sorted(wanted, key=lambda tensor: -math.prod(tensor.shape))
     with ThreadPoolExecutor(2) as pool:
         for size in pool.map(fill, ordered):
             on_progress(size)
     device = jax.local_devices()[0]
-    # On a CPU XLA takes over the very memory; elsewhere each leaf's is given back once it is on the device.
+    # On a CPU XLA adopts the memory itself; elsewhere the memory of each leaf is freed once it is on the device.
     leaves: dict[Path, Any] = {}
     for path, info in infos.items():
         values = whole.pop(path)
@@ -120,7 +137,9 @@ def read_params(
     return unflatten_dict(leaves)
 
 
-def written(wanted: Sequence[ForeignTensor], params: Params, dtype: np.dtype) -> Iterable[tuple[str, np.ndarray]]:
+def written_tensors(
+    wanted: Sequence[ForeignTensor], params: Params, dtype: np.dtype
+) -> Iterable[tuple[str, np.ndarray]]:
     """Each foreign tensor with its values, one at a time."""
     flat = flatten_dict(params)
 
@@ -132,18 +151,18 @@ def written(wanted: Sequence[ForeignTensor], params: Params, dtype: np.dtype) ->
 
 
 def _empty_rows(info: ParameterInfo, weights: WeightType, padded: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Memory of a packed parameter a row an output, and the same memory seen as the parameter."""
+    """Memory of a packed parameter, stored [out, in], and a view of it in the parameter's shape."""
     dtype = np.dtype(np.float32 if weights == "int8" else weights)
     if not info.inputs:
         table = _empty(info.shape, dtype, padded)
         return table, table
     inputs, outputs = map(math.prod, info.sides)
     rows = _empty((*info.shape[: info.stack], outputs, inputs), dtype, padded)
-    return rows, rows.swapaxes(-1, -2).reshape(info.shape)  # a view: axes are split, none is joined
+    return rows, rows.swapaxes(-1, -2).reshape(info.shape)  # a view, since axes are split and never joined
 
 
 def _empty(shape: tuple[int, ...], dtype: Any, padded: bool) -> np.ndarray:
-    """Memory that begins at a multiple of `ALIGNMENT`."""
+    """Memory aligned to `ALIGNMENT`."""
     dtype = np.dtype(dtype)
     size = int(np.prod(shape)) * dtype.itemsize
     memory = (np.zeros if padded else np.empty)(size + ALIGNMENT, np.uint8)

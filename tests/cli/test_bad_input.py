@@ -140,7 +140,7 @@ REQUESTS = {
     "to go on with a truncated shard": (["train", "--resume", "--out", "run-cut"], "train-00000.tokens: has"),
     "to go on with an edited shard": (["train", "--resume", "--out", "run-edited"], "train-00000.tokens: changed"),
     "to generate from no run": (["generate", "none", "--prompt", "a"], "no model 'none'"),
-    "to generate from a file": (["generate", "text.txt", "--prompt", "a"], "text.txt: no model file; a .gguf file"),
+    "to generate from a file": (["generate", "text.txt", "--prompt", "a"], "text.txt: not a model; name a .gguf file"),
     "to generate without a checkpoint": (
         ["generate", "run-empty", "--prompt", "a"],
         "run-empty: no usable checkpoint; train it with: polygpt train --resume --out run-empty",

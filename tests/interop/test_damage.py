@@ -109,7 +109,7 @@ def test_a_tensor_of_another_type(folder, tensors, dtype):
 def test_a_truncated_file(folder, kept):
     data = (folder / FILE).read_bytes()
     (folder / FILE).write_bytes(data[:kept])
-    refused(folder, r"model\.safetensors: (no safetensors file|a damaged safetensors file)")
+    refused(folder, r"model\.safetensors: (not a safetensors file|a damaged safetensors file)")
 
 
 def test_bytes_after_the_end(folder):
@@ -120,7 +120,7 @@ def test_bytes_after_the_end(folder):
 @pytest.mark.parametrize("size", [1 << 20, 1 << 40, (1 << 64) - 1])
 def test_a_header_larger_than_the_file(folder, size):
     raw(folder, {}, size=size)
-    refused(folder, rf"no safetensors file \(its header would have {size:,} bytes\)")
+    refused(folder, rf"not a safetensors file \(its header would have {size:,} bytes\)")
 
 
 @pytest.mark.parametrize(
@@ -129,13 +129,13 @@ def test_a_header_larger_than_the_file(folder, size):
 )
 def test_a_header_that_is_none(folder, header):
     raw(folder, header)
-    refused(folder, r"model\.safetensors: (no|a damaged) safetensors file")
+    refused(folder, r"model\.safetensors: (not a|a damaged) safetensors file")
 
 
 def test_a_tensor_twice_in_a_header(folder):
     entry = '{"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
     raw(folder, f'{{"{NORM}": {entry}, "{NORM}": {entry}}}', bytes(4))
-    refused(folder, rf"no safetensors file \(the key '{NORM}' stands there twice\)")
+    refused(folder, rf"not a safetensors file \(duplicate key '{NORM}'\)")
 
 
 @pytest.mark.parametrize("offsets", [[0, 8], [4, 8], [-4, 0], [4, 0], [0, 1 << 62], [0]])
@@ -158,7 +158,7 @@ def test_no_weights_at_all(folder):
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pth"])
 def test_pickles_alone_are_not_opened(folder, name):
     (folder / FILE).rename(folder / name)
-    refused(folder, rf"no model\.safetensors here; {name} may run code when it is opened and is not read: save it as")
+    refused(folder, rf"no model\.safetensors here; {name} could run code when opened and is not read; save it as")
 
 
 def test_weights_that_are_a_folder(folder):
@@ -209,7 +209,9 @@ def test_shards_as_they_should_be(folder, shards):
 )
 def test_an_index_that_points_elsewhere(folder, shards, place):
     shards({NORM: place})
-    refused(folder, rf"{INDEX}: model\.norm\.weight is said to lie in .*, which is no safetensors file of this folder")
+    refused(
+        folder, rf"{INDEX}: model\.norm\.weight is said to be in .*, which is not a safetensors file of this folder"
+    )
 
 
 def test_a_file_that_is_missing(folder, shards):
@@ -243,7 +245,7 @@ def test_an_index_that_is_none(folder, shards, index):
 def test_a_tensor_twice_in_an_index(folder, shards):
     shards()
     (folder / INDEX).write_text('{"weight_map": {"a": "a.safetensors", "a": "b.safetensors"}}')
-    refused(folder, rf"{INDEX}: not JSON \(the key 'a' stands there twice\)")
+    refused(folder, rf"{INDEX}: not JSON \(duplicate key 'a'\)")
 
 
 # --- Texts beside the weights -----------------------------------------------------------------------------------
@@ -263,7 +265,7 @@ def test_stop_tokens_that_are_none_are_left_out(folder, value):
 
 
 def test_the_weights_alone_are_no_model(folder):
-    with pytest.raises(RequestError, match=r"weights alone; name the folder that also holds their config\.json"):
+    with pytest.raises(RequestError, match=r"only weights; name the folder that also holds their config\.json"):
         polygpt.load(folder / FILE)
 
 

@@ -103,7 +103,7 @@ def test_a_tokenizer_comes_back_as_it_was(tmp_path, kind):
         ({"logit_softcap": 30.0}, "logit_softcap=30.0"),
         ({"embed_scale": "sqrt"}, "embed_scale=8.0"),
         ({"block": {"kind": "parallel"}}, "block.kind=parallel"),
-        ({"num_layers": 0}, "none is near"),
+        ({"num_layers": 0}, "num_layers=0 has no counterpart"),
         ({"context_length": 2**32}, "none is near"),
     ],
 )

@@ -27,9 +27,9 @@ from polygpt.model import ModelConfig
         ({"llama.attention.head_count": 0}, "'llama.attention.head_count' is 0"),
         ({"llama.attention.head_count": 2**31}, "num_heads|head"),
         ({"llama.attention.sliding_window": 8}, "'llama.attention.sliding_window' is 8"),
-        ({"llama.block_count": 2**32 - 1}, "'llama.block_count' is larger than 2,147,483,647"),
-        ({"llama.block_count": 2**31 - 1}, "2,147,483,647 layers, with 11 tensors"),
-        ({"llama.expert_count": 2**31 - 1, "llama.expert_used_count": 1}, "2,147,483,647 experts"),
+        ({"llama.block_count": 2**32 - 1}, "'llama.block_count' is 4,294,967,295, but there are only 11 tensors"),
+        ({"llama.block_count": 2**31 - 1}, "'llama.block_count' is 2,147,483,647, but there are only 11 tensors"),
+        ({"llama.expert_count": 2**31 - 1, "llama.expert_used_count": 1}, "'llama.expert_count' is 2,147,483,647, but"),
         ({"llama.embedding_length": 2**32 - 1}, "llama.gguf|token_embd|model.gguf"),
         ({"llama.feed_forward_length": 2**31 - 1}, "ffn_gate.weight is"),
         ({"llama.attention.key_length": 2**31 - 2, "llama.attention.value_length": 2**31 - 2}, "attn_q.weight is"),
@@ -96,8 +96,8 @@ def test_files_that_are_none_are_refused(tmp_path):
         (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 2**60) + bytes(8), "a key would have"),
         (header(9, struct.pack("<IQ", 0, 2**60)), "entries"),
         (header(9, struct.pack("<IQ", 8, 2**60)), "entries"),
-        (header(9, struct.pack("<IQ", 8, 2**22)), "cut off"),
-        (header(9, struct.pack("<IQ", 12, 2**22)), "cut off"),
+        (header(9, struct.pack("<IQ", 8, 2**22)), "truncated"),
+        (header(9, struct.pack("<IQ", 12, 2**22)), "truncated"),
         (header(9, struct.pack("<IQ", 9, 1)), "array of arrays"),
         (header(8, struct.pack("<Q", 2**63)), "would have"),
         (header(8, struct.pack("<Q", 1) + b"\xff"), "not UTF-8"),
@@ -117,8 +117,8 @@ def test_what_stands_twice_or_over_another_is_refused(tmp_path):
     for old, new, reason in (
         (b"llama.block_count", b"llama.extra_count", "block_count"),
         (b"llama.feed_forward_length", b"llama.embedding_length\0\0\0", "length"),
-        (b"blk.0.ffn_gate.weight", b"blk.0.ffn_down.weight", "blk.0.ffn_down.weight stands there twice"),
-        (b"blk.0.attn_k.weight", b"blk.0.attn_v.weight", "blk.0.attn_v.weight stands there twice"),
+        (b"blk.0.ffn_gate.weight", b"blk.0.ffn_down.weight", "duplicate tensor blk.0.ffn_down.weight"),
+        (b"blk.0.attn_k.weight", b"blk.0.attn_v.weight", "duplicate tensor blk.0.attn_v.weight"),
     ):
         (tmp_path / "bad.gguf").write_bytes(whole.replace(old, new[: len(old)], 1))
         assert reason in refused(tmp_path / "bad.gguf")
@@ -126,15 +126,15 @@ def test_what_stands_twice_or_over_another_is_refused(tmp_path):
     twice = bytearray(whole.replace(key, key + key, 1))
     struct.pack_into("<Q", twice, 16, struct.unpack_from("<Q", twice, 16)[0] + 1)
     (tmp_path / "bad.gguf").write_bytes(twice)
-    assert "the key llama.block_count stands there twice" in refused(tmp_path / "bad.gguf")
+    assert "duplicate key llama.block_count" in refused(tmp_path / "bad.gguf")
     over = bytearray(whole)
     place = over.index(b"output_norm.weight") + 18 + 4 + 8 + 4
     struct.pack_into("<Q", over, place, 0)
     (tmp_path / "bad.gguf").write_bytes(over)
-    assert "lie over each other" in refused(tmp_path / "bad.gguf")
+    assert "overlap" in refused(tmp_path / "bad.gguf")
     struct.pack_into("<Q", over, place, 7)
     (tmp_path / "bad.gguf").write_bytes(over)
-    assert "no multiple of 32" in refused(tmp_path / "bad.gguf")
+    assert "not a multiple of 32" in refused(tmp_path / "bad.gguf")
 
 
 @pytest.fixture(scope="module")

@@ -108,7 +108,7 @@ def test_a_revision_is_another_model(polygpt, folders):
 REFUSED = {
     "another model": ("hf:tiny/none", {}, 2, "hf:tiny/none: no such model on the hub, or it is private (set HF_TOKEN)"),
     "another revision": ("hf:tiny/model@v9", {}, 2, "hf:tiny/model@v9: the model has no revision 'v9'"),
-    "no model": ("hf:tiny/bare", {}, 2, "it has no config.json, so it is no model of the transformers library"),
+    "no model": ("hf:tiny/bare", {}, 2, "it has no config.json, so it is not a model of the transformers library"),
     "no name": ("hf:tiny", {}, 2, "'hf:tiny' is not of the form hf:owner/name or hf:owner/name@revision"),
     "a path": ("hf:../model", {}, 2, "'hf:../model'"),
     "too much": (
@@ -128,9 +128,9 @@ REFUSED = {
         "hf:tiny/model",
         {"HF_ENDPOINT": "http://hub.example"},
         2,
-        "HF_ENDPOINT=http://hub.example: only https",
+        "HF_ENDPOINT=http://hub.example: must be https",
     ),
-    "a host that seems ours": ("hf:tiny/model", {"HF_ENDPOINT": "http://localhost.example"}, 2, "only https is read"),
+    "a host that seems ours": ("hf:tiny/model", {"HF_ENDPOINT": "http://localhost.example"}, 2, "must be https"),
     "no server": ("hf:tiny/model", {"HF_ENDPOINT": "http://127.0.0.1:9"}, 1, "hf:tiny/model: "),
 }
 
@@ -150,7 +150,7 @@ def test_wrong_bytes_are_refused_and_not_kept(polygpt, hub, tmp_path):
     hub.lies.add("model.safetensors")
     done = polygpt("import", "hf:tiny/model", "--out", "m")
     assert (done.code, len(done.complaint)) == (1, 1)
-    assert "model.safetensors: what came does not match the SHA-256 that the hub gives; try again" in done.err
+    assert "model.safetensors: the download does not match the SHA-256 that the hub states; try again" in done.err
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
     hub.lies.clear()
     assert polygpt("import", "hf:tiny/model", "--out", "m").code == 0

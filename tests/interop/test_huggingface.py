@@ -181,7 +181,6 @@ import jax, numpy as np
 from pathlib import Path
 import polygpt.loading
 from polygpt.interop import open_huggingface
-from polygpt.interop.huggingface.folder import Model
 found = open_huggingface(Path(sys.argv[1]))
 jax.block_until_ready(jax.numpy.zeros(8) + 1)
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

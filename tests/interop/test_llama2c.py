@@ -164,7 +164,7 @@ def test_a_file_cut_off_is_refused(write, size):
 def test_a_longer_file_is_refused(write):
     path = write()
     path.write_bytes(path.read_bytes() + b"1234")
-    with pytest.raises(RequestError, match=r"not of llama2\.c's first format"):
+    with pytest.raises(RequestError, match=r"not in llama2\.c's first format"):
         open_llama2c(path)
 
 
@@ -186,14 +186,14 @@ def test_no_header_does_harm(tmp_path_factory, place, value):
     ("data", "reason"),
     [
         (b"", "0 tokens"),
-        (tokenizer_bytes(PIECES)[:-3], "cut off|no text"),
-        (tokenizer_bytes(PIECES[:-1]), "259 tokens, where the model has 260"),
+        (tokenizer_bytes(PIECES)[:-3], "truncated|not UTF-8"),
+        (tokenizer_bytes(PIECES[:-1]), "259 tokens, but the model has 260"),
         (tokenizer_bytes([*PIECES, "x"]), "more tokens"),
-        (tokenizer_bytes([*PIECES[:-1], "<unk>"]), "'<unk>' stands there twice"),
-        (tokenizer_bytes(PIECES, [float("nan")] * VOCABULARY), "not a finite number"),
-        (tokenizer_bytes(PIECES)[:-9] + struct.pack("<fi", 0.0, 1) + b"\xff", "no text"),
-        (tokenizer_bytes(PIECES)[:-9] + struct.pack("<fi", 0.0, -1) + b" ", "cut off"),
-        (tokenizer_bytes(PIECES)[:-9] + struct.pack("<fi", 0.0, 2**31 - 1) + b" ", "cut off"),
+        (tokenizer_bytes([*PIECES[:-1], "<unk>"]), "duplicate token '<unk>'"),
+        (tokenizer_bytes(PIECES, [float("nan")] * VOCABULARY), "not finite"),
+        (tokenizer_bytes(PIECES)[:-9] + struct.pack("<fi", 0.0, 1) + b"\xff", "not UTF-8"),
+        (tokenizer_bytes(PIECES)[:-9] + struct.pack("<fi", 0.0, -1) + b" ", "truncated"),
+        (tokenizer_bytes(PIECES)[:-9] + struct.pack("<fi", 0.0, 2**31 - 1) + b" ", "truncated"),
     ],
 )
 def test_a_damaged_tokenizer_is_refused_by_name(write, data, reason):

@@ -8,7 +8,7 @@ from make_references import REFERENCES
 
 from polygpt.errors import RequestError
 from polygpt.interop import open_huggingface
-from polygpt.interop.settings import LIMIT, Settings, read_json
+from polygpt.settings import LIMIT, Settings, read_json
 
 # reference, changes of its config.json -> what the complaint must say
 REFUSED = {
@@ -20,15 +20,15 @@ REFUSED = {
     "a setting": ("llama", {"use_magic": 2}, "the setting 'use_magic' (2) is not known for this architecture"),
     "another's setting": ("llama", {"sliding_window": 4}, "the setting 'sliding_window' (4) is not known"),
     "a missing setting": ("llama", {"hidden_size": None}, "the setting 'hidden_size' is missing"),
-    "a text for a number": ("llama", {"hidden_size": "16"}, "'hidden_size' is '16', where a whole number is needed"),
-    "a fraction": ("llama", {"num_hidden_layers": 2.0}, "'num_hidden_layers' is 2.0, where a whole number is needed"),
+    "a text for a number": ("llama", {"hidden_size": "16"}, "'hidden_size' is '16', where an integer is needed"),
+    "a fraction": ("llama", {"num_hidden_layers": 2.0}, "'num_hidden_layers' is 2.0, where an integer is needed"),
     "true for a number": (
         "llama",
         {"num_attention_heads": True},
-        "'num_attention_heads' is True, where a whole number",
+        "'num_attention_heads' is True, where an integer",
     ),
     "a number for true": ("llama", {"attention_bias": 1}, "'attention_bias' is 1, where true or false is needed"),
-    "a list": ("llama", {"vocab_size": [50]}, "'vocab_size' is [50], where a whole number is needed"),
+    "a list": ("llama", {"vocab_size": [50]}, "'vocab_size' is [50], where an integer is needed"),
     "heads that do not divide": ("llama", {"num_key_value_heads": 3}, "num_kv_heads=3"),
     "no heads": ("llama", {"num_attention_heads": 0}, "greater than 0"),
     "negative layers": ("llama", {"num_hidden_layers": -2}, "greater than or equal to 0"),
@@ -36,9 +36,13 @@ REFUSED = {
     "an activation": (
         "llama",
         {"hidden_act": "mish"},
-        "'hidden_act' is 'mish', an activation that is not known; known: ",
+        "'hidden_act' is 'mish', an unknown activation; known: ",
     ),
-    "an activation that is none": ("llama", {"hidden_act": ["silu"]}, "'hidden_act' is ['silu'], an activation"),
+    "an activation that is none": (
+        "llama",
+        {"hidden_act": ["silu"]},
+        "'hidden_act' is ['silu'], an unknown activation",
+    ),
     "a scaling": (
         "llama",
         {"rope_parameters": {"rope_type": "longrope"}},
@@ -63,21 +67,21 @@ REFUSED = {
         "'scale_attn_weights' is False; attention without its scale",
     ),
     "gpt2's scale by layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "a scale that differs by layer"),
-    "gpt2's cross attention": ("gpt2", {"add_cross_attention": True}, "there is nothing to attend to across"),
+    "gpt2's cross attention": ("gpt2", {"add_cross_attention": True}, "cross attention is not supported"),
     "layer types": ("gemma2", {"layer_types": ["full_attention"]}, "'layer_types' must name full_attention or sliding"),
     "a layer type": ("gemma2", {"layer_types": ["full_attention", "chunked", "x"]}, "'layer_types' must name"),
     "layer types of lists": ("gemma2", {"layer_types": [["full_attention"]] * 3}, "'layer_types' must name"),
-    "attention both ways": ("gemma2", {"use_bidirectional_attention": True}, "only causal attention is known here"),
+    "attention both ways": ("gemma2", {"use_bidirectional_attention": True}, "only causal attention is supported"),
     "a scalar of nothing": ("gemma2", {"query_pre_attn_scalar": 0}, "'query_pre_attn_scalar'"),
     "phi3's scaling": (
         "phi3",
         {"rope_parameters": {"rope_type": "linear", "factor": 2.0}},
-        "of this architecture only plain angles are known",
+        "only unscaled angles are known for this architecture",
     ),
     "stablelm's norms of heads": ("stablelm", {"qk_layernorm": True}, "only RMS norms of queries and keys"),
     "stablelm's residual": ("stablelm", {"use_parallel_residual": True}, "its one norm has no counterpart here"),
     "too many experts a token": ("mixtral", {"num_experts_per_tok": 9}, "top_k"),
-    "layers without end": ("qwen2", {"num_hidden_layers": 1 << 30}, "but the folder has only 26 tensors"),
+    "layers without end": ("qwen2", {"num_hidden_layers": 1 << 30}, "but there are only 26 tensors"),
     "experts without end": ("mixtral", {"num_local_experts": 1 << 30}, "'num_local_experts' is 1,073,741,824, but"),
     "a number without end": ("llama", {"rms_norm_eps": 10**400}, "'rms_norm_eps' is larger than"),
     "a width without end": ("llama", {"hidden_size": 1 << 62}, "'hidden_size' is larger than 2,147,483,647"),
@@ -103,10 +107,10 @@ def test_a_setting_is_refused_by_name(name, changes, message, tmp_path):
         ("", "not JSON"),
         ("{", "not JSON"),
         ("[1]", "a JSON object is needed, not list"),
-        ('{"a": 1, "a": 1}', "the key 'a' stands there twice"),
-        ('{"a": {"b": 1, "b": 2}}', "the key 'b' stands there twice"),
-        ('{"a": NaN}', "NaN is no JSON number"),
-        ('{"a": -Infinity}', "-Infinity is no JSON number"),
+        ('{"a": 1, "a": 1}', "duplicate key 'a'"),
+        ('{"a": {"b": 1, "b": 2}}', "duplicate key 'b'"),
+        ('{"a": NaN}', "NaN is not a JSON number"),
+        ('{"a": -Infinity}', "-Infinity is not a JSON number"),
         ('{"a": 1e999}', "1e999 is not finite"),
         ('{"a": [1e999]}', "not finite"),
         ("[" * 100_000, "not JSON"),
@@ -128,7 +132,7 @@ def test_json_of_a_size_that_no_configuration_has_is_not_read(tmp_path):
     path = tmp_path / "config.json"
     with path.open("wb") as file:
         file.truncate(LIMIT + 1)
-    with pytest.raises(RequestError, match="a configuration has at most"):
+    with pytest.raises(RequestError, match="exceed the limit of"):
         read_json(path)
     with pytest.raises(RequestError, match="cannot be read"):
         read_json(tmp_path)
@@ -136,7 +140,7 @@ def test_json_of_a_size_that_no_configuration_has_is_not_read(tmp_path):
 
 def test_settings_that_nobody_took_are_named_and_null_counts_as_absent():
     settings = Settings({"a": 1, "b": None, "c": 2.5, "d": None}, "file")
-    settings.lay_under({"d": 4, "e": 5})
+    settings.set_defaults({"d": 4, "e": 5})
     assert (settings.take("a", float), settings.take("b", int, 7), settings.take("d", int, None)) == (1.0, 7, None)
     assert settings.take("e", int) == 5
     with pytest.raises(RequestError, match=r"^file: the setting 'c' \(2\.5\) is not known"):

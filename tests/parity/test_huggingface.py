@@ -21,12 +21,12 @@ from zoo import lively, shrunk
 from polygpt.config import validate
 from polygpt.errors import RequestError
 from polygpt.interop import export_huggingface, open_huggingface
-from polygpt.interop.huggingface.folder import ARCHITECTURES, find_family, read_fields
+from polygpt.interop.huggingface.folder import ARCHITECTURES, find_architecture, read_fields
 from polygpt.interop.same import computation
-from polygpt.interop.settings import Settings
 from polygpt.loading import adapted
 from polygpt.model import Model, ModelConfig
 from polygpt.presets import PRESETS, preset
+from polygpt.settings import Settings
 
 pytestmark = pytest.mark.parity
 RELATIVE = 1e-4
@@ -137,7 +137,7 @@ def computed(values: dict) -> dict | None:
     """What our reading of a config.json computes; None where it is refused."""
     settings = Settings(values, "config.json")
     try:
-        return computation(validate(ModelConfig, read_fields(find_family(settings), settings)))
+        return computation(validate(ModelConfig, read_fields(find_architecture(settings), settings)))
     except RequestError:
         return None
 

@@ -85,13 +85,19 @@ def test_from_a_folder_to_an_exported_finetuned_model_by_commands(theirs, progra
 # changes of the recipe -> what the complaint must say
 REFUSED = {
     "another tokenizer": ({"tokenizer": {"kind": "byte"}}, "training.initial=theirs brings its own tokenizer"),
-    "another width": ({"model.embed_dim": 32}, r"initial=theirs: .* is \[.*16.*\] there, \[.*32.*\] in the model"),
-    "another depth": ({"model.num_layers": 3}, r"training\.initial=theirs: .* is .* there, .* in the model asked for"),
+    "another width": (
+        {"model.embed_dim": 32},
+        r"initial=theirs: .* is \[.*16.*\] in the checkpoint and \[.*32.*\] in the model",
+    ),
+    "another depth": (
+        {"model.num_layers": 3},
+        r"training\.initial=theirs: .* is .* in the checkpoint and .* in the model asked for",
+    ),
     "another feed-forward": (
         {"model.feedforward": {"kind": "mlp", "mlp_dim": 24}},
-        r"feedforward\.down_bias is no such parameter there",
+        r"feedforward\.down_bias is missing in the checkpoint",
     ),
-    "a tied head": ({"model.head": "tied"}, r"head is \[16, 50\] there, no such parameter in the model asked for"),
+    "a tied head": ({"model.head": "tied"}, r"head is \[16, 50\] in the checkpoint and missing in the model asked for"),
     "fewer ids": ({"model.vocab_size": 49}, "model.vocab_size=49: this model has 50 ids"),
     "nothing": ({"training.initial": "none"}, "no model 'none'"),
 }

@@ -1,4 +1,4 @@
-"""A layer's experts, which newer files stack in one tensor, as one tensor each, which older files have."""
+"""Converts between a layer's experts stacked in one tensor (newer files) and one tensor per expert (older files)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from polygpt.interop.weights import TensorInfo
 
 _STACKED = re.compile(r"(blk\.\d+\.ffn_(?:gate|up|down))_exps\.weight")
 _SINGLE = re.compile(r"(blk\.\d+\.ffn_(?:gate|up|down))\.(\d+)\.weight")
-_LIMIT = 4096  # experts of a layer
+_LIMIT = 4096  # experts per layer
 
 
 class Unstacked:
-    """A `TensorSource` over a file in which stacked experts have names of their own."""
+    """A `TensorSource` over a file that presents stacked experts as separate tensors."""
 
     def __init__(self, file: GGUFFile):
         self.where, self._file = file.where, file
@@ -37,13 +37,13 @@ class Unstacked:
 
 
 def stacked_name(name: str) -> str:
-    """The name of the tensor in which `name` is stacked; `name` itself where it is no expert's."""
+    """The name of the tensor in which `name` is stacked; `name` itself if it is not an expert's."""
     match = _SINGLE.fullmatch(name)
     return name if match is None else f"{match[1]}_exps.weight"
 
 
 def stack(tensors: Iterable[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
-    """`tensors` with each layer's experts, which follow one another, in one; at most one stack is in memory."""
+    """`tensors` with the experts of each layer, which are consecutive, stacked; at most one stack is in memory."""
     name, held = "", []
     for single, values in tensors:
         stacked = stacked_name(single)

@@ -1,7 +1,8 @@
-"""A model of ours as a GGUF file, or the reason why llama.cpp computes nothing the same."""
+"""Writes a model as a GGUF file, or says why llama.cpp does not compute it."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,29 +12,29 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Kind
 
-from polygpt.config import validate
 from polygpt.errors import RequestError, suggest
 from polygpt.files import new_file
+from polygpt.interop.architecture import Architecture, counterpart
 from polygpt.interop.biases import with_zero_biases
-from polygpt.interop.gguf.architectures import ARCHITECTURES, Architecture
+from polygpt.interop.gguf.architectures import ARCHITECTURES, PSEUDO, ROPE_FREQS
 from polygpt.interop.gguf.container import shortest
 from polygpt.interop.gguf.experts import stack, stacked_name
 from polygpt.interop.gguf.reading import read_fields
+from polygpt.interop.gguf.rope import FACTORS
 from polygpt.interop.names import ForeignTensor, foreign_tensors
-from polygpt.interop.same import computation, counterpart, differences
-from polygpt.interop.settings import Settings
-from polygpt.interop.weights import TensorInfo, written
-from polygpt.model import Model, ModelConfig, Params
+from polygpt.interop.weights import written_tensors
+from polygpt.model import ModelConfig, Params, model_of
+from polygpt.settings import Settings
 from polygpt.tokenizers import Tokenizer, write_gguf_text
 
-# Our word for a type -> of matrices, and the number by which `general.file_type` names it.
+# Our name of a type -> the type of matrices, and its number in `general.file_type`.
 DTYPES = {
     "f32": (Kind.F32, gguf.LlamaFileType.ALL_F32),
     "f16": (Kind.F16, gguf.LlamaFileType.MOSTLY_F16),
     "bf16": (Kind.BF16, gguf.LlamaFileType.MOSTLY_BF16),
     "q8_0": (Kind.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
 }
-# llama.cpp adds and compares these without converting them first.
+# llama.cpp adds and compares these without converting them.
 _ALWAYS_F32 = ("position_embd.weight", "ffn_gate_inp.weight")
 
 
@@ -48,23 +49,23 @@ def export_gguf(
     chat_template: str | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> str:
-    """Writes a file that llama.cpp runs with the same logits; gives the architecture's name.
+    """Writes a file that llama.cpp runs with the same logits; returns the architecture's name.
 
-    Biases that the architecture has and the model has not are written as zeros. Padding of the vocabulary is left out.
+    Biases that the architecture has and the model lacks are written as zeros. Padding of the vocabulary is left out.
 
     Args:
-        path: a new file.
+        path: must not exist.
         config: of the model.
         params: of the model.
-        tokenizer: goes along, if there is one.
-        dtype: of matrices: f32, f16, bf16 or q8_0 (rows that are no multiple of 32 long then stay f16). Vectors,
-            learned positions and routers are f32 always.
-        stop_tokens: ids at which generation ends, beside the tokenizer's own; the first is the end of text.
-        chat_template: goes along.
-        facts: training figures and origin; texts and numbers among them are kept under `polygpt.`.
+        tokenizer: is written too, if there is one.
+        dtype: of matrices: f32, f16, bf16 or q8_0 (rows whose length is not a multiple of 32 are then f16). Vectors,
+            learned positions and routers are always f32.
+        stop_tokens: ids at which generation ends, besides the tokenizer's own.
+        chat_template: is written too, if there is one.
+        facts: training figures and origin; strings and numbers among them are written under `polygpt.`.
 
     Raises:
-        RequestError: there is something at `path`, or a part has no counterpart in llama.cpp; it is named.
+        RequestError: `path` exists, or a part of the model has no counterpart in llama.cpp; it is named.
     """
     if path.exists():
         raise RequestError(f"{path}: exists already; choose another name")
@@ -72,65 +73,38 @@ def export_gguf(
         raise RequestError(f"the type '{dtype}' is not known for GGUF; {suggest(dtype, DTYPES)}")
     architecture = choose_architecture(config)
     config, params = with_zero_biases(config, params) if architecture.zero_biases else (config, params)
-    settings, extras = architecture.write(config)
+    settings = architecture.write(config)
     metadata = _general(path.stem, dtype, facts or {})
-    metadata |= {f"{architecture.name}.{name}": value for name, value in settings.items()}
+    metadata |= {f"{architecture.name}.{name}": v for name, v in settings.items() if not name.startswith(PSEUDO)}
     metadata |= write_gguf_text(tokenizer, config.vocab_size - config.vocab_padding, stop_tokens, chat_template)
-    tensors = foreign_tensors(Model(config), architecture.names, architecture.layout)
-    shapes = {name: values.shape for name, values in extras.items()} | _shapes(tensors)
-    values = [*extras.items()], stack(written(tensors, params, np.dtype(np.float32)))
+    tensors = foreign_tensors(model_of(config), architecture.names, architecture.layout)
+    factors = {ROPE_FREQS: settings[FACTORS]} if FACTORS in settings else {}
+    shapes = {name: values.shape for name, values in factors.items()} | _shapes(tensors)
+    values = itertools.chain(factors.items(), stack(written_tensors(tensors, params, np.dtype(np.float32))))
     with new_file(path) as partial:
-        _write(
-            partial, architecture.name, metadata, shapes, DTYPES[dtype][0], (pair for part in values for pair in part)
-        )
+        _write(partial, architecture.name, metadata, shapes, DTYPES[dtype][0], values)
     return architecture.name
 
 
 def choose_architecture(config: ModelConfig) -> Architecture:
-    """The architecture whose metadata, read back, compute what `config` does.
+    """The architecture of llama.cpp that computes what `config` does.
 
     Raises:
         RequestError: there is none; what the nearest lacks is named.
     """
-    candidates = ARCHITECTURES if config.layers else ()
-    return counterpart(config, candidates, _read_back, "llama.cpp has no architecture for this model")
 
-
-def _read_back(architecture: Architecture, config: ModelConfig) -> dict[str, Any] | None:
-    try:
-        settings, extras = architecture.write(config)
+    def read(architecture: Architecture, settings: dict[str, Any]) -> dict[str, Any]:
         stored = {name: _stored(name, value) for name, value in settings.items()}
-        tensors = {name: TensorInfo(shape, "F32") for name, shape in _named(architecture, config).items()}
-        where = Settings(stored, architecture.name)
-        found = computation(validate(ModelConfig, read_fields(architecture, where, tensors, extras)))
-        # The settings may say all and the tables still lack a parameter.
-        return None if _tensors(architecture, config) is None and not differences(computation(config), found) else found
-    except RequestError:  # its own parts do not fit this model's shape
-        return None
+        return read_fields(architecture, Settings(stored, architecture.name))
+
+    return counterpart(config, ARCHITECTURES.values(), read, "llama.cpp has no architecture for this model")
 
 
 def _stored(name: str, value: Any) -> Any:
-    """What is left of a setting in 32 bits."""
+    """A setting's value after it is stored in 32 bits."""
     if type(value) is int and not 0 <= value < 1 << 32:
         raise RequestError(f"{name}={value} is too large for GGUF")
     return shortest(value) if isinstance(value, float) else value
-
-
-def _named(architecture: Architecture, config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The tensors that the architecture would have; of a model with parameters that it cannot have, the tables."""
-    tensors = _tensors(architecture, config)
-    if tensors is not None:
-        return {tensor.name: tensor.shape for tensor in tensors}
-    tables = ["token_embd.weight", *(["output.weight"] if config.head == "untied" else [])]
-    return dict.fromkeys(tables, (config.vocab_size - config.vocab_padding, config.width))
-
-
-def _tensors(architecture: Architecture, config: ModelConfig) -> list[ForeignTensor] | None:
-    """What the architecture holds the model in; None where it has no name for a parameter."""
-    try:
-        return foreign_tensors(Model(config), architecture.names, architecture.layout)
-    except (KeyError, ValueError):
-        return None
 
 
 def _general(name: str, dtype: str, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -149,7 +123,7 @@ def _general(name: str, dtype: str, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _shapes(tensors: Sequence[ForeignTensor]) -> dict[str, tuple[int, ...]]:
-    """Of the tensors as they are written, a layer's experts in one."""
+    """The shapes of tensors as written, with each layer's experts stacked."""
     shapes: dict[str, tuple[int, ...]] = {}
     for tensor in tensors:
         name = stacked_name(tensor.name)
@@ -161,7 +135,7 @@ def _shapes(tensors: Sequence[ForeignTensor]) -> dict[str, tuple[int, ...]]:
 
 
 def _kind(name: str, shape: tuple[int, ...], wanted: Kind) -> Kind:
-    """What a tensor is stored as."""
+    """The type in which a tensor is stored."""
     if len(shape) < 2 or name.endswith(_ALWAYS_F32):
         return Kind.F32
     block = gguf.GGML_QUANT_SIZES[wanted][0]
@@ -176,7 +150,7 @@ def _write(
     wanted: Kind,
     tensors: Iterable[tuple[str, np.ndarray]],
 ) -> None:
-    """The file: header first, then one tensor after another."""
+    """Writes the header, then one tensor after another."""
     writer = gguf.GGUFWriter(path, architecture)
     try:
         for key, value in metadata.items():
@@ -198,13 +172,13 @@ def _in_order(
     shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[tuple[str, np.ndarray]]
 ) -> Iterator[tuple[str, np.ndarray]]:
     for expected, (name, values) in zip(shapes, tensors, strict=True):
-        assert (name, values.shape) == (expected, shapes[expected]), f"{name} {values.shape} written out of turn"
+        assert (name, values.shape) == (expected, shapes[expected]), f"{name} {values.shape} written out of order"
         yield name, values
 
 
 def _encoded(name: str, values: np.ndarray, kind: Kind) -> np.ndarray:
     if kind in (Kind.F16, Kind.Q8_0) and values.size:
-        # Q8_0 has its blocks' scales, the largest value / 127, in 16 bits.
+        # Q8_0 stores the scale of a block, its largest value / 127, in 16 bits.
         largest = float(np.abs(values).max()) / (127 if kind == Kind.Q8_0 else 1)
         if not largest <= float(np.finfo(np.float16).max):
             raise RequestError(f"the tensor {name} has values too large for {kind.name.lower()}; choose bf16 or f32")
@@ -214,7 +188,7 @@ def _encoded(name: str, values: np.ndarray, kind: Kind) -> np.ndarray:
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
     kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
     if isinstance(value, str):
-        writer.add_string(key, value.encode("utf-8", "replace").decode())  # half of a surrogate pair has no bytes
+        writer.add_string(key, value.encode("utf-8", "replace").decode())  # a lone surrogate has no UTF-8
     elif isinstance(value, list):
         writer.add_array(key, value)
     else:

@@ -1,8 +1,8 @@
-"""A GGUF file, opened: its metadata decide the model, its tensors fill it."""
+"""Opens a GGUF file: its metadata give the model, its tensors the weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +10,19 @@ import numpy as np
 
 from polygpt.config import validate
 from polygpt.errors import RequestError, suggest
-from polygpt.interop.gguf.architectures import ARCHITECTURES, LLAMA, LLAMA_EXPERTS, ROPE_FREQS, Architecture
+from polygpt.interop.architecture import Architecture
+from polygpt.interop.gguf.architectures import ARCHITECTURES, EMBEDDING, HEAD, PSEUDO, ROPE_FREQS, tensor_settings
 from polygpt.interop.gguf.container import DTYPES, MAGIC, GGUFFile
 from polygpt.interop.gguf.experts import Unstacked
 from polygpt.interop.names import foreign_tensors
-from polygpt.interop.settings import Settings
 from polygpt.interop.stored import StoredModel
-from polygpt.interop.weights import TensorInfo, check, read_params
-from polygpt.kernels import WeightType
-from polygpt.model import Model, ModelConfig, Params
+from polygpt.interop.weights import check_counts, check_tensors, read_params
+from polygpt.model import ModelConfig, model_of
+from polygpt.settings import Settings
 from polygpt.tokenizers import read_gguf_text
 
-_HEAD, _EMBEDDING = "output.weight", "token_embd.weight"
 _ROPE_FREQS_LIMIT = 1 << 12
+_NOT_WEIGHTS = r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd|blk\.\d+\.attn\.rot_embd"
 
 
 def is_gguf(path: Path) -> bool:
@@ -35,9 +35,9 @@ def is_gguf(path: Path) -> bool:
 
 
 def open_gguf(path: Path) -> StoredModel:
-    """The model in a GGUF file; names, shapes and types of all tensors are checked, none but the smallest is read.
+    """The model in a GGUF file. Names, shapes and types of all tensors are checked; only the smallest are read yet.
 
-    Parameters and activations are float32 whatever the file's types are: quantised values are spelled out.
+    Parameters and activations are float32 whatever the file's types are: quantised values are dequantised.
 
     Raises:
         RequestError: the architecture, a setting, a tensor or the tokenizer is unknown or damaged; it is named.
@@ -45,87 +45,74 @@ def open_gguf(path: Path) -> StoredModel:
     file = GGUFFile(path)
     architecture = _find(file)
     source = Unstacked(file)
-    tensors = dict(source.tensors)
-    if _HEAD in tensors and _same(file, _HEAD, _EMBEDDING):
-        del tensors[_HEAD]  # older converters write a tied head once more
-    extras = {ROPE_FREQS: _rope_freqs(file)} if ROPE_FREQS in tensors else {}
-    fields = read_fields(architecture, settings_of(file.metadata, architecture, file.where), tensors, extras)
-    _check_counts(file, source, fields)
-    config = validate(ModelConfig, fields, file.where)
-    wanted = foreign_tensors(Model(config), architecture.names, architecture.layout)
-    check(source, wanted, _ignored(fields), DTYPES)
+    settings = _settings_of(file, architecture, source)
+    check_counts(settings, len(source.tensors), "block_count", "expert_count")
+    config = validate(ModelConfig, read_fields(architecture, settings), file.where)
+    tensors = foreign_tensors(model_of(config), architecture.names, architecture.layout)
+    check_tensors(source, tensors, rf"{_NOT_WEIGHTS}|output\.weight" if config.head == "tied" else _NOT_WEIGHTS, DTYPES)
     text = read_gguf_text(file.metadata, file.where)
     if text.tokenizer is not None and text.tokenizer.vocab_size > config.vocab_size:
-        raise RequestError(
-            f"{path}: {text.tokenizer.vocab_size} tokens, where {_EMBEDDING} has {config.vocab_size} rows"
-        )
-
-    def read(asked: ModelConfig, on_progress: Callable[[int], None], weights: WeightType | None = None) -> Params:
-        return read_params(Model(asked), source, wanted, on_progress, weights)
-
+        raise RequestError(f"{path}: {text.tokenizer.vocab_size} tokens, but {EMBEDDING} has {config.vocab_size} rows")
     facts = {"format": "gguf", "architecture": architecture.name, "source": str(path)}
     name = file.metadata.get("general.name")
     facts |= {"name": name} if isinstance(name, str) else {}
-    return StoredModel(config, read, *text, facts)
-
-
-def _check_counts(file: GGUFFile, source: Unstacked, fields: Mapping[str, Any]) -> None:
-    """Refuses more layers or experts than there are tensors, before anything is made for each of them."""
-    counts = {"layers": fields["num_layers"], "experts": fields["feedforward"].get("num_experts", 0)}
-    for what, count in counts.items():
-        if count > len(source.tensors):
-            raise RequestError(f"{file.where}: {count:,} {what}, with {len(source.tensors)} tensors; it is damaged")
+    return StoredModel(config, partial(read_params, source, tensors), *text, facts)
 
 
 def _find(file: GGUFFile) -> Architecture:
     name = file.metadata.get("general.architecture")
-    known = {architecture.name for architecture in ARCHITECTURES}
-    if not isinstance(name, str) or name not in known:
-        hint = suggest(str(name), known)
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        hint = suggest(str(name), ARCHITECTURES)
         raise RequestError(f"{file.where}: the architecture {name!r} is not known; {hint}")
     if file.metadata.get("split.count", 1) not in (0, 1):
-        raise RequestError(f"{file.where}: it is one of {file.metadata['split.count']} files of a model; merge them")
-    if name == LLAMA.name:
-        return LLAMA_EXPERTS if file.metadata.get("llama.expert_count") else LLAMA
-    return next(architecture for architecture in ARCHITECTURES if architecture.name == name)
+        raise RequestError(f"{file.where}: one of {file.metadata['split.count']} files of a model; merge them first")
+    return ARCHITECTURES[name]
 
 
-def settings_of(metadata: Mapping[str, Any], architecture: Architecture, where: str) -> Settings:
-    """The keys below the architecture's name."""
-    prefix = f"{architecture.name}."
-    own = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
-    return Settings(own, where, prefix)
-
-
-def read_fields(
-    architecture: Architecture, settings: Settings, tensors: Mapping[str, TensorInfo], extras: Mapping[str, np.ndarray]
-) -> dict[str, Any]:
-    """The fields of a `ModelConfig` that the file says.
+def _settings_of(file: GGUFFile, architecture: Architecture, source: Unstacked) -> Settings:
+    """The settings under the architecture's name, and those that its tensors tell.
 
     Raises:
-        RequestError: a setting is unknown, missing, or asks for what there is not here.
+        RequestError: there is no embedding, or a setting differs from layer to layer.
     """
-    fields = architecture.read(settings, tensors, extras)
-    settings.finish()
-    return fields
+    prefix = f"{architecture.name}."
+    own = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
+    for name, value in own.items():
+        if isinstance(value, list) and value:  # one entry per layer
+            if any(entry != value[0] for entry in value):
+                raise RequestError(f"{file.where}: '{prefix}{name}' differs from layer to layer; it must not")
+            own[name] = value[0]
+    tensors = dict(source.tensors)
+    if EMBEDDING not in tensors or len(tensors[EMBEDDING].shape) != 2:
+        raise RequestError(f"{file.where}: the tensor {EMBEDDING} is missing, or is not a matrix")
+    if HEAD in tensors and _same(file, HEAD, EMBEDDING):
+        del tensors[HEAD]  # older converters write a tied head once more
+    return Settings(own | tensor_settings(tensors, _rope_freqs(file)), file.where, prefix)
+
+
+def read_fields(architecture: Architecture, settings: Settings) -> dict[str, Any]:
+    """The fields of a `ModelConfig` for a file's settings.
+
+    Raises:
+        RequestError: a setting is unknown, missing, or asks for something that does not exist here.
+    """
+    # An architecture need not know every pseudo-setting: tensors that it lacks are refused by `check_tensors`.
+    settings.ignore("tensor_data_layout", *(name for name in settings.values if name.startswith(PSEUDO)))
+    return architecture.read(settings)
 
 
 def _same(file: GGUFFile, first: str, second: str) -> bool:
-    """Whether two tensors are the same, type and bytes."""
+    """Whether two tensors have the same type and bytes."""
     if file.tensors[first] != file.tensors.get(second):
         return False
     one, other = file.raw(first), file.raw(second)
     return np.array_equal(one[:4096], other[:4096]) and np.array_equal(one, other)
 
 
-def _rope_freqs(file: GGUFFile) -> np.ndarray:
-    info = file.tensors[ROPE_FREQS]
+def _rope_freqs(file: GGUFFile) -> np.ndarray | None:
+    info = file.tensors.get(ROPE_FREQS)
+    if info is None:
+        return None
     if len(info.shape) != 1 or info.shape[0] > _ROPE_FREQS_LIMIT or info.dtype != "F32":
         raise RequestError(f"{file.where}: the tensor {ROPE_FREQS} is {info.dtype} {list(info.shape)}, not F32 [H/2]")
     return file.read(ROPE_FREQS)
-
-
-def _ignored(fields: Mapping[str, Any]) -> str:
-    """A pattern of tensors that hold no weights: rotary factors, and what belongs to a tied head."""
-    angles = r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd|blk\.\d+\.attn\.rot_embd"
-    return rf"{angles}|output\.weight" if fields["head"] == "tied" else angles

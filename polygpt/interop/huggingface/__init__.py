@@ -1,4 +1,4 @@
-"""Hugging Face's folders, both ways."""
+"""Hugging Face folders: import and export."""
 
 from polygpt.interop.huggingface.export import choose_family, export_huggingface
 from polygpt.interop.huggingface.folder import ARCHITECTURES, is_huggingface, open_huggingface

@@ -1,16 +1,16 @@
-"""The model card: what a reader of the exported folder is told."""
+"""The model card of an exported folder."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from polygpt.model import Model, ModelConfig
+from polygpt.model import ModelConfig, model_of
 
 _LABELS = {
     "steps": "training steps",
-    "train_loss": "training loss (nats a token)",
-    "val_loss": "validation loss (nats a token)",
+    "train_loss": "training loss (nats per token)",
+    "val_loss": "validation loss (nats per token)",
     "val_bits_per_byte": "validation bits per byte",
     "source": "imported from",
 }
@@ -19,11 +19,11 @@ _LABELS = {
 def model_card(
     name: str, architecture: str, config: ModelConfig, facts: Mapping[str, Any], with_tokenizer: bool
 ) -> str:
-    """Markdown with the front matter that the hub reads; `facts` are the run's figures."""
+    """Markdown with the front matter that the hub reads. `facts` are the run's figures."""
     layer = config.layers[0] if config.layers else None
     rows = {
         "architecture": architecture,
-        "parameters": f"{Model(config).num_parameters:,}",
+        "parameters": f"{model_of(config).num_parameters:,}",
         "layers": config.num_layers,
         "width": config.width,
         "context": config.context_length,
@@ -33,7 +33,7 @@ def model_card(
         "position": config.position.kind,
         "norm": config.norm.kind,
     }
-    rows |= {_LABELS[key]: _spell(facts[key]) for key in _LABELS if facts.get(key) is not None}
+    rows |= {_LABELS[key]: _format(facts[key]) for key in _LABELS if facts.get(key) is not None}
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     tokens = f'AutoTokenizer.from_pretrained("{name}")("Hello", return_tensors="pt").input_ids'
     tokens = tokens if with_tokenizer else "torch.tensor([[0]])"
@@ -61,5 +61,5 @@ print(model({tokens}).logits)
 """
 
 
-def _spell(value: Any) -> str:
+def _format(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)

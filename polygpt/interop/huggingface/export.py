@@ -1,4 +1,4 @@
-"""A model of ours as a Hugging Face folder, or the reason why no architecture there computes the same."""
+"""Writes a model as a Hugging Face folder, or says why no architecture there computes the same."""
 
 from __future__ import annotations
 
@@ -8,19 +8,17 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from polygpt.config import validate
 from polygpt.errors import RequestError
 from polygpt.files import new_folder
+from polygpt.interop.architecture import Architecture, counterpart
 from polygpt.interop.biases import with_zero_biases
 from polygpt.interop.huggingface.card import model_card
-from polygpt.interop.huggingface.families import Family
 from polygpt.interop.huggingface.folder import ARCHITECTURES, CONFIG, read_fields, tensors_of
 from polygpt.interop.huggingface.safetensors_files import SHARD_BYTES, write_safetensors
 from polygpt.interop.huggingface.text_files import CHAT_TEMPLATE, write_json, write_text_files
-from polygpt.interop.same import computation, counterpart
-from polygpt.interop.settings import Settings
-from polygpt.interop.weights import written
-from polygpt.model import Model, ModelConfig, Params
+from polygpt.interop.weights import written_tensors
+from polygpt.model import ModelConfig, Params
+from polygpt.settings import Settings
 from polygpt.tokenizers import Tokenizer
 
 
@@ -36,61 +34,58 @@ def export_huggingface(
     facts: Mapping[str, Any] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> str:
-    """Writes a folder that transformers opens with the same logits; gives the architecture's name.
+    """Writes a folder that transformers opens with the same logits; returns the architecture's name.
 
-    Biases that the architecture has and the model has not are written as zeros. Padding of the vocabulary is left out.
+    Biases that the architecture has and the model lacks are written as zeros. Padding of the vocabulary is left out.
 
     Args:
-        folder: a new one.
+        folder: must not exist.
         config: of the model.
         params: of the model.
-        tokenizer: goes along, if there is one.
-        dtype: of the weights; None keeps theirs.
-        stop_tokens: ids beside the tokenizer's own at which generation ends.
-        chat_template: goes along.
+        tokenizer: is written too, if there is one.
+        dtype: of the stored weights; None keeps their type.
+        stop_tokens: ids at which generation ends, besides the tokenizer's own.
+        chat_template: is written too, if there is one.
         facts: training figures and origin, for the model card.
-        shard_bytes: at most so much goes into one file.
+        shard_bytes: the size limit of one file.
 
     Raises:
-        RequestError: the folder exists, or a part has no counterpart there; it is named.
+        RequestError: the folder exists, or a part of the model has no counterpart; it is named.
     """
     if folder.exists():
         raise RequestError(f"{folder}: exists already; choose another --out")
-    family = choose_family(config)
-    config, params = with_zero_biases(config, params) if family.zero_biases else (config, params)
+    architecture = choose_family(config)
+    config, params = with_zero_biases(config, params) if architecture.zero_biases else (config, params)
     dtype = dtype or config.param_dtype
-    settings = family.write(config)
-    settings |= {"architectures": [family.name], "model_type": family.model_type, "torch_dtype": dtype}
+    settings = architecture.write(config)
+    settings |= {"architectures": [architecture.name], "model_type": architecture.model_type, "torch_dtype": dtype}
     end = None if tokenizer is None else tokenizer.end_of_text
-    settings |= {"eos_token_id": end, "bos_token_id": end if end is None else (*tokenizer.start, end)[0]}
+    settings |= {
+        "eos_token_id": end,
+        "bos_token_id": end if end is None else (*tokenizer.start, end)[0],
+        "pad_token_id": None,
+    }
     with new_folder(folder) as partial:
         write_json(partial / CONFIG, settings)
-        tensors = tensors_of(Model(config), family)
-        write_safetensors(partial, written(tensors, params, jnp.dtype(dtype)), shard_bytes)
+        tensors = tensors_of(config, architecture)
+        write_safetensors(partial, written_tensors(tensors, params, jnp.dtype(dtype)), shard_bytes)
         if tokenizer is not None:
             write_text_files(partial, tokenizer, config.context_length, stop_tokens)
         if chat_template is not None:
             (partial / CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
-        card = model_card(folder.name, family.name, config, facts or {}, tokenizer is not None)
+        card = model_card(folder.name, architecture.name, config, facts or {}, tokenizer is not None)
         (partial / "README.md").write_text(card, encoding="utf-8")
-    return family.name
+    return architecture.name
 
 
-def choose_family(config: ModelConfig) -> Family:
-    """The architecture whose configuration, read back, computes what `config` does.
+def choose_family(config: ModelConfig) -> Architecture:
+    """The Hugging Face architecture that computes what `config` does.
 
     Raises:
         RequestError: there is none; what the nearest lacks is named.
     """
-    refusal = "no Hugging Face architecture computes this model"
-    if not config.num_layers:
-        raise RequestError(f"{refusal}: num_layers=0 has no counterpart")
-    return counterpart(config, ARCHITECTURES.values(), _read_back, refusal)
 
+    def read(architecture: Architecture, settings: dict[str, Any]) -> dict[str, Any]:
+        return read_fields(architecture, Settings(settings, architecture.name))
 
-def _read_back(family: Family, config: ModelConfig) -> dict[str, Any] | None:
-    try:
-        fields = read_fields(family, Settings(family.write(config), family.name))
-        return computation(validate(ModelConfig, fields))
-    except RequestError:  # its own parts do not fit this model's shape
-        return None
+    return counterpart(config, ARCHITECTURES.values(), read, "no Hugging Face architecture computes this model")

@@ -1,9 +1,10 @@
-"""A Hugging Face folder, opened: config.json decides the model, safetensors fill it."""
+"""Opens a Hugging Face folder: config.json gives the model, safetensors files its weights."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +12,21 @@ import numpy as np
 
 from polygpt.config import validate
 from polygpt.errors import RequestError, suggest
-from polygpt.interop.huggingface.families import NOTES, WITHOUT_EFFECT, Family
+from polygpt.interop.architecture import Architecture
 from polygpt.interop.huggingface.gpt2 import GPT2
-from polygpt.interop.huggingface.llama import LLAMA
+from polygpt.interop.huggingface.ignored import is_ignored
+from polygpt.interop.huggingface.llama import LLAMAS
 from polygpt.interop.huggingface.safetensors_files import SafetensorsFolder
 from polygpt.interop.huggingface.text_files import read_chat_template, read_stop_tokens, read_tokenizer
-from polygpt.interop.huggingface.variants import VARIANTS
 from polygpt.interop.names import ForeignTensor, foreign_tensors
-from polygpt.interop.settings import Settings, read_json
 from polygpt.interop.stored import StoredModel
-from polygpt.interop.weights import TensorSource, check, read_params
-from polygpt.kernels import WeightType
-from polygpt.model import Model, ModelConfig, Params
+from polygpt.interop.weights import TensorSource, check_counts, check_tensors, read_params
+from polygpt.model import ModelConfig, model_of
+from polygpt.settings import Settings, read_json
 
 CONFIG = "config.json"
-ARCHITECTURES: dict[str, Family] = {family.name: family for family in (GPT2, LLAMA, *VARIANTS)}
-_TYPES = {family.model_type: family for family in ARCHITECTURES.values()}
+ARCHITECTURES: dict[str, Architecture] = {architecture.name: architecture for architecture in (GPT2, *LLAMAS)}
+_TYPES = {architecture.model_type: architecture for architecture in ARCHITECTURES.values()}
 _HEAD = "lm_head.weight"
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -37,41 +37,36 @@ def is_huggingface(folder: Path) -> bool:
 
 
 def open_huggingface(folder: Path) -> StoredModel:
-    """The model in a Hugging Face folder; names, shapes and types of all tensors are checked, none is read.
+    """The model in a Hugging Face folder. Names, shapes and types of all tensors are checked; no weight is read yet.
 
-    Parameters keep the type that most of the file's weights have, and activations take it, too.
+    Parameters and activations have the type of most of the stored weights.
 
     Raises:
         RequestError: the architecture, a setting or a tensor is unknown or does not fit; it is named.
     """
     settings = Settings(_flattened(read_json(folder / CONFIG)), str(folder / CONFIG))
-    family = find_family(settings)
+    architecture = find_architecture(settings)
     source = SafetensorsFolder(folder)
-    _check_counts(settings, len(source.tensors))
-    fields = read_fields(family, settings)
+    check_counts(settings, len(source.tensors), "num_hidden_layers", "n_layer", "num_local_experts")
+    fields = read_fields(architecture, settings)
     tokenizer = read_tokenizer(folder)
     dtype = _DTYPES.get(_commonest_dtype(source), "float32")
     config = validate(ModelConfig, fields | {"param_dtype": dtype, "compute_dtype": dtype}, settings.where)
-    model = Model(config)
-    wanted = tensors_of(model, family, source)
-    check(source, wanted, ignored=rf"{family.ignored}|{_HEAD}")
-    _check_tied_head(source, family, config)
-
-    def read(asked: ModelConfig, on_progress: Callable[[int], None], weights: WeightType | None = None) -> Params:
-        return read_params(model if asked == config else Model(asked), source, wanted, on_progress, weights)
-
+    tensors = tensors_of(config, architecture, source)
+    check_tensors(source, tensors, ignored=rf"{architecture.ignored}|{_HEAD}")
+    _check_tied_head(source, architecture, config)
     return StoredModel(
         config,
-        read,
+        partial(read_params, source, tensors),
         tokenizer,
         read_stop_tokens(folder, settings),
         read_chat_template(folder),
-        {"format": "huggingface", "architecture": family.name, "source": str(folder)},
+        {"format": "huggingface", "architecture": architecture.name, "source": str(folder)},
     )
 
 
 def _flattened(values: dict[str, Any]) -> dict[str, Any]:
-    """Settings as usual, from a file in which those of the shape lie below `model` (ONNX Runtime's tools write so)."""
+    """The usual settings from a file in which those of the shape are nested in `model` (as ONNX Runtime writes it)."""
     inner = values.get("model")
     if not isinstance(inner, dict) or "type" not in inner:
         return values
@@ -79,44 +74,51 @@ def _flattened(values: dict[str, Any]) -> dict[str, Any]:
     return {"model_type": inner["type"], **inner, **rest}
 
 
-def find_family(settings: Settings) -> Family:
+def find_architecture(settings: Settings) -> Architecture:
     """The architecture that a config.json names.
 
     Raises:
         RequestError: it is unknown.
     """
-    named = settings.get("architectures") or []
+    named, model_type = settings.get("architectures") or [], settings.get("model_type")
+    by_name = by_type = _TYPES.get(model_type) if isinstance(model_type, str) else None
     if isinstance(named, list) and named and isinstance(named[0], str):
-        if named[0] in ARCHITECTURES:
-            return ARCHITECTURES[named[0]]
-        raise settings.error(f"the architecture {named[0]} is not known; {suggest(named[0], ARCHITECTURES)}")
-    model_type = settings.get("model_type")
-    # A few old files name neither, and GPT-2's settings are like nobody else's.
-    family = _TYPES.get(model_type) or (GPT2 if model_type is None and "n_embd" in settings.values else None)
-    if family is None:
+        # A file of the bare decoder names its class: LlamaModel, GPT2Model.
+        by_name = next((a for a in ARCHITECTURES.values() if named[0] in (a.name, _decoder_class(a))), None)
+        if by_name is None:
+            raise settings.error(f"the architecture {named[0]} is not known; {suggest(named[0], ARCHITECTURES)}")
+    # Of two, transformers follows the type. A few old files have neither, and only GPT-2 has its settings.
+    old = GPT2 if model_type is None and "n_embd" in settings.values else None
+    architecture = by_type or by_name or old
+    if architecture is None:
         raise settings.error(f"the model type {model_type!r} is not known; {suggest(str(model_type), _TYPES)}")
-    return family
+    return architecture
 
 
-def read_fields(family: Family, settings: Settings) -> dict[str, Any]:
-    """The fields of a `ModelConfig` that a config.json says.
+def _decoder_class(architecture: Architecture) -> str:
+    return re.sub("(ForCausalLM|LMHeadModel)$", "Model", architecture.name)
+
+
+def read_fields(architecture: Architecture, settings: Settings) -> dict[str, Any]:
+    """The fields of a `ModelConfig` for a config.json.
 
     Raises:
-        RequestError: a setting is unknown, missing, or asks for what there is not here.
+        RequestError: a setting is unknown, missing, or asks for something that does not exist here.
     """
-    settings.lay_under(family.defaults)
-    fields = family.read(settings)
-    settings.ignore(*WITHOUT_EFFECT, *filter(NOTES.fullmatch, settings.values))
-    settings.finish()
-    return fields
+    settings.require("pruned_heads", {}, "models with pruned heads are not supported")
+    settings.require("add_cross_attention", False, "cross attention is not supported")
+    settings.ignore(*(key for key in settings.values if is_ignored(key, architecture.model_type)))
+    return architecture.read(settings)
 
 
-def tensors_of(model: Model, family: Family, source: TensorSource | None = None) -> list[ForeignTensor]:
-    """The tensors in which this architecture holds `model`, named as `source` names them."""
-    names = family.names
-    if source is not None and not any(name.startswith(family.prefix) for name in source.tensors):
-        names = {name.removeprefix(family.prefix): ours for name, ours in names.items()}
-    return foreign_tensors(model, names, family.layout)
+def tensors_of(
+    config: ModelConfig, architecture: Architecture, source: TensorSource | None = None
+) -> list[ForeignTensor]:
+    """The tensors in which this architecture stores a model, named as `source` names them."""
+    names = architecture.names
+    if source is not None and not any(name.startswith(architecture.prefix) for name in source.tensors):
+        names = {name.removeprefix(architecture.prefix): ours for name, ours in names.items()}
+    return foreign_tensors(model_of(config), names, architecture.layout)
 
 
 def _commonest_dtype(source: TensorSource) -> str:
@@ -126,24 +128,16 @@ def _commonest_dtype(source: TensorSource) -> str:
     return max(sizes, key=sizes.get, default="F32")
 
 
-def _check_counts(settings: Settings, tensors: int) -> None:
-    """Layers and experts are gone through one by one: there must be a tensor for each."""
-    for name in ("num_hidden_layers", "n_layer", "num_local_experts"):
-        value = settings.values.get(name)
-        if type(value) is int and value > tensors:
-            raise settings.error(f"'{name}' is {value:,}, but the folder has only {tensors:,} tensors")
-
-
-def _check_tied_head(source: SafetensorsFolder, family: Family, config: ModelConfig) -> None:
-    """A tied model's file may hold the head as well: then as the embedding once more."""
+def _check_tied_head(source: SafetensorsFolder, architecture: Architecture, config: ModelConfig) -> None:
+    """A tied model's file may store the head as well; it must then equal the embedding."""
     if config.head != "tied" or _HEAD not in source.tensors:
         return
-    embedding = next(name for name, ours in family.names.items() if ours == "embedding")
+    embedding = next(name for name, ours in architecture.names.items() if ours == "embedding")
     if embedding not in source.tensors:
-        embedding = embedding.removeprefix(family.prefix)
+        embedding = embedding.removeprefix(architecture.prefix)
     same = source.tensors.get(embedding) == source.tensors[_HEAD]
     if not same or not np.array_equal(source.read(embedding).view(np.uint8), source.read(_HEAD).view(np.uint8)):
         raise RequestError(
-            f"{source.where}: {_HEAD} differs from {embedding}, though the configuration says that they are tied; "
+            f"{source.where}: {_HEAD} differs from {embedding}, although the configuration says that they are tied; "
             "set tie_word_embeddings to false in its config.json"
         )

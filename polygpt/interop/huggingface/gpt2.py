@@ -2,97 +2,66 @@
 
 from __future__ import annotations
 
-from typing import Any
+from polygpt.interop.architecture import Architecture, Fields, Rule, Setting, required, written
+from polygpt.interop.huggingface.rules import QUERY_KEY_VALUE, TIED, Activation
+from polygpt.interop.names import Layout, affine
+from polygpt.settings import Settings
 
-from polygpt.interop.huggingface.families import (
-    Family,
-    activation,
-    foreign_activation,
-    shared_fields,
-    shared_settings,
-)
-from polygpt.interop.names import Layout
-from polygpt.interop.settings import Settings
-from polygpt.model import ModelConfig
-
-_LAYER = "transformer.h.{layer}."
-_NAMES: dict[str, str | tuple[str, ...]] = {
-    "transformer.wte.weight": "embedding",
-    "transformer.wpe.weight": "position.table",
-    f"{_LAYER}ln_1.weight": "blocks.attention_norm.gain",
-    f"{_LAYER}ln_1.bias": "blocks.attention_norm.bias",
-    f"{_LAYER}attn.c_attn.weight": tuple(f"blocks.attention.{part}" for part in ("query", "key", "value")),
-    f"{_LAYER}attn.c_attn.bias": tuple(f"blocks.attention.{part}_bias" for part in ("query", "key", "value")),
-    f"{_LAYER}attn.c_proj.weight": "blocks.attention.out",
-    f"{_LAYER}attn.c_proj.bias": "blocks.attention.out_bias",
-    f"{_LAYER}ln_2.weight": "blocks.feedforward_norm.gain",
-    f"{_LAYER}ln_2.bias": "blocks.feedforward_norm.bias",
-    f"{_LAYER}mlp.c_fc.weight": "blocks.feedforward.up",
-    f"{_LAYER}mlp.c_fc.bias": "blocks.feedforward.up_bias",
-    f"{_LAYER}mlp.c_proj.weight": "blocks.feedforward.down",
-    f"{_LAYER}mlp.c_proj.bias": "blocks.feedforward.down_bias",
-    "transformer.ln_f.weight": "final_norm.gain",
-    "transformer.ln_f.bias": "final_norm.bias",
-    "lm_head.weight": "head",
-}
+_H = "transformer.h.{layer}."
 
 
-def _read(settings: Settings) -> dict[str, Any]:
-    width, heads = settings.take("n_embd", int, 768), settings.take("n_head", int, 12)
-    settings.require("scale_attn_weights", True, "attention without its scale is not known here")
-    settings.require("scale_attn_by_inverse_layer_idx", False, "a scale that differs by layer is not known here")
-    settings.require("add_cross_attention", False, "there is nothing to attend to across")
-    # Of the summary head, which no language model has, and what conversion tools have left in small test models.
-    settings.ignore("reorder_and_upcast_attn", "n_ctx", *(name for name in settings.values if name[:8] == "summary_"))
-    settings.ignore("type", "decoder", "past_names", "present_names", "hidden_size", "intermediate_size", "hidden_act")
-    settings.ignore("attention_probs_dropout_prob", "hidden_dropout_prob", "type_vocab_size")
-    return shared_fields(settings) | {
-        "context_length": settings.take("n_positions", int, 1024),
-        "embed_dim": width,
-        "num_layers": settings.take("n_layer", int, 12),
-        "position": {"kind": "learned"},
-        "norm": {"kind": "layernorm", "eps": settings.take("layer_norm_epsilon", float, 1e-5)},
-        "attention": {
-            "kind": "softmax",
-            "num_heads": heads,
-            "bias": True,
-            "dropout": settings.take("attn_pdrop", float, 0.1),
-        },
-        "feedforward": {
-            "kind": "mlp",
-            "mlp_dim": settings.take("n_inner", int, 4 * width),
-            "activation": activation(settings, "activation_function", default="gelu_new"),
-        },
-        "dropout": settings.take("resid_pdrop", float, 0.1),
-        "embed_dropout": settings.take("embd_pdrop", float, 0.1),
+def _check_other_names(settings: Settings, fields: Fields) -> None:
+    """Settings that transformers knows by a second name, which would take the place of the first."""
+    others = {
+        "num_attention_heads": "attention.num_heads",
+        "num_hidden_layers": "num_layers",
+        "max_position_embeddings": "context_length",
     }
+    for name, field in others.items():
+        settings.require(name, fields[field], "it contradicts the setting that GPT-2 has in its place")
 
 
-def _write(model: ModelConfig) -> dict[str, Any]:
-    layer = model.layers[0]
-    return {
-        **shared_settings(model),
-        "n_embd": model.width,
-        "n_layer": model.num_layers,
-        "n_head": getattr(layer.attention, "num_heads", 1),
-        "n_positions": model.context_length,
-        "n_inner": getattr(layer.feedforward, "mlp_dim", 1),
-        "activation_function": foreign_activation(getattr(layer.feedforward, "activation", "gelu")),
-        "layer_norm_epsilon": getattr(layer.norm, "eps", 1e-5),
-        "attn_pdrop": getattr(layer.attention, "dropout", 0.0),
-        "resid_pdrop": model.dropout,
-        "embd_pdrop": model.embed_dropout,
-        "initializer_range": model.init_std,
-    }
-
-
-GPT2 = Family(
+GPT2 = Architecture(
     name="GPT2LMHeadModel",
     model_type="gpt2",
-    names=_NAMES,
     prefix="transformer.",
-    read=_read,
-    write=_write,
+    names={
+        "transformer.wte.weight": "embedding",
+        "transformer.wpe.weight": "position.table",
+        **affine(f"{_H}ln_1", "blocks.attention_norm.gain", "blocks.attention_norm.bias"),
+        **affine(f"{_H}attn.c_attn", QUERY_KEY_VALUE),
+        **affine(f"{_H}attn.c_proj", "blocks.attention.out"),
+        **affine(f"{_H}ln_2", "blocks.feedforward_norm.gain", "blocks.feedforward_norm.bias"),
+        **affine(f"{_H}mlp.c_fc", "blocks.feedforward.up"),
+        **affine(f"{_H}mlp.c_proj", "blocks.feedforward.down"),
+        **affine("transformer.ln_f", "final_norm.gain", "final_norm.bias"),
+        "lm_head.weight": "head",
+    },
+    settings=(
+        required("scale_attn_weights", True, "attention without its scale is not supported"),
+        required("scale_attn_by_inverse_layer_idx", False, "a scale that differs by layer is not supported"),
+        Setting("vocab_size", "vocab_size"),
+        TIED,
+        Setting("n_positions", "context_length", int, 1024),
+        Setting("n_embd", "embed_dim", int, 768),
+        Setting("n_layer", "num_layers", int, 12),
+        Setting("n_head", "attention.num_heads", int, 12),
+        Setting("n_inner", "feedforward.mlp_dim", int, lambda fields: 4 * fields["embed_dim"]),
+        Activation("activation_function", "gelu_new"),
+        Setting("layer_norm_epsilon", "norm.eps", float, 1e-5),
+        Setting("attn_pdrop", "attention.dropout", float, 0.1),
+        Setting("resid_pdrop", "dropout", float, 0.1),
+        Setting("embd_pdrop", "embed_dropout", float, 0.1),
+        written("initializer_range", "init_std"),
+        Rule(_check_other_names),
+    ),
+    fixed={
+        "position.kind": "learned",
+        "norm.kind": "layernorm",
+        "attention.kind": "softmax",
+        "attention.bias": True,
+        "feedforward.kind": "mlp",
+    },
     defaults={"tie_word_embeddings": True},
     layout=Layout(inputs_first=r".*\.(c_attn|c_proj|c_fc)\.weight"),
     ignored=r".*\.attn\.(bias|masked_bias)",  # the causal mask

@@ -1,7 +1,7 @@
-"""`hf:owner/name[@revision]`: the files of a model on a Hugging Face hub, through the library's own cache.
+"""`hf:owner/name[@revision]`: the files of a model on a Hugging Face hub, through huggingface_hub's own cache.
 
-The library's settings hold: HF_HUB_OFFLINE reads the cache alone, HF_ENDPOINT names another hub, HF_TOKEN opens private
-models, HF_HOME says where the cache lies.
+The library's environment variables apply: HF_HUB_OFFLINE reads only the cache, HF_ENDPOINT names another hub, HF_TOKEN
+opens private models, HF_HOME is where the cache is.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from polygpt.errors import PolygptError, RequestError
 
 PREFIX = "hf:"
-# What a model is opened from: no code and no pickles.
+# The files that a model is opened from: no code and no pickles.
 _WANTED = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer.json")
 _WANTED += ("tokenizer_config.json", "vocab.json", "merges.txt", "chat_template.jinja")
 _NAME = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?")
@@ -25,11 +25,11 @@ LIMIT_VARIABLE, LIMIT_GB = "POLYGPT_MAX_DOWNLOAD_GB", 100.0
 
 
 def fetch(name: str) -> Path:
-    """The folder that holds the files of `hf:owner/name[@revision]`, downloaded where they are not yet in the cache.
+    """The folder with the files of `hf:owner/name[@revision]`; those missing from the cache are downloaded.
 
     Raises:
-        RequestError: the name is not of this form, there is no such model, it is too large, or the hub is no https
-            address (or, for tests, one of this machine).
+        RequestError: the name has another form, there is no such model, it is too large, or the hub's address is
+            neither https nor (for tests) on this machine.
         PolygptError: the hub cannot be reached, or a file does not match the SHA-256 that the hub gives.
     """
     match = _NAME.fullmatch(name.removeprefix(PREFIX))
@@ -53,18 +53,18 @@ def fetch(name: str) -> Path:
         raise RequestError(f"{name}: no such model on the hub, or it is private (set HF_TOKEN)") from None
     except errors.LocalEntryNotFoundError:
         raise PolygptError(f"{name}: not in the cache, and the hub cannot be reached (HF_HUB_OFFLINE?)") from None
-    except Exception as error:  # whatever the library, its HTTP client or the disk raises
+    except Exception as error:  # the library, its HTTP client and the disk raise many kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise PolygptError(f"{name}: the hub cannot be read ({reason})") from None
     for file in planned or ():
         _check_hash(folder / file.filename)
     if not (folder / "config.json").is_file():
-        raise RequestError(f"{name}: it has no config.json, so it is no model of the transformers library")
+        raise RequestError(f"{name}: it has no config.json, so it is not a model of the transformers library")
     return folder
 
 
 def _planned(wanted: dict[str, Any]) -> list[Any] | None:
-    """What would be downloaded; None where the hub cannot be reached, and what the cache holds must do."""
+    """What would be downloaded; None if the hub cannot be reached, so that only the cache is left."""
     from huggingface_hub import errors, snapshot_download
     from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
@@ -84,7 +84,9 @@ def _planned(wanted: dict[str, Any]) -> list[Any] | None:
 def _check_endpoint() -> None:
     endpoint = urlsplit(os.environ.get("HF_ENDPOINT", "https://"))
     if endpoint.scheme != "https" and endpoint.hostname not in ("localhost", "127.0.0.1", "::1"):
-        raise RequestError(f"HF_ENDPOINT={endpoint.geturl()}: only https is read, so that nobody between can change it")
+        raise RequestError(
+            f"HF_ENDPOINT={endpoint.geturl()}: must be https, so that nobody can change the files on the way"
+        )
 
 
 def _check_size(name: str, size: int) -> None:
@@ -100,7 +102,7 @@ def _check_size(name: str, size: int) -> None:
 
 
 def _check_hash(path: Path) -> None:
-    """Large files lie in the cache under the SHA-256 that the hub gave: what came must have it."""
+    """Large files in the cache are named by the SHA-256 that the hub states; the downloaded file must match it."""
     stored = path.resolve()
     if not re.fullmatch("[0-9a-f]{64}", stored.name):
         return
@@ -109,4 +111,4 @@ def _check_hash(path: Path) -> None:
     if found != stored.name:
         stored.unlink()
         path.unlink(missing_ok=True)
-        raise PolygptError(f"{path.name}: what came does not match the SHA-256 that the hub gives; try again")
+        raise PolygptError(f"{path.name}: the download does not match the SHA-256 that the hub states; try again")

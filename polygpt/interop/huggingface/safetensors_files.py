@@ -1,7 +1,7 @@
 """The tensors of a Hugging Face folder: one safetensors file, or several that an index lists.
 
-The library refuses oversized headers, truncation, overlap, holes and trailing bytes. Added here: keys that stand twice,
-tensors that stand in two files, and an index that points outside its folder.
+The library refuses oversized headers, truncation, overlap, holes and trailing bytes. This adds duplicate keys, tensors
+that are in two files, and an index that points outside its folder.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from polygpt.errors import RequestError
-from polygpt.interop.settings import read_json, unique
 from polygpt.interop.weights import FLOATS, TensorInfo
+from polygpt.settings import read_json, unique
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
@@ -27,10 +27,10 @@ _HEADER_LIMIT = 100_000_000  # the library's own
 class SafetensorsFolder:
     """A `TensorSource` over the safetensors files of a folder.
 
-    A tensor is mapped into memory for as long as what `read` gives is held, so that nothing is copied on the way.
+    `read` returns a memory map, so nothing is copied.
 
     Raises:
-        RequestError: there are none, or they are damaged; the file and the tensor are named.
+        RequestError: there are no files, or they are damaged; the file and the tensor are named.
     """
 
     def __init__(self, folder: Path):
@@ -47,29 +47,32 @@ class SafetensorsFolder:
                 raise RequestError(f"{path}: the tensor {name} is {where} {INDEX}")
             for name, (info, start) in found.items():
                 if name in self.tensors:
-                    raise RequestError(f"{path}: the tensor {name} stands in {self.places[name][0].name} as well")
+                    raise RequestError(f"{path}: the tensor {name} is in {self.places[name][0].name} as well")
                 self.tensors[name], self.places[name] = info, (path, start)
 
     def read(self, name: str) -> np.ndarray:
         (shape, dtype), (path, start) = self.tensors[name], self.places[name]
         try:
             return np.memmap(path, FLOATS[dtype], "r", start, shape).view(np.ndarray)
-        except (OSError, ValueError) as error:  # it was there when the folder was opened
+        except (OSError, ValueError) as error:  # the file has changed since it was opened
             raise RequestError(f"{path}: the tensor {name} cannot be read ({error})") from None
 
 
 def _listed(folder: Path) -> dict[Path, set[str] | None]:
-    """The files to open, with the tensors that the index says each has (None: there is no index)."""
+    """The files to open, each with its tensors by the index (None: no index is used).
+
+    As in transformers a single file comes before an index, which may be left over from other weights.
+    """
     index = folder / INDEX
+    if (folder / SINGLE).is_file():
+        return {folder / SINGLE: None}
     if not index.is_file():
-        if (folder / SINGLE).is_file():
-            return {folder / SINGLE: None}
         others = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.h5") for path in folder.glob(pattern))
-        hint = f"; {others[0]} may run code when it is opened and is not read: save it as safetensors" if others else ""
+        hint = f"; {others[0]} could run code when opened and is not read; save it as safetensors" if others else ""
         raise RequestError(f"{folder}: no {SINGLE} here{hint}")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise RequestError(f"{index}: it has no weight_map")
+        raise RequestError(f"{index}: no weight_map")
     files: dict[Path, set[str] | None] = {}
     for name, file in weight_map.items():
         if (
@@ -79,7 +82,7 @@ def _listed(folder: Path) -> dict[Path, set[str] | None]:
             or not file.endswith(".safetensors")
         ):
             raise RequestError(
-                f"{index}: {name} is said to lie in {file!r}, which is no safetensors file of this folder"
+                f"{index}: {name} is said to be in {file!r}, which is not a safetensors file of this folder"
             )
         files.setdefault(folder / file, set()).add(name)
     missing = next((path for path in files if not path.is_file()), None)
@@ -89,12 +92,12 @@ def _listed(folder: Path) -> dict[Path, set[str] | None]:
 
 
 def _header(path: Path) -> dict[str, tuple[TensorInfo, int]]:
-    """What a file says of its tensors, and where in it each begins."""
+    """What a file says about its tensors, and the offset of each."""
     try:
         with path.open("rb") as file:
             size = struct.unpack("<Q", file.read(8))[0]
             if size > min(_HEADER_LIMIT, path.stat().st_size):
-                raise RequestError(f"{path}: no safetensors file (its header would have {size:,} bytes)")
+                raise RequestError(f"{path}: not a safetensors file (its header would have {size:,} bytes)")
             header = json.loads(file.read(size), object_pairs_hook=unique)
         header.pop("__metadata__", None)
         return {
@@ -103,8 +106,10 @@ def _header(path: Path) -> dict[str, tuple[TensorInfo, int]]:
         }
     except OSError as error:
         raise RequestError(f"{path}: cannot be read ({error.strerror})") from None
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise RequestError(f"{path}: no safetensors file ({str(error).splitlines()[0]})") from None
+    except (KeyError, TypeError, AttributeError):
+        raise RequestError(f"{path}: not a safetensors file (its header is malformed)") from None
+    except (struct.error, ValueError, RecursionError) as error:
+        raise RequestError(f"{path}: not a safetensors file ({str(error).splitlines()[0]})") from None
 
 
 def _check_whole(path: Path) -> None:
@@ -116,7 +121,7 @@ def _check_whole(path: Path) -> None:
 
 
 def write_safetensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes tensors in files of at most `shard_bytes` (a tensor is never cut); several get an index."""
+    """Writes tensors into files of at most `shard_bytes` (a tensor is never split); several files get an index."""
     shards: list[tuple[Path, list[str]]] = []
     held: dict[str, np.ndarray] = {}
     total = 0
@@ -126,7 +131,7 @@ def write_safetensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], s
         path.touch()
         mode = path.stat().st_mode
         save_file(held, path, metadata={"format": "pt"})
-        path.chmod(mode)  # which the package narrows to its owner
+        path.chmod(mode)  # the package makes the file readable by its owner only
         shards.append((path, list(held)))
         held.clear()
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from polygpt.errors import RequestError
-from polygpt.interop.settings import LIMIT, Settings, read_json
+from polygpt.settings import LIMIT, Settings, read_json
 from polygpt.tokenizers import Tokenizer, has_tokenizer, load_tokenizer
 
 TOKENIZER, TOKENIZER_CONFIG, GENERATION = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
