@@ -63,20 +63,20 @@ def write_text_files(folder: Path, tokenizer: Tokenizer, context_length: int, st
     tokenizer.save(folder / TOKENIZER)
     names = {number: token for token, number in tokenizer.special_tokens.items()}
     end = names.get(tokenizer.end_of_text)
+    guesses = {"eos_token": end, "bos_token": names.get(tokenizer.start[0]) if tokenizer.start else end}
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context_length,
         "clean_up_tokenization_spaces": False,
-        "eos_token": end,
-        "bos_token": names.get(tokenizer.start[0]) if tokenizer.start else end,
-        **tokenizer.roles,
+        **(tokenizer.roles or guesses),
     }
     write_json(folder / TOKENIZER_CONFIG, {name: value for name, value in settings.items() if value is not None})
     stops = [*dict.fromkeys([*stop_tokens, *([] if tokenizer.end_of_text is None else [tokenizer.end_of_text])])]
     ids = {f"{role}_id": tokenizer.role(role) for role in _ROLES}
     if stops:
         ids["eos_token_id"] = stops if len(stops) > 1 else stops[0]
-        ids["bos_token_id"] = next(i for i in (ids["bos_token_id"], *tokenizer.start, stops[0]) if i is not None)
+    if stops and ids["bos_token_id"] is None:
+        ids["bos_token_id"] = (*tokenizer.start, stops[0])[0]
     ids = {name: number for name, number in ids.items() if number is not None}
     if ids:
         write_json(folder / GENERATION, ids)
