@@ -104,8 +104,8 @@ How a value on the command line is read depends on the setting it is for:
 - Anything else is YAML 1.2: `1e-3`, `true`, `null`.
 - A list is written `[a, b]`, a mapping `{kind: adamw, learning_rate: 1e-3}`. An entry of a list is reached by its
   number, counted from 0: `model.pattern.0.feedforward.num_experts=4`.
-- A new `kind` keeps the fields that both kinds share: `model.attention.kind=local model.attention.window=16`. Given as a
-  whole mapping, it starts from its own defaults.
+- A new `kind` keeps the fields that both kinds share: `model.attention.kind=local model.attention.window=16`. Given as
+  a whole mapping, it starts from its own defaults.
 
 """
 
@@ -177,17 +177,17 @@ def _kind(cls: type[Config], path: str = "") -> list[str]:
         return [*lines, "No fields.", ""]
     lines += ["| field | values | default | meaning |", "|---|---|---|---|"]
     for name, field in fields.items():
-        values = _slot_values(field) or ("below" if nested(field) else _values(schema["properties"][name], schema))
+        values = _kinds_of_value(field) or _values(schema["properties"][name], schema)
         meaning = re.sub(r"\bNone\b", "null", meanings[name]).rstrip(".").replace("|", "\\|")
         lines.append(f"| `{name}` | {values} | {_default(field)} | {meaning} |")
     return [*lines, ""]
 
 
-def _slot_values(field: FieldInfo) -> str:
-    """What is said of a slot, or of a list of them; empty for any other field."""
-    if slot_of(field) is None:
-        return ""
-    return "a list of slots" if isinstance(field.default, tuple) else "a slot"
+def _kinds_of_value(field: FieldInfo) -> str:
+    """What is said of a slot, a list of slots, or a configuration of its own; empty for any other field."""
+    if slot_of(field) is not None:
+        return "a list of slots" if isinstance(field.default, tuple) else "a slot"
+    return "below" if isinstance(field.default, Config) else ""
 
 
 def attributes(cls: type[Config]) -> dict[str, str]:

@@ -2,10 +2,12 @@
 
 import importlib.util
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 
+from polygpt.cache import COMPILED_BYTES, SETTING
 from polygpt.config import known_keys, parse_overrides, parse_yaml, validate
 from polygpt.data import DataConfig
 from polygpt.model import ModelConfig, attention, block, feedforward, norms, positions
@@ -102,3 +104,15 @@ def test_links_within_the_project_lead_somewhere(page):
         if line[:1] == "#"
     }
     assert {target.lower() for target in re.findall(r"\]\(#([^)]*)\)", text)} <= headings
+
+
+def test_the_page_of_installing_names_what_there_is():
+    text = (ROOT / "docs/install.md").read_text()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert set(re.findall(r"^\| `\.\[(\w+)\]`", text, re.MULTILINE)) == set(project["optional-dependencies"]) - {
+        "parity"
+    }
+    assert f"{COMPILED_BYTES >> 20} MiB" in text
+    assert SETTING in text
+    targets = set(re.findall(r"`make (\w+)`", text))
+    assert targets <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
