@@ -20,9 +20,9 @@ class DataConfig(Config):
     shards."""
     text_key: str = "text"
     """The key of a .jsonl object that holds the text."""
-    split: Literal["document", "fraction"] = "document"
+    split: Literal["document", "fraction", "auto"] = "document"
     """`document`: each document goes to one side by a hash of its text. `fraction`: the last characters of
-    the whole text are for validation, as nanoGPT does."""
+    the whole text are for validation, as nanoGPT does. `auto`: `fraction` if there are fewer than 100 documents."""
     validation_fraction: float = Field(0.05, gt=0, lt=1)
     stride: int | None = Field(None, ge=1)
     """Tokens between the starts of training windows; None is the context length; 1 is every offset."""

@@ -20,15 +20,18 @@ def recipe_names() -> list[str]:
 
 
 def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> RunConfig:
-    """The run that a recipe or a YAML file describes, with dotted `overrides` laid over it.
+    """The run that a recipe or a YAML file describes, with dotted `overrides` applied.
 
-    `model.preset` names a preset whose fields the rest of `model` changes. With `training.initial` they change that
-    model, whose tokenizer is taken as well.
+    `model.preset` names a preset; the other fields of `model` change it. With `training.initial` they change that
+    model, and its tokenizer is used.
 
     Raises:
         RequestError: no such recipe or file, a mistake in it or in an override, or shapes that do not fit.
     """
-    fields = merge(_read(name), dotted_to_nested(overrides or {}))
+    changes = dotted_to_nested(overrides or {})
+    recipe = _read(name)
+    _check_placeholders(recipe, changes, name)
+    fields = merge(recipe, changes)
     training = fields.get("training")
     initial = training.get("initial") if isinstance(training, Mapping) else None
     if isinstance(fields.get("model"), Mapping):
@@ -39,8 +42,25 @@ def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> RunCon
     return validate(RunConfig, fields)
 
 
+# What recipes leave to the user: the word that stands for it, and what it is.
+_PLACEHOLDERS = {
+    "training.initial": (
+        "MODEL",
+        "the model to start from: a run's folder, a Hugging Face folder, hf:owner/name, a .gguf",
+    ),
+    "data.path": ("FILE", "the text to train on: a .txt or .jsonl file, a folder, a glob"),
+}
+
+
+def _check_placeholders(recipe: Mapping[str, Any], changes: Mapping[str, Any], name: str) -> None:
+    for key, (placeholder, meaning) in _PLACEHOLDERS.items():
+        section, field = key.split(".")
+        if recipe.get(section, {}).get(field) == placeholder and field not in changes.get(section, {}):
+            raise RequestError(f"{name}: {key} is required ({meaning}); add {key}={placeholder}")
+
+
 def resume_config(run: Path, name: str | None, overrides: Mapping[str, Any]) -> RunConfig:
-    """The configuration under which the run in folder `run` goes on: its own, or a recipe's, with overrides.
+    """The configuration to resume the run in folder `run` with: its own, or a recipe's, with overrides.
 
     Raises:
         RequestError: there is no run in the folder, or as `load_recipe`.
@@ -50,7 +70,7 @@ def resume_config(run: Path, name: str | None, overrides: Mapping[str, Any]) -> 
 
 
 def model_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """`fields` of a model laid over the preset that `preset` names, if it is there.
+    """A model's fields, applied to the preset that `preset` names if there is one.
 
     Raises:
         RequestError: there is no such preset.
