@@ -139,7 +139,9 @@ def _write(
     done = 0
     for batch in _batches(parts):
         for part, ids in zip(batch, _encode(batch, tokenizer), strict=True):
-            writers[part.side].add(np.concatenate([prefix, ids]), len(part.text.encode()))
+            # Held-out text is what bits per byte are measured on: bytes that no token stands for would lower them.
+            lost = tokenizer.count_lost(part.text) if part.side == "validation" else 0
+            writers[part.side].add(np.concatenate([prefix, ids]), len(part.text.encode()) - lost, lost)
         done += sum(part.ends for part in batch)
         if progress is not None:
             progress(done)
@@ -176,15 +178,15 @@ class _SplitWriter(AbstractContextManager):
     def __init__(self, folder: Path, name: str, dtype: str, shard_tokens: int):
         self.folder, self.name, self.dtype, self.shard_tokens = folder, name, DTYPES[dtype], shard_tokens
         self.shards: list[ShardEntry] = []
-        self.bytes = 0
+        self.bytes = self.lost_bytes = 0
         self.stream = None
 
     def __exit__(self, *error: object) -> None:
         if self.stream is not None:
             self.stream.close()
 
-    def add(self, ids: np.ndarray, text_bytes: int) -> None:
-        """One document: its ids, and the length of its text in UTF-8."""
+    def add(self, ids: np.ndarray, text_bytes: int, lost_bytes: int) -> None:
+        """One document: its ids, and how many bytes of its text, in UTF-8, they stand for and how many not."""
         if not len(ids):  # a foreign tokenizer may make nothing of white space
             return
         if self.stream is None:
@@ -196,6 +198,7 @@ class _SplitWriter(AbstractContextManager):
         self.offsets.append(self.tokens)
         self.tokens += len(ids)
         self.bytes += text_bytes
+        self.lost_bytes += lost_bytes
         if self.tokens >= self.shard_tokens:
             self._close()
 
@@ -228,6 +231,7 @@ class _SplitWriter(AbstractContextManager):
         return SplitEntry(
             documents=sum(shard.documents for shard in self.shards),
             tokens=sum(shard.tokens for shard in self.shards),
-            bytes=self.bytes,
+            bytes=max(self.bytes, 1),
+            lost_bytes=self.lost_bytes,
             shards=tuple(self.shards),
         )

@@ -47,11 +47,12 @@ class ShardEntry(Config):
 
 
 class SplitEntry(Config):
-    """One side of the data; `bytes` is the length of its text in UTF-8."""
+    """One side of the data; `bytes` is the length of its text in UTF-8, without `lost_bytes` (see `_write`)."""
 
     documents: int = Field(ge=1)
     tokens: int = Field(ge=1)
     bytes: int = Field(ge=1)
+    lost_bytes: int = Field(0, ge=0)
     shards: Tuple[ShardEntry] = Field(min_length=1)
 
 

@@ -28,9 +28,10 @@ class PerplexityResult:
     Attributes:
         nats_per_token: mean -ln p over the scored tokens.
         perplexity: e to that; None where it exceeds a float.
-        bits_per_byte: Σ -log2 p over the bytes of the whole text, comparable across tokenizers.
+        bits_per_byte: Σ -log2 p over `bytes`, comparable across tokenizers.
         tokens: how many were scored: all of them, or without a start token all but the first.
-        bytes: of the text in UTF-8.
+        bytes: of the text in UTF-8, without `lost_bytes`.
+        lost_bytes: those that the tokenizer drops or has no token for but an unknown one.
         context, stride: input tokens a window at most, and tokens between the starts of windows.
         start_token: the id put before the text, from which its first token is predicted; None: there was none.
         seconds: of scoring.
@@ -41,6 +42,7 @@ class PerplexityResult:
     bits_per_byte: float
     tokens: int
     bytes: int
+    lost_bytes: int
     context: int
     stride: int
     start_token: int | None
@@ -52,6 +54,7 @@ class Text(NamedTuple):
 
     ids: np.ndarray
     bytes: int
+    lost_bytes: int
     start_token: int | None
 
 
@@ -91,7 +94,8 @@ def encode_text(text: str, tokenizer: Tokenizer, where: str, start: bool = True)
     if len(ids) < 2:
         told = "one token" if len(ids) else "no tokens"
         raise RequestError(f"{where}: the text is {told} and nothing stands before it: there is nothing to predict")
-    return Text(ids, len(text.encode()), start_token)
+    lost = tokenizer.count_lost(text)
+    return Text(ids, max(len(text.encode()) - lost, 1), lost, start_token)
 
 
 def check_windows(context: int | None, stride: int | None, context_length: int) -> tuple[int, int]:
@@ -144,6 +148,7 @@ def perplexity(
         bits_per_byte=nats / math.log(2) / text.bytes,
         tokens=tokens,
         bytes=text.bytes,
+        lost_bytes=text.lost_bytes,
         context=context,
         stride=stride,
         start_token=text.start_token,

@@ -246,6 +246,9 @@ def _write_shards(config: RunConfig, tokenizer: Tokenizer, folder: Path, note: N
     shards = prepare(source, tokenizer, folder, config.data)
     if source.invalid.documents:
         note(f"data: {source.invalid.documents} documents were not UTF-8 ({config.data.invalid_utf8})")
+    lost = shards.manifest.validation.lost_bytes
+    if lost:
+        note(f"data: the tokenizer has no tokens for {lost:,} bytes of held-out text; bits per byte leave them out")
     train, validation = shards.train, shards.validation
     note(
         f"shards: {train.tokens:,} tokens of {_documents(train)} to train on, {validation.tokens:,} of "

@@ -27,7 +27,7 @@ def test_perplexity_is_one_object_that_says_what_was_done(files, program):
     result = json.loads(done.out)
     assert set(result) == {
         *("model", "task", "data", "parameters", "nats_per_token", "perplexity", "bits_per_byte", "tokens", "bytes"),
-        *("context", "stride", "start_token", "seconds", "weights"),
+        *("lost_bytes", "context", "stride", "start_token", "seconds", "weights"),
     }
     assert (result["task"], result["data"], result["bytes"], result["tokens"]) == ("perplexity", "book.txt", 59, 58)
     assert (result["context"], result["stride"]) == (16, 4)

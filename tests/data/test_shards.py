@@ -7,12 +7,13 @@ import os
 
 import numpy as np
 import pytest
+import tokenizers as hf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from polygpt.data import DataConfig, is_prepared, open_shards, open_source, prepare
 from polygpt.errors import PolygptError, RequestError
-from polygpt.tokenizers import TokenizerConfig, train_tokenizer
+from polygpt.tokenizers import Tokenizer, TokenizerConfig, train_tokenizer
 
 CASES = itertools.count()
 TEXTS = [f"document number {i} é" for i in range(60)]
@@ -137,6 +138,15 @@ def test_a_document_the_tokenizer_cannot_hold_is_named(prepared):
     tokenizer = train_tokenizer(TokenizerConfig(kind="char"), ["abc"])
     with pytest.raises(RequestError, match=r"shards\.jsonl:2: character 'd'.* at index 1 "):
         prepared(["abc", "adc", "cba"], tokenizer)
+
+
+def test_bytes_that_no_token_stands_for_are_counted_apart(prepared):
+    made = hf.Tokenizer(hf.models.WordLevel({"[UNK]": 0, "a": 1, "b": 2}, unk_token="[UNK]"))
+    made.pre_tokenizer = hf.pre_tokenizers.Whitespace()
+    shards = prepared(["a b  a é", "b a b a "] * 20, Tokenizer(made), split="fraction", validation_fraction=0.5)
+    validation = shards.manifest.validation
+    assert (validation.bytes, validation.lost_bytes) == (10 * 3 + 10 * 4, 10 * 6 + 10 * 4)
+    assert shards.validation.bytes == validation.bytes
 
 
 def test_a_large_vocabulary_takes_four_bytes(prepared):

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import tokenizers as hf
 from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy.special import log_softmax
@@ -13,7 +14,7 @@ from polygpt.evaluation import PerplexityConfig, encode_text, perplexity, read_t
 from polygpt.evaluation.perplexity import windows
 from polygpt.loading import build, load
 from polygpt.presets import preset
-from polygpt.tokenizers import TokenizerConfig, train_tokenizer
+from polygpt.tokenizers import Tokenizer, TokenizerConfig, train_tokenizer
 
 TEXT = "to see what was there, o yes! ROMEO: speak again, the cat sat on a mat"
 
@@ -103,6 +104,17 @@ def test_an_end_of_text_written_in_the_file_is_ordinary_text(byte_lm):
     written = encode_text("a<|endoftext|>b", byte_lm.tokenizer, "text", start=False)
     assert byte_lm.tokenizer.end_of_text not in written.ids
     assert len(written.ids) == len("a<|endoftext|>b")
+
+
+def test_bytes_that_the_tokenizer_drops_do_not_lower_bits_per_byte(byte_lm):
+    made = hf.Tokenizer(hf.models.WordLevel({"[UNK]": 0, "cat": 1, "sat": 2}, unk_token="[UNK]"))
+    made.pre_tokenizer = hf.pre_tokenizers.Whitespace()
+    words = Tokenizer(made)
+    lm = build(byte_lm.config, tokenizer=words)
+    kept, lossy = (perplexity(lm, encode_text(text, words, "text")) for text in ("cat sat", "cat   zebra   sat"))
+    assert (kept.bytes, kept.lost_bytes, lossy.bytes, lossy.lost_bytes) == (6, 1, 6, 11)
+    assert lossy.bits_per_byte == pytest.approx(2 * kept.bits_per_byte, rel=1e-3)  # two tokens scored instead of one
+    assert perplexity(lm, encode_text("zebra zebra", words, "text")).bytes == 1
 
 
 def test_a_model_that_knows_nothing_takes_the_log_of_its_vocabulary(byte_lm):
