@@ -8,6 +8,7 @@ import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +35,7 @@ from polygpt.tokenizers import Tokenizer
 
 SHARD_TOKENS = 100_000_000
 BATCH_CHARS = 1 << 20
+MANY_DOCUMENTS = 100
 
 
 class _Part(NamedTuple):
@@ -102,7 +104,9 @@ def training_texts(source: Source, config: DataConfig) -> Iterator[str]:
 
 
 def _parts(source: Source, config: DataConfig) -> Iterator[_Part]:
-    if config.split == "document":
+    # Of fewer documents all could fall on one side.
+    many = config.split == "auto" and sum(1 for _ in islice(source, MANY_DOCUMENTS)) == MANY_DOCUMENTS
+    if config.split == "document" or many:
         for document in source:
             side = _side(document.text, config.validation_fraction)
             yield _Part(side, document.name, document.text, True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, NamedTuple
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from polygpt.config import Config, Seed, Tuple, slot
 from polygpt.data import DataConfig
@@ -18,14 +18,18 @@ from polygpt.training.optimizers import (
     CosineConfig,
     OptimizerConfig,
     ScheduleConfig,
+    StepCount,
 )
 
 
 class SamplingConfig(Config):
-    """Samples generated during training: every `every` steps and at the end (0: never), one for each of `prompts`."""
+    """Samples generated during training: every `every` steps and at the end (0: never), one for each of `prompts`.
 
-    every: NonNegativeInt = 0
-    prompts: Annotated[tuple[str, ...], Field(strict=False)] = ("\n",)
+    Without prompts (null), they are beginnings of lines of the held-out text.
+    """
+
+    every: StepCount = 0
+    prompts: Annotated[tuple[str, ...], Field(strict=False)] | None = ("\n",)
     max_new_tokens: PositiveInt = 100
     temperature: Annotated[float, Field(ge=0)] = 0.8
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
@@ -52,6 +56,7 @@ class TrainingConfig(Config):
         seed: of dropout, and of initial values and batches unless they have their own.
         init_seed: of initial values; None is `seed`.
         data_seed: of the order of batches; None is `seed`.
+        eval_every, save_every, samples.every: below 1 they are a share of `steps`, as is a schedule's `warmup_steps`.
         eval_every: steps between evaluations on the fixed validation windows; 0 evaluates at the end only.
         eval_batches: how many batches of validation windows, evenly spaced, an evaluation during training reads; None
             reads all. The evaluation at the end always reads all.
@@ -71,9 +76,9 @@ class TrainingConfig(Config):
     seed: Seed = 0
     init_seed: Seed | None = None
     data_seed: Seed | None = None
-    eval_every: NonNegativeInt = 0
+    eval_every: StepCount = 0
     eval_batches: PositiveInt | None = None
-    save_every: NonNegativeInt = 0
+    save_every: StepCount = 0
     keep: PositiveInt = 2
     log_every: PositiveInt = 10
     samples: SamplingConfig = SamplingConfig()

@@ -24,6 +24,7 @@ from polygpt.training.interrupt import Interrupted, InterruptFlag
 from polygpt.training.jobs import Evaluation, Job, Samples, Saving, Validation, is_due, language_models
 from polygpt.training.listeners import standard_listeners
 from polygpt.training.meter import Meter
+from polygpt.training.optimizers import in_steps
 from polygpt.training.resume import with_changes
 from polygpt.training.run_folder import Run, create_run, naming_evaluation, open_run, write_config
 from polygpt.training.step import Batch, Trainer, TrainState
@@ -230,7 +231,7 @@ def _warnings(config: RunConfig, model: Model, ids: int) -> list[str]:
     """What may not be as the user meant it."""
     found = []
     vocab, steps, devices = config.model.vocab_size, config.training.steps, jax.local_devices()
-    warmup = getattr(config.training.schedule, "warmup_steps", 0)
+    warmup = in_steps(getattr(config.training.schedule, "warmup_steps", 0), steps)
     if vocab > 1.5 * ids:  # padding to a round number is usual
         found.append(
             f"model.vocab_size={vocab} is far more than the tokenizer's {ids} ids: the rest is never seen; "

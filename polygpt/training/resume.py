@@ -8,7 +8,8 @@ from typing import Any
 
 from polygpt.errors import RequestError
 from polygpt.training.config import RunConfig
-from polygpt.training.run_folder import Run, check_prompts
+from polygpt.training.prompts import check_prompts
+from polygpt.training.run_folder import Run
 
 
 def with_changes(run: Run, config: RunConfig) -> tuple[Run, list[str]]:
@@ -33,7 +34,7 @@ def with_changes(run: Run, config: RunConfig) -> tuple[Run, list[str]]:
                 "resume without changing it, or start a new run with another --out"
             )
     changed = dataclasses.replace(run, config=own.model_copy(update={"model": model, "training": config.training}))
-    check_prompts(changed)
+    check_prompts(config.training.samples, run.tokenizer, model.context_length)
     found = [*_differences(own.model.to_dict(), model.to_dict(), "model")]
     found += _differences(own.training.to_dict(), config.training.to_dict(), "training")
     return changed, [f"{key} {had} → {asked}" for key, had, asked in found]
