@@ -19,7 +19,7 @@ class DataConfig(Config):
             compressed (.gz, .zst); a folder of these; a glob; a list of any of them; or one folder of prepared shards.
         text_key: the key of a .jsonl object that holds the text.
         split: `document` assigns each document to training or validation by a hash of its text; `fraction` holds out
-            the end of the whole text, as nanoGPT does; `auto` is `fraction` if there are fewer than 100 documents.
+            the end of the whole text, as nanoGPT does; `auto` is `fraction` for fewer than 100 documents.
         validation_fraction: share of the text, or of the documents, that is held out.
         stride: tokens between the starts of training windows; None is the context length, 1 is every offset.
         invalid_utf8: text that is not UTF-8 is an error, becomes U+FFFD, or its document is left out (the last two are

@@ -68,9 +68,13 @@ _PLACEHOLDERS = {
 
 
 def _check_placeholders(recipe: Mapping[str, Any], changes: Mapping[str, Any], name: str) -> None:
+    def value(fields: Mapping[str, Any], section: str, field: str) -> Any:
+        inner = fields.get(section)
+        return inner.get(field) if isinstance(inner, Mapping) else None
+
     for key, (placeholder, meaning) in _PLACEHOLDERS.items():
-        section, field = key.split(".")
-        if recipe.get(section, {}).get(field) == placeholder and field not in changes.get(section, {}):
+        path = key.split(".")
+        if value(recipe, *path) == placeholder and value(changes, *path) is None:
             raise RequestError(f"{name}: {key} is required ({meaning}); add {key}={placeholder}")
 
 

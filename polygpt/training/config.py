@@ -47,6 +47,9 @@ class Seeds(NamedTuple):
 class TrainingConfig(Config):
     """How a model is trained.
 
+    Numbers of steps (`eval_every`, `save_every`, `samples.every`, a schedule's `warmup_steps`) that are below 1 are a
+    share of the run's.
+
     Attributes:
         initial: a MODEL whose weights training starts from; None draws new ones.
         steps: optimizer steps.
