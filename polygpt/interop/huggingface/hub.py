@@ -19,7 +19,8 @@ from polygpt.errors import PolygptError, RequestError
 PREFIX = "hf:"
 # The files that a model is opened from: no code and no pickles.
 _WANTED = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer.json")
-_WANTED += ("tokenizer_config.json", "vocab.json", "merges.txt", "chat_template.jinja")
+_WANTED += ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
+_WANTED += ("chat_template.jinja",)
 _NAME = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?")
 LIMIT_VARIABLE, LIMIT_GB = "POLYGPT_MAX_DOWNLOAD_GB", 100.0
 
