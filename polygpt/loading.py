@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -118,10 +119,18 @@ def find(name: str | Path, warn: Warn = warnings.warn) -> StoredModel:
     if str(name) in PRESETS:
         config = preset(str(name)).with_vocab(PRESET_VOCAB)
         return StoredModel(config, _drawn)
-    hint = suggest(str(name), PRESETS)
+    hint = suggest(str(name), [*PRESETS, *_models_in(path.parent)])
     if not hint.startswith("did you mean"):
         hint = "name a run's folder, a folder or file of weights, hf:owner/name, or a preset (polygpt presets)"
     raise RequestError(f"no model '{name}'; {hint}")
+
+
+def _models_in(folder: Path) -> list[str]:
+    """The paths of models that lie in `folder`."""
+    with suppress(OSError):
+        paths = [path for path in folder.iterdir() if (path / CONFIG).is_file() or is_huggingface(path)]
+        return [str(path) for path in [*paths, *folder.glob("*.gguf")]]
+    return []
 
 
 def _is_foreign(folder: Path) -> bool:
@@ -238,6 +247,10 @@ def _open_own(folder: Path, warn: Warn) -> StoredModel:
     tokenizer = load_tokenizer(folder / TOKENIZER) if wanted else None
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise RequestError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}")
+    try:
+        check_checkpoint_path(folder)
+    except RequestError:
+        raise RequestError(f"{folder}: not UTF-8, so its checkpoints cannot be read; rename the folder") from None
     saved = checkpoint.newest(folder / CHECKPOINTS, warn)
     if saved is None:
         command = command_line("train", "--resume", "--out", folder)

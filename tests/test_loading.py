@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from jax.sharding import AbstractMesh
 
 import polygpt
 from polygpt.errors import RequestError
+from polygpt.interop import export_huggingface
 from polygpt.model import Model
 from polygpt.recipes import load_recipe
 from polygpt.sharding import make_mesh
@@ -125,3 +127,54 @@ def test_what_a_mesh_cannot_hold_is_named(tiny_run):
         polygpt.load(tiny_run, mesh=AbstractMesh((1,), ("x",)))
     with pytest.raises(RequestError, match="packed weights are on one device"):
         polygpt.load(tiny_run, mesh=make_mesh(), weights="float32")
+
+
+def hf_folder(path):
+    config = polygpt.preset("smollm", num_layers=1, vocab_size=8, embed_dim=18, context_length=8)
+    export_huggingface(path, config, Model(config).init(0))
+    return path
+
+
+def test_a_stray_configuration_beside_a_foreign_model_does_not_matter(tmp_path):
+    folder = hf_folder(tmp_path / "m")
+    (folder / "config.yaml").write_text("adapter: lora\n")
+    assert polygpt.load(folder).origin.facts["format"] == "huggingface"
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(RequestError, match=r"config\.yaml"):
+        polygpt.load(folder)
+
+
+def test_a_stray_config_json_beside_a_run_does_not_matter(tiny_run, tmp_path):
+    shutil.copytree(tiny_run, tmp_path / "run")
+    (tmp_path / "run/config.json").write_text("{}")
+    assert polygpt.load(tmp_path / "run").config == polygpt.load(tiny_run).config
+
+
+def test_two_models_in_one_folder_are_refused(tiny_run, tmp_path):
+    folder = hf_folder(tmp_path / "m")
+    shutil.copytree(tiny_run, folder, dirs_exist_ok=True)
+    with pytest.raises(RequestError, match="two models in one folder"):
+        polygpt.load(folder)
+
+
+def test_a_misspelt_path_names_the_nearest_model(tiny_run, tmp_path, monkeypatch):
+    shutil.copytree(tiny_run, tmp_path / "runs/notes")
+    hf_folder(tmp_path / "runs/other")
+    (tmp_path / "runs/nots.d").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RequestError, match=r"no model 'runs/nots'; did you mean 'runs/notes'\?"):
+        polygpt.load("runs/nots")
+    with pytest.raises(RequestError, match=r"no model 'runs/othr'; did you mean 'runs/other'\?"):
+        polygpt.load("runs/othr")
+    with pytest.raises(RequestError, match="name a run's folder"):
+        polygpt.load("elsewhere/zzz")
+
+
+def test_a_folder_whose_name_is_not_utf_8(tiny_run, tmp_path):
+    shutil.copytree(tiny_run, tmp_path / "run\udcff")
+    with pytest.raises(RequestError, match="not UTF-8, so its checkpoints cannot be read; rename the folder"):
+        polygpt.load(tmp_path / "run\udcff")
+    folder = hf_folder(tmp_path / "m").rename(tmp_path / "m\udcff")
+    lm = polygpt.load(folder)
+    with pytest.raises(RequestError, match="not UTF-8"):
+        export_huggingface(tmp_path / "out\udcff", lm.config, lm.params)

@@ -17,7 +17,7 @@ from polygpt.errors import RequestError
 from polygpt.interop import export_huggingface, open_huggingface
 from polygpt.loading import adapted
 from polygpt.model import Model
-from polygpt.tokenizers import TokenizerConfig, train_tokenizer
+from polygpt.tokenizers import TokenizerConfig, load_tokenizer, train_tokenizer
 
 NAMES = sorted(path.name for path in REFERENCES.iterdir())
 EVERY_REFERENCE = pytest.mark.parametrize("name", NAMES)
@@ -124,6 +124,46 @@ def test_a_shorter_context_keeps_the_first_learned_positions():
     expected = np.load(REFERENCES / "gpt2" / "expected.npz")
     got = logits(config, params, expected["tokens"])
     assert np.abs(got - expected["logits"]).max() < 1e-4 * np.abs(expected["logits"]).max()
+
+
+def test_a_single_file_is_read_before_an_index(tmp_path):
+    config, params = read(REFERENCES / "llama")
+    export_huggingface(tmp_path / "m", config, params, shard_bytes=6000)
+    index = json.loads((tmp_path / "m/model.safetensors.index.json").read_text())
+    other = jax.tree.map(lambda leaf: leaf + 1, params)
+    export_huggingface(tmp_path / "whole", config, other)
+    shutil.copy(tmp_path / "whole/model.safetensors", tmp_path / "m")
+    assert bits(read(tmp_path / "m")[1]) == bits(other)
+    (tmp_path / "m" / min(index["weight_map"].values())).unlink()  # the index is stale
+    assert bits(read(tmp_path / "m")[1]) == bits(other)
+
+
+def test_roles_of_special_tokens_are_exported(tmp_path):
+    config = polygpt.preset("smollm", num_layers=1, vocab_size=260, embed_dim=18, context_length=8)
+    specials = ["<s>", "<|end|>", "<pad>"]
+    trained = train_tokenizer(TokenizerConfig(kind="byte", special_tokens=specials), ["a"])
+    trained.save(tmp_path / "tokenizer.json")
+    roles = dict(zip(("bos_token", "eos_token", "pad_token"), specials, strict=True))
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.json", roles)
+    ids = {f"{role}_id": tokenizer.special_tokens[token] for role, token in roles.items()}
+    export_huggingface(tmp_path / "out", config, Model(config).init(0), tokenizer)
+    for name in ("config.json", "generation_config.json"):
+        assert ids.items() <= json.loads((tmp_path / "out" / name).read_text()).items()
+    assert roles.items() <= json.loads((tmp_path / "out/tokenizer_config.json").read_text()).items()
+    found = open_huggingface(tmp_path / "out")
+    assert found.tokenizer.roles == roles
+    assert found.stop_tokens == (found.tokenizer.end_of_text,) == (ids["eos_token_id"],)
+
+
+def test_ids_of_the_model_give_roles_that_the_tokenizer_lacks(tmp_path):
+    trained = train_tokenizer(TokenizerConfig(kind="char", special_tokens=["<a>", "<b>"]), ["abc"])
+    shutil.copytree(REFERENCES / "llama", tmp_path / "m")
+    trained.save(tmp_path / "m/tokenizer.json")
+    end = trained.special_tokens["<b>"]
+    (tmp_path / "m/generation_config.json").write_text(json.dumps({"eos_token_id": [end, 2]}))
+    found = open_huggingface(tmp_path / "m")
+    assert found.tokenizer.end_of_text == end
+    assert found.stop_tokens == (end, 2)
 
 
 def test_what_comes_along_is_written_and_read(tmp_path):

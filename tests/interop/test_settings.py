@@ -85,6 +85,16 @@ REFUSED = {
     "experts without end": ("mixtral", {"num_local_experts": 1 << 30}, "'num_local_experts' is 1,073,741,824, but"),
     "a number without end": ("llama", {"rms_norm_eps": 10**400}, "'rms_norm_eps' is larger than"),
     "a width without end": ("llama", {"hidden_size": 1 << 62}, "'hidden_size' is larger than 2,147,483,647"),
+    "pruned heads": ("gpt2", {"pruned_heads": {"0": [1]}}, "'pruned_heads' is {'0': [1]}; models with pruned heads"),
+    "cross attention": ("llama", {"add_cross_attention": True}, "cross attention is not supported"),
+    "rope of several dimensions": ("qwen2", {"use_mrope": True}, "'use_mrope' is True; rotary positions of several"),
+    "gpt2's heads by another name": ("gpt2", {"num_attention_heads": 3}, "'num_attention_heads' is 3; it contradicts"),
+    "another's ignored setting": ("llama", {"cache_implementation": "hybrid"}, "the setting 'cache_implementation'"),
+    "two rope scalings of which one is unknown": (
+        "llama",
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0}, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        "'rope_scaling.rope_type' is 'dynamic'",
+    ),
     "a window of nothing": ("mistral", {"sliding_window": 0}, "window"),
 }
 
@@ -99,6 +109,67 @@ def test_a_setting_is_refused_by_name(name, changes, message, tmp_path):
     assert message in str(caught.value)
     assert str(path) in str(caught.value)
     assert len(str(caught.value).splitlines()) <= 3
+
+
+# reference, settings that real files have and that transformers does not use
+WITHOUT_EFFECT = {
+    "a cut length": ("llama", {"max_sequence_length": 2048, "tokenizer_model_max_length": 4096}),
+    "a tool's notes": ("llama", {"unsloth_version": "2024.11.10", "unsloth_fixed": True, "_commit": "x"}),
+    "other tasks": ("llama", {"num_labels": 1, "id2label": {"0": "a"}, "pruned_heads": {}, "output_past": True}),
+    "encoders and decoders": ("llama", {"tie_encoder_decoder": False, "add_cross_attention": False}),
+    "how it is computed": ("llama", {"attn_implementation": "sdpa", "use_flash_attention_2": True}),
+    "gpt's first version": ("gpt2", {"n_special": 0, "predict_special_tokens": True}),
+    "gpt2's other names": ("gpt2", {"num_attention_heads": 4, "num_hidden_layers": 2, "max_position_embeddings": 32}),
+    "gemma2's window again": ("gemma2", {"sliding_window_size": 3}),
+    "phi3's biases": ("phi3", {"attention_bias": False, "mlp_bias": False, "lm_head_bias": False}),
+    "mistral's biases": ("mistral", {"attention_bias": False}),
+    "qwen2's dimensions": ("qwen2", {"use_mrope": False}),
+    "starcoder2's other epsilon": ("starcoder2", {"rms_norm_eps": 0.5}),
+}
+
+
+@pytest.fixture
+def changed(tmp_path):
+    """Copies a reference, changes its config.json, and opens it."""
+
+    def make(name, changes):
+        shutil.copytree(REFERENCES / name, tmp_path / "m", dirs_exist_ok=True)
+        path = tmp_path / "m/config.json"
+        path.write_text(json.dumps(json.loads((REFERENCES / name / "config.json").read_text()) | changes))
+        return open_huggingface(tmp_path / "m")
+
+    return make
+
+
+@pytest.mark.parametrize(("name", "changes"), WITHOUT_EFFECT.values(), ids=WITHOUT_EFFECT)
+def test_a_setting_without_effect_changes_nothing(name, changes, changed):
+    assert changed(name, changes).config == open_huggingface(REFERENCES / name).config
+
+
+def test_of_two_rope_scalings_the_older_is_read_alone(changed):
+    linear = {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}
+    newer = {"rope_parameters": {"rope_type": "default", "rope_theta": 300.0}}
+    position = changed("llama", newer | {"rope_scaling": linear}).config.position
+    assert (position.scaling.kind, position.scaling.factor, position.theta) == ("linear", 4.0, 500.0)
+    assert changed("llama", newer | {"rope_scaling": {}}).config.position.theta == 300.0
+    assert changed("llama", newer | {"rope_scaling": {"type": "default"}}).config.position.theta == 10000.0
+
+
+def test_yarns_settings_for_other_programs_are_ignored(changed):
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    plain = changed("llama", {"rope_parameters": None, "rope_scaling": scaling})
+    assert changed("llama", {"rope_scaling": scaling | {"attn_factor": 0.9, "finetuned": True}}).config == plain.config
+
+
+@pytest.mark.parametrize(("name", "decoder"), [("gpt2", "GPT2Model"), ("llama", "LlamaModel"), ("phi3", "Phi3Model")])
+def test_a_bare_decoders_class_names_its_architecture(name, decoder, changed):
+    found = changed(name, {"architectures": [decoder]})
+    assert found.config == open_huggingface(REFERENCES / name).config
+    assert found.facts["architecture"] == open_huggingface(REFERENCES / name).facts["architecture"]
+
+
+def test_of_a_class_and_a_type_the_type_is_followed(changed):
+    assert changed("llama", {"architectures": ["Qwen2ForCausalLM"]}).facts["architecture"] == "LlamaForCausalLM"
 
 
 @pytest.mark.parametrize(

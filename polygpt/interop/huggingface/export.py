@@ -9,13 +9,13 @@ from typing import Any
 import jax.numpy as jnp
 
 from polygpt.errors import RequestError
-from polygpt.files import new_folder
+from polygpt.files import check_checkpoint_path, new_folder
 from polygpt.interop.architecture import Architecture, counterpart
 from polygpt.interop.biases import with_zero_biases
 from polygpt.interop.huggingface.card import model_card
 from polygpt.interop.huggingface.folder import ARCHITECTURES, CONFIG, read_fields, tensors_of
 from polygpt.interop.huggingface.safetensors_files import SHARD_BYTES, write_safetensors
-from polygpt.interop.huggingface.text_files import CHAT_TEMPLATE, write_json, write_text_files
+from polygpt.interop.huggingface.text_files import CHAT_TEMPLATE, role_ids, write_json, write_text_files
 from polygpt.interop.weights import written_tensors
 from polygpt.model import ModelConfig, Params
 from polygpt.settings import Settings
@@ -54,17 +54,13 @@ def export_huggingface(
     """
     if folder.exists():
         raise RequestError(f"{folder}: exists already; choose another --out")
+    check_checkpoint_path(folder)
     architecture = choose_family(config)
     config, params = with_zero_biases(config, params) if architecture.zero_biases else (config, params)
     dtype = dtype or config.param_dtype
     settings = architecture.write(config)
     settings |= {"architectures": [architecture.name], "model_type": architecture.model_type, "torch_dtype": dtype}
-    end = None if tokenizer is None else tokenizer.end_of_text
-    settings |= {
-        "eos_token_id": end,
-        "bos_token_id": end if end is None else (*tokenizer.start, end)[0],
-        "pad_token_id": None,
-    }
+    settings |= role_ids(tokenizer, stop_tokens)
     with new_folder(folder) as partial:
         write_json(partial / CONFIG, settings)
         tensors = tensors_of(config, architecture)

@@ -1,4 +1,4 @@
-"""What lies beside the weights: tokenizer, end-of-text ids, chat template."""
+"""The files beside the weights: tokenizer, ids of special tokens, chat template."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ROLES = ("bos_token", "eos_token", "pad_token")
 
 
 def read_tokenizer(folder: Path) -> Tokenizer | None:
-    """The folder's tokenizer, if it has one; the ids in the model's configuration fill in roles that it does not name.
+    """The folder's tokenizer, if it has one. Ids in the model's configuration give the roles that it does not name.
 
     Raises:
         RequestError: there is one and it cannot be used.
@@ -48,7 +48,7 @@ def read_chat_template(folder: Path) -> str | None:
     path = folder / CHAT_TEMPLATE
     if path.is_file():
         if path.stat().st_size > LIMIT:
-            raise RequestError(f"{path}: {path.stat().st_size:,} bytes is too much for a template")
+            raise RequestError(f"{path}: {path.stat().st_size:,} bytes exceed the limit of {LIMIT:,} for a template")
         return path.read_text(encoding="utf-8", errors="replace")
     path = folder / TOKENIZER_CONFIG
     template = read_json(path).get("chat_template") if path.is_file() else None
@@ -56,6 +56,20 @@ def read_chat_template(folder: Path) -> str | None:
         named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
         template = named.get("default")
     return template if isinstance(template, str) else None
+
+
+def role_ids(tokenizer: Tokenizer | None, stop_tokens: tuple[int, ...]) -> dict[str, Any]:
+    """The ids of special tokens as config.json and generation_config.json state them; None where there is no token."""
+    ids: dict[str, Any] = dict.fromkeys((f"{role}_id" for role in _ROLES), None)
+    if tokenizer is None:
+        return ids
+    ids = {name: tokenizer.role(name.removesuffix("_id")) for name in ids}
+    end = tokenizer.end_of_text
+    stops = list(dict.fromkeys([*stop_tokens, *([] if end is None else [end])]))
+    if stops:
+        ids["eos_token_id"] = stops if len(stops) > 1 else stops[0]
+        ids["bos_token_id"] = next(i for i in (ids["bos_token_id"], *tokenizer.start, stops[0]) if i is not None)
+    return ids
 
 
 def write_text_files(folder: Path, tokenizer: Tokenizer, context_length: int, stop_tokens: tuple[int, ...]) -> None:
@@ -71,13 +85,7 @@ def write_text_files(folder: Path, tokenizer: Tokenizer, context_length: int, st
         **(tokenizer.roles or guesses),
     }
     write_json(folder / TOKENIZER_CONFIG, {name: value for name, value in settings.items() if value is not None})
-    stops = [*dict.fromkeys([*stop_tokens, *([] if tokenizer.end_of_text is None else [tokenizer.end_of_text])])]
-    ids = {f"{role}_id": tokenizer.role(role) for role in _ROLES}
-    if stops:
-        ids["eos_token_id"] = stops if len(stops) > 1 else stops[0]
-    if stops and ids["bos_token_id"] is None:
-        ids["bos_token_id"] = (*tokenizer.start, stops[0])[0]
-    ids = {name: number for name, number in ids.items() if number is not None}
+    ids = {name: value for name, value in role_ids(tokenizer, stop_tokens).items() if value is not None}
     if ids:
         write_json(folder / GENERATION, ids)
 
