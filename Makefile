@@ -43,7 +43,7 @@ format: dev ## put the code in the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: install ## the pages that are generated from the code: docs/parts.md
+docs: install ## the pages that are generated from the code: docs/parts.md, docs/settings.md
 	$(BIN)/python docs/make_parts.py
 
 build: dev ## the wheel, in dist/

@@ -7,6 +7,7 @@ the mesh holds one device, and the table is where more of them will be put to us
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -50,7 +51,7 @@ def placement(parameters: PyTree, mesh: Mesh) -> PyTree:
     if missing := set(RULES.values()) - set(mesh.axis_names):
         raise RequestError(f"the mesh has no axis {' or '.join(sorted(missing))}: it is of ('data', 'model')")
 
-    def place(path: tuple, info) -> NamedSharding:
+    def place(path: tuple, info: Any) -> NamedSharding:
         sharding = sharding_of(info.axes, mesh)
         try:
             sharding.shard_shape(info.shape)

@@ -37,7 +37,7 @@ FAULTS = [
     Fault("kernels/blocked.py", "fold_in(self.inputs.key, first)", "fold_in(self.inputs.key, 0)", "kernels"),
     Fault("kernels/blocked.py", "before = rule.window - 1", "before = rule.window - 2", "kernels"),
     Fault("kernels/blocked.py", "return rule.scaled(_by_token(d_q))", "return _by_token(d_q)", "kernels"),
-    Fault("kernels/cache.py", "(positions > last - slots)", "(positions >= last - slots)", "model/test_decoding.py"),
+    Fault("kernels/cache.py", "(positions > last - slots)", "(positions > last - slots + 1)", "model/test_decoding.py"),
     Fault("kernels/experts.py", "d_weight.at[index].add(", "d_weight.at[index].set(", "model spec"),
     Fault("kernels/loss.py", "exps * (token_weights[:, None] / denominator)", "exps / denominator", "kernels"),
     Fault("kernels/packed.py", "/ 127", "/ 126", "kernels"),
@@ -54,7 +54,7 @@ FAULTS = [
     Fault(
         "model/decoder.py", "context.fold(index * len(graphs) + entry)", "context.fold(entry)", "model/test_model.py"
     ),
-    Fault("model/decoder.py", "positions - lax.cummax(", "positions - 0 * lax.cummax(", "model/test_documents.py"),
+    Fault("model/decoder.py", "index - lax.cummax(", "index - 0 * lax.cummax(", "model/test_documents.py"),
     Fault(
         "model/feedforward/moe.py",
         "jnp.sign(1 / self.num_experts - loads",

@@ -2,12 +2,18 @@
 
 import importlib.util
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 
-from polygpt.config import parse_yaml, validate
+from polygpt.cache import COMPILED_BYTES, SETTING
+from polygpt.config import known_keys, parse_overrides, parse_yaml, validate
+from polygpt.data import DataConfig
 from polygpt.model import ModelConfig, attention, block, feedforward, norms, positions
+from polygpt.recipes import load_recipe
+from polygpt.tokenizers import TokenizerConfig
+from polygpt.training import RunConfig, SamplingConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -30,7 +36,41 @@ def maker():
 
 
 def test_the_page_of_parts_is_what_the_code_says(maker):
-    assert maker.PAGE.read_text(encoding="utf-8") == maker.page(), "run: make docs"
+    assert maker.PARTS.read_text(encoding="utf-8") == maker.page(), "run: make docs"
+
+
+def test_the_page_of_settings_is_what_the_code_says(maker):
+    assert maker.SETTINGS.read_text(encoding="utf-8") == maker.settings_page(), "run: make docs"
+
+
+def test_the_page_of_settings_has_every_setting_of_a_run(maker):
+    text, keys = maker.settings_page(), known_keys(RunConfig)
+
+    def listed(keys, path):
+        section = text[text.index(f"\n## {path}\n") :].partition("\n## ")[2].partition("\n## ")[0]
+        for name, below in keys.items():
+            assert f"\n| `{name}` | " in section, f"{path}.{name}"
+            if below is not None and "keys" in below:
+                listed(below["keys"], f"{path}.{name}")
+
+    for name in sorted(keys.keys() - {"model"}):
+        listed(keys[name]["keys"], name)
+
+
+def test_no_setting_is_explained_twice(maker):
+    classes = {"data": DataConfig, "tokenizer": TokenizerConfig, "training.samples": SamplingConfig}
+    for path in maker.OF_A_RUN:
+        section, _, name = path.rpartition(".")
+        assert name in classes[section].model_fields
+        assert name not in maker.attributes(classes[section]), path
+
+
+def test_what_the_page_of_settings_says_of_values_is_so():
+    assert load_recipe("demo", parse_overrides(["data.path=corpus #2"])).data.path == "corpus #2"
+    words = re.findall(r"`((?:model|training|data)\.[\w.]+=[^`]+)`", (ROOT / "docs/settings.md").read_text())
+    for word in " ".join(words).replace("#2", "").split(" "):
+        if "num_experts" not in word and word:
+            load_recipe("demo", parse_overrides([word, *(["model.attention.window=16"] if "local" in word else [])]))
 
 
 def test_the_page_of_parts_has_every_slot_of_the_model(maker):
@@ -64,3 +104,15 @@ def test_links_within_the_project_lead_somewhere(page):
         if line[:1] == "#"
     }
     assert {target.lower() for target in re.findall(r"\]\(#([^)]*)\)", text)} <= headings
+
+
+def test_the_page_of_installing_names_what_there_is():
+    text = (ROOT / "docs/install.md").read_text()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert set(re.findall(r"^\| `\.\[(\w+)\]`", text, re.MULTILINE)) == set(project["optional-dependencies"]) - {
+        "parity"
+    }
+    assert f"{COMPILED_BYTES >> 20} MiB" in text
+    assert SETTING in text
+    targets = set(re.findall(r"`make (\w+)`", text))
+    assert targets <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))

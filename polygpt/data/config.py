@@ -12,22 +12,26 @@ BUILTIN = "builtin"
 
 
 class DataConfig(Config):
-    """Where text comes from and how it becomes windows of tokens."""
+    """Where text comes from and how it becomes windows of tokens.
+
+    Attributes:
+        path: `builtin` (the documentation and standard library of the running Python); a .txt or .jsonl file, plain or
+            compressed (.gz, .zst); a folder of these; a glob; a list of any of them; or one folder of prepared shards.
+        text_key: the key of a .jsonl object that holds the text.
+        split: `document` assigns each document to training or validation by a hash of its text; `fraction` holds out
+            the end of the whole text, as nanoGPT does.
+        validation_fraction: share of the text, or of the documents, that is held out.
+        stride: tokens between the starts of training windows; None is the context length, 1 is every offset.
+        invalid_utf8: text that is not UTF-8 is an error, becomes U+FFFD, or its document is left out (the last two are
+            counted).
+    """
 
     path: str | Tuple[str] = Field(BUILTIN, min_length=1)
-    """`builtin` (the documentation and standard library of the Python that runs), a file (.txt or .jsonl,
-    with .gz or .zst after it or not), a folder of these, a glob, a list of any; or one folder of prepared
-    shards."""
     text_key: str = "text"
-    """The key of a .jsonl object that holds the text."""
     split: Literal["document", "fraction"] = "document"
-    """`document`: each document goes to one side by a hash of its text. `fraction`: the last characters of
-    the whole text are for validation, as nanoGPT does."""
     validation_fraction: float = Field(0.05, gt=0, lt=1)
     stride: int | None = Field(None, ge=1)
-    """Tokens between the starts of training windows; None is the context length; 1 is every offset."""
     invalid_utf8: Literal["refuse", "replace", "skip"] = "refuse"
-    """Text that is not UTF-8: an error, U+FFFD in its place, or the document left out (both counted)."""
 
     @property
     def paths(self) -> tuple[str, ...]:

@@ -97,13 +97,10 @@ class Decoder(nnx.Module):
         """
         if segment_ids is not None and state is not None:
             raise ValueError("segment_ids cannot be combined with a decoding state, which holds one document")
-        if segment_ids is not None:  # number the runs: an id that returns later is another document
-            starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
-            segment_ids = jnp.cumsum(starts, axis=1)
-        if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-            if segment_ids is not None:
-                positions = positions - lax.cummax(jnp.where(starts, positions, 0), axis=1)
+        counted = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        if segment_ids is not None:
+            segment_ids, counted = _documents(segment_ids)
+        positions = counted if positions is None else positions
         sizes = {layer.attention.rotation_size(self.config) for layer in self.config.layers} - {None}
         context = Context(
             positions=positions,
@@ -115,14 +112,18 @@ class Decoder(nnx.Module):
             key=key,
             fresh=fresh,
         )
-        x = self.embedding[tokens].astype(self.config.compute_dtype)
-        scale = self.config.width**0.5 if self.config.embed_scale == "sqrt" else self.config.embed_scale
-        x = x if scale == 1 else x * jnp.asarray(scale, x.dtype)
-        x = dropout(
-            self.position.embed(x, positions), self.config.embed_dropout, context.fold(self.config.num_layers).key
-        )
+        x = self._embed(tokens, context)
         x, state, effects = self._layers(x, context, state)
         return Output(x if self.final_norm is None else self.final_norm(x), state, effects)
+
+    def _embed(self, tokens: Int[Array, "B T"], context: Context) -> Float[Array, "B T D"]:
+        """scale · E[token], plus what the position adds, after dropout."""
+        config = self.config
+        x = self.embedding[tokens].astype(config.compute_dtype)
+        scale = config.width**0.5 if config.embed_scale == "sqrt" else config.embed_scale
+        x = x if scale == 1 else x * jnp.asarray(scale, x.dtype)
+        x = self.position.embed(x, context.positions)
+        return dropout(x, config.embed_dropout, context.fold(config.num_layers).key)
 
     def _layers(
         self, x: Float[Array, "B T D"], context: Context, state: PyTree | None
@@ -187,6 +188,13 @@ class Decoder(nnx.Module):
             return (self.nll(hidden, targets) * token_weights).sum()
         weight = self.embedding[...].T if self.config.head == "tied" else self.head[...]
         return weighted_nll(hidden, weight, targets, token_weights, self.config.logit_rule)
+
+
+def _documents(segment_ids: Int[Array, "B T"]) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+    """The number of each token's document, and its position in it. An id that returns later is another document."""
+    starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+    index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
+    return jnp.cumsum(starts, axis=1), index - lax.cummax(jnp.where(starts, index, 0), axis=1)
 
 
 def _split(blocks: nnx.List) -> tuple[list[nnx.GraphDef], list[dict], list[dict]]:

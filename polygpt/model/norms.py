@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import jax.numpy as jnp
 from flax import nnx
@@ -11,6 +11,9 @@ from jaxtyping import Array, Float
 from pydantic import Field
 
 from polygpt.model.parts import Initializer, NormConfig
+
+if TYPE_CHECKING:
+    from polygpt.model.config import ModelConfig
 
 Epsilon = Annotated[float, Field(gt=0, le=1e-1)]
 
@@ -22,7 +25,7 @@ class LayerNormConfig(NormConfig):
     eps: Epsilon = 1e-5
     bias: bool = True
 
-    def build(self, model, init: Initializer) -> LayerNorm:
+    def build(self, model: ModelConfig, init: Initializer) -> LayerNorm:
         return LayerNorm(self, model.width, init)
 
 
@@ -53,7 +56,7 @@ class RMSNormConfig(NormConfig):
     eps: Epsilon = 1e-6
     unit_offset: bool = False
 
-    def build(self, model, init: Initializer) -> RMSNorm:
+    def build(self, model: ModelConfig, init: Initializer) -> RMSNorm:
         return RMSNorm(self, model.width, init)
 
 
@@ -79,7 +82,7 @@ class ScaleNormConfig(NormConfig):
     kind: Literal["scalenorm"] = "scalenorm"
     eps: Epsilon = 1e-5
 
-    def build(self, model, init: Initializer) -> ScaleNorm:
+    def build(self, model: ModelConfig, init: Initializer) -> ScaleNorm:
         return ScaleNorm(self, model.width, init)
 
 
@@ -100,7 +103,7 @@ class NoNormConfig(NormConfig):
 
     kind: Literal["none"] = "none"
 
-    def build(self, model, init: Initializer) -> NoNorm:
+    def build(self, model: ModelConfig, init: Initializer) -> NoNorm:
         return NoNorm()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import jax.numpy as jnp
 from flax import nnx
@@ -12,6 +12,9 @@ from pydantic import Field
 
 from polygpt.model.parts import Initializer, PositionConfig
 from polygpt.model.rope import RopeConfig, Rotation, plain_frequencies
+
+if TYPE_CHECKING:
+    from polygpt.model.config import ModelConfig
 
 Positions = Int[Array, "B T"]
 Hidden = Float[Array, "B T D"]
@@ -35,7 +38,7 @@ class NoPositionConfig(PositionConfig):
 
     kind: Literal["none"] = "none"
 
-    def build(self, model, init: Initializer) -> NoPosition:
+    def build(self, model: ModelConfig, init: Initializer) -> NoPosition:
         return NoPosition()
 
 
@@ -44,12 +47,12 @@ class LearnedPositionConfig(PositionConfig):
 
     kind: Literal["learned"] = "learned"
 
-    def build(self, model, init: Initializer) -> LearnedPosition:
+    def build(self, model: ModelConfig, init: Initializer) -> LearnedPosition:
         return LearnedPosition(model, init)
 
 
 class LearnedPosition(NoPosition):
-    def __init__(self, model, init: Initializer):
+    def __init__(self, model: ModelConfig, init: Initializer):
         self.table = init.weight((model.context_length, model.width), ("position", "embed"), inputs=0)
 
     def embed(self, x: Hidden, positions: Positions) -> Hidden:
@@ -62,10 +65,10 @@ class SinusoidalPositionConfig(PositionConfig):
     kind: Literal["sinusoidal"] = "sinusoidal"
     theta: Annotated[float, Field(gt=1)] = 10000.0
 
-    def build(self, model, init: Initializer) -> SinusoidalPosition:
+    def build(self, model: ModelConfig, init: Initializer) -> SinusoidalPosition:
         return SinusoidalPosition(self)
 
-    def check(self, model) -> None:
+    def check(self, model: ModelConfig) -> None:
         if model.width % 2:
             raise ValueError(f"embed_dim={model.width} is odd: 'sinusoidal' positions need pairs of dimensions")
 
@@ -90,7 +93,7 @@ class AlibiConfig(PositionConfig):
 
     kind: Literal["alibi"] = "alibi"
 
-    def build(self, model, init: Initializer) -> Alibi:
+    def build(self, model: ModelConfig, init: Initializer) -> Alibi:
         return Alibi()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Annotated, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +18,9 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from polygpt.config import PartConfig, slot
 from polygpt.model.parts import Initializer, PositionConfig
+
+if TYPE_CHECKING:
+    from polygpt.model.config import ModelConfig
 
 Factor = Annotated[float, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -170,10 +173,10 @@ class RopeConfig(PositionConfig):
         """R, the dimensions of a head that are rotated."""
         return int(head_size * self.fraction)
 
-    def build(self, model, init: Initializer) -> Rope:
+    def build(self, model: ModelConfig, init: Initializer) -> Rope:
         return Rope(self)
 
-    def check(self, model) -> None:
+    def check(self, model: ModelConfig) -> None:
         for layer in model.layers:
             size = layer.attention.rotation_size(model)
             if size is None:

@@ -22,7 +22,8 @@ def load_tokenizer(path: str | Path, roles: Mapping[str, Any] | None = None) -> 
 
     Args:
         path: the file or folder.
-        roles: what else is known of them, as for `Tokenizer`; the folder's own files come first.
+        roles: what else is known of them, as for `Tokenizer`. The folder's own files come first; if they name any
+            token, only the end of a text is taken from here, since templates test which of the others are named.
 
     Raises:
         RequestError: there is none, or a file is damaged.
@@ -38,8 +39,11 @@ def load_tokenizer(path: str | Path, roles: Mapping[str, Any] | None = None) -> 
     else:
         path = path / FILE if path.is_dir() else path
         made = _read_file(path)
+    named = {role: value for role, value in beside.items() if value is not None}
+    others = roles or {}
+    others = {"eos_token": others.get("eos_token")} if named else others
     try:
-        return Tokenizer(made, {**(roles or {}), **beside})
+        return Tokenizer(made, {**others, **named})
     except RequestError as error:
         raise RequestError(f"{path}: {error}") from None
 
@@ -57,8 +61,8 @@ def _read_roles(folder: Path) -> dict[str, Any]:
         config = read_json(folder / CONFIG_FILE)
     if (folder / "special_tokens_map.json").is_file() and "added_tokens_decoder" not in config:
         older = read_json(folder / "special_tokens_map.json")
-    both = {**config, **older}
-    return {name: value for name, value in both.items() if name.endswith("_token") and type(value) is not bool}
+    named = {name: value for name, value in {**config, **older}.items() if name.endswith("_token")}
+    return {name: value for name, value in named.items() if type(value) is not bool}
 
 
 def _read_file(path: Path) -> hf.Tokenizer:

@@ -94,10 +94,8 @@ def _byte_level(pre: Mapping[str, Any], decoder: Mapping[str, Any], vocab: Mappi
 
 
 def _keeps_all(pre: Mapping[str, Any]) -> bool:
-    steps = pre.get("pretokenizers", [pre])
-    return all(
-        step.get("type") in (None, "ByteLevel", "Digits") or step.get("behavior") == "Isolated" for step in steps
-    )
+    kinds = (None, "ByteLevel", "Digits")
+    return all(s.get("type") in kinds or s.get("behavior") == "Isolated" for s in pre.get("pretokenizers", [pre]))
 
 
 def _cuts(pre: Mapping[str, Any], kind: str) -> str | None:

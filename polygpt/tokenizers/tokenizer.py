@@ -71,8 +71,8 @@ class Tokenizer:
         self.kind = self._structure.kind
         self.vocab_size = max([*vocab.values(), *added]) + 1  # not the number of tokens: some files have holes
         self.start = _start(tokenizer.post_processor)
-        ends = [self.special_tokens[token] for token in END_TOKENS if token in self.special_tokens]
-        self.end_of_text = self.role("eos_token") if "eos_token" in self.roles else (ends or [None])[0]
+        ends = (self.role("eos_token"), *map(self.special_tokens.get, END_TOKENS))
+        self.end_of_text = next((end for end in ends if end is not None), None)
 
     def _read_roles(self, roles: Mapping[str, Any]) -> dict[str, str]:
         """The text of each role's token; those that the vocabulary has become special tokens."""

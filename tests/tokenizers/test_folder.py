@@ -62,8 +62,13 @@ def test_roles_are_read_from_the_files_beside(folder, files):
 def test_roles_known_from_elsewhere_fill_in(folder):
     path = with_tokenizer(folder(tokenizer_config={"eos_token": "<|end|>"}))
     tokenizer = load_tokenizer(path, {"eos_token": 256, "bos_token": 256, "pad_token": 97})
-    assert roles_of(tokenizer) == (256, 257, None)  # 97 is the letter a
-    assert roles_of(load_tokenizer(path, {"pad_token": 9999})) == (None, 257, None)
+    assert roles_of(tokenizer) == (None, 257, None)  # a template may ask whether there is a bos_token
+    (path / "tokenizer_config.json").write_text(json.dumps({"pad_token": "<pad>", "eos_token": None}))
+    assert roles_of(load_tokenizer(path, {"eos_token": 257, "bos_token": 256})) == (None, 257, 258)
+    (path / "tokenizer_config.json").write_text("{}")
+    assert roles_of(load_tokenizer(path, {"eos_token": 257, "bos_token": 256})) == (256, 257, None)
+    # 97 is the letter a, and 9999 nothing.
+    assert roles_of(load_tokenizer(path, {"eos_token": 97, "pad_token": 9999})) == (None, None, None)
 
 
 def test_roles_survive_saving_and_only_they_write_a_second_file(tmp_path):
@@ -80,6 +85,8 @@ def test_a_role_makes_an_ordinary_token_special():
     assert made.special_tokens == {"!": made.end_of_text}
     assert made.vocab_size == TRAINED.vocab_size
     assert made.role("pad_token") is None
+    named = Tokenizer(train_tokenizer(TokenizerConfig(kind="byte"), [])._plain, {"eos_token": "<none>"})
+    assert named.end_of_text == 256  # known by its name, as the one that has the role is missing
     assert made.roles["pad_token"] == "<none>"
 
 

@@ -77,13 +77,12 @@ def write_text_files(folder: Path, tokenizer: Tokenizer, context_length: int, st
     tokenizer.save(folder / TOKENIZER)
     names = {number: token for token, number in tokenizer.special_tokens.items()}
     end = names.get(tokenizer.end_of_text)
+    guesses = {"eos_token": end, "bos_token": names.get(tokenizer.start[0]) if tokenizer.start else end}
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context_length,
         "clean_up_tokenization_spaces": False,
-        "eos_token": end,
-        "bos_token": names.get(tokenizer.start[0]) if tokenizer.start else end,
-        **tokenizer.roles,
+        **(tokenizer.roles or guesses),
     }
     write_json(folder / TOKENIZER_CONFIG, {name: value for name, value in settings.items() if value is not None})
     ids = {name: value for name, value in role_ids(tokenizer, stop_tokens).items() if value is not None}

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,9 @@ from pydantic import Field, PositiveInt, model_validator
 from polygpt.model.attention.projections import HeadsConfig, Projections
 from polygpt.model.parts import Context, Initializer, Scope
 from polygpt.model.rope import rotate
+
+if TYPE_CHECKING:
+    from polygpt.model.config import ModelConfig
 
 
 class LinearAttentionConfig(HeadsConfig):
@@ -46,7 +49,7 @@ class LinearAttentionConfig(HeadsConfig):
             )
         return data
 
-    def check(self, model) -> None:
+    def check(self, model: ModelConfig) -> None:
         super().check(model)
         if model.position.kind == "alibi":
             raise ValueError(
@@ -54,14 +57,14 @@ class LinearAttentionConfig(HeadsConfig):
                 "decay=true is its way to prefer what is near"
             )
 
-    def flops_per_token(self, model) -> int:
+    def flops_per_token(self, model: ModelConfig) -> int:
         # Within the chunk as softmax over `chunk` positions; then the query's product with the state and its update.
         return 4 * self.num_heads * self.size(model) * (self.chunk + self.size(model))
 
-    def build(self, model, init: Initializer) -> LinearAttention:
+    def build(self, model: ModelConfig, init: Initializer) -> LinearAttention:
         return LinearAttention(self, model, init)
 
-    def init_state(self, model, batch: int, length: int) -> LinearState:
+    def init_state(self, model: ModelConfig, batch: int, length: int) -> LinearState:
         heads, size = self.kv_heads, self.size(model)
         return LinearState(
             jnp.zeros((batch, heads, size, size), jnp.float32), jnp.zeros((batch, heads, size), jnp.float32)
@@ -81,7 +84,7 @@ class LinearState(NamedTuple):
 
 
 class LinearAttention(Projections):
-    def __init__(self, config: LinearAttentionConfig, model, init: Initializer):
+    def __init__(self, config: LinearAttentionConfig, model: ModelConfig, init: Initializer):
         super().__init__(config, model, init)
         self.config = config
 

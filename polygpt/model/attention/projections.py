@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from flax import nnx
 from jaxtyping import Array, Float
 from pydantic import PositiveInt
 
 from polygpt.model.parts import AttentionConfig, Initializer, dense
+
+if TYPE_CHECKING:
+    from polygpt.model.config import ModelConfig
 
 
 class HeadsConfig(AttentionConfig):
@@ -30,14 +33,14 @@ class HeadsConfig(AttentionConfig):
     def kv_heads(self) -> int:
         return self.num_kv_heads or self.num_heads
 
-    def size(self, model) -> int:
+    def size(self, model: ModelConfig) -> int:
         """The head size H."""
         return self.head_dim or model.width // self.num_heads
 
-    def rotation_size(self, model) -> int:
+    def rotation_size(self, model: ModelConfig) -> int:
         return self.size(model)
 
-    def check(self, model) -> None:
+    def check(self, model: ModelConfig) -> None:
         if self.head_dim is None and model.width % self.num_heads:
             raise ValueError(
                 f"embed_dim={model.width} is not divisible by num_heads={self.num_heads}; "
@@ -53,7 +56,7 @@ class HeadsConfig(AttentionConfig):
 class Projections(nnx.Module):
     """The four projections; a kind of attention derives from it and says what happens between them."""
 
-    def __init__(self, config: HeadsConfig, model, init: Initializer):
+    def __init__(self, config: HeadsConfig, model: ModelConfig, init: Initializer):
         width, size = model.width, config.size(model)
         heads, kv_heads = config.num_heads, config.kv_heads
         self.query = init.weight((width, heads, size), ("embed", "heads", "head_dim"))

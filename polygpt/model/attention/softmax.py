@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -22,6 +22,9 @@ from polygpt.model.attention.projections import HeadsConfig, Projections
 from polygpt.model.norms import rms_normalize
 from polygpt.model.parts import Context, Initializer, Scope
 from polygpt.model.rope import rotate
+
+if TYPE_CHECKING:
+    from polygpt.model.config import ModelConfig
 
 Positive = Annotated[float, Field(gt=0)]
 
@@ -53,39 +56,39 @@ class SoftmaxAttentionConfig(HeadsConfig):
     scale: Positive | None = None
     implementation: Annotated[Implementation, Scope.EXECUTION] = "auto"
 
-    def rule(self, model) -> ScoreRule:
+    def rule(self, model: ModelConfig) -> ScoreRule:
         """How scores become probabilities. A window that spans the whole context is dropped."""
         window = self.window if self.window is not None and self.window < model.context_length else None
         return ScoreRule(self.scale or self.size(model) ** -0.5, window, self.softcap, self.dropout)
 
-    def spec(self, model) -> AttentionSpec:
+    def spec(self, model: ModelConfig) -> AttentionSpec:
         """What is asked of the kernel at full context."""
         extras = {"sinks": self.sinks, "alibi": model.position.kind == "alibi"}
         return AttentionSpec.of(self.rule(model), model.compute_dtype, model.context_length, self.size(model), **extras)
 
-    def check(self, model) -> None:
+    def check(self, model: ModelConfig) -> None:
         super().check(model)
         obstacles = self.spec(model).obstacles(self.implementation)
         if obstacles:
             raise ValueError(f"attention.implementation={self.implementation} needs {' and '.join(obstacles)}")
 
-    def implementation_name(self, model) -> str:
+    def implementation_name(self, model: ModelConfig) -> str:
         return choose_attention(self.implementation, self.spec(model))
 
-    def flops_per_token(self, model) -> int:
+    def flops_per_token(self, model: ModelConfig) -> int:
         # q·kᵀ and p·v, 2 FLOPs a product, over the whole context as is the custom (PaLM, appendix B).
         return 4 * self.num_heads * self.size(model) * (self.rule(model).window or model.context_length)
 
-    def build(self, model, init: Initializer) -> SoftmaxAttention:
+    def build(self, model: ModelConfig, init: Initializer) -> SoftmaxAttention:
         return SoftmaxAttention(self, model, init)
 
-    def init_state(self, model, batch: int, length: int) -> KVCache:
+    def init_state(self, model: ModelConfig, batch: int, length: int) -> KVCache:
         slots = min(length, self.rule(model).window or length)
         return KVCache.empty(batch, self.kv_heads, slots, self.size(model), model.compute_dtype)
 
 
 class SoftmaxAttention(Projections):
-    def __init__(self, config: SoftmaxAttentionConfig, model, init: Initializer):
+    def __init__(self, config: SoftmaxAttentionConfig, model: ModelConfig, init: Initializer):
         self.config, self.rule = config, config.rule(model)
         super().__init__(config, model, init)
         size = (config.size(model),)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from flax import nnx
 from jaxtyping import Array, Float
@@ -10,6 +10,9 @@ from pydantic import PositiveInt
 
 from polygpt.model.feedforward.activations import ACTIVATIONS, Activation
 from polygpt.model.parts import NO_EFFECTS, Context, Effects, FeedForwardConfig, Initializer, dense
+
+if TYPE_CHECKING:
+    from polygpt.model.config import ModelConfig
 
 
 class GLUConfig(FeedForwardConfig):
@@ -20,7 +23,7 @@ class GLUConfig(FeedForwardConfig):
     activation: Activation = "silu"
     bias: bool = False
 
-    def build(self, model, init: Initializer) -> GLU:
+    def build(self, model: ModelConfig, init: Initializer) -> GLU:
         return GLU(self, model.width, init)
 
 

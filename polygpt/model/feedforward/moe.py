@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
-from typing import Annotated, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,9 @@ from polygpt.model.feedforward.experts import Experts, ExpertsConfig
 from polygpt.model.feedforward.glu import GLUConfig
 from polygpt.model.feedforward.mlp import MLPConfig
 from polygpt.model.parts import NO_EFFECTS, Context, Effects, FeedForwardConfig, Initializer, Scope
+
+if TYPE_CHECKING:
+    from polygpt.model.config import ModelConfig
 
 Weight = Annotated[float, Field(ge=0)]
 # With more experts than this, ranks are found by sorting: counting takes P·E (8,192 pairs, 64 experts: 14 ms, not 3).
@@ -71,7 +74,7 @@ class MoEConfig(ExpertsConfig):
     def _share(self, length: int) -> int:
         return int(self.capacity_factor * self.top_k * length / self.num_experts)
 
-    def check(self, model) -> None:
+    def check(self, model: ModelConfig) -> None:
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k={self.top_k} exceeds num_experts={self.num_experts}: a token chooses among them")
         if self.dispatch == "capacity" and self._share(model.context_length) < 1:
@@ -81,13 +84,13 @@ class MoEConfig(ExpertsConfig):
                 "would be dropped; raise it, or set dispatch=dropless"
             )
 
-    def causal_in_training(self, model) -> bool:
+    def causal_in_training(self, model: ModelConfig) -> bool:
         return self.dispatch == "dropless" or self.claim_order == "token"
 
     def updates(self, loads: dict[str, Array]) -> dict[str, Array]:
         return {"balance": self.balance_rate * jnp.sign(1 / self.num_experts - loads["load"])}
 
-    def build(self, model, init: Initializer) -> MoE:
+    def build(self, model: ModelConfig, init: Initializer) -> MoE:
         return MoE(self, model, init)
 
 
@@ -98,7 +101,7 @@ def _shared(config: MoEConfig) -> FeedForwardConfig:
 
 
 class MoE(Experts):
-    def __init__(self, config: MoEConfig, model, init: Initializer):
+    def __init__(self, config: MoEConfig, model: ModelConfig, init: Initializer):
         super().__init__(config, model.width, init, active=Fraction(config.top_k, config.num_experts))
         self.config = config
         self.router = init.weight((model.width, config.num_experts), ("embed", "expert"))
@@ -184,7 +187,9 @@ class _Routing(NamedTuple):
     blocks: tuple[int, int]
 
     @classmethod
-    def of(cls, slot_of: Int[Array, "M k"], expert_of: Int[Array, " blocks"] | None, blocks: tuple[int, int]):
+    def of(
+        cls, slot_of: Int[Array, "M k"], expert_of: Int[Array, " blocks"] | None, blocks: tuple[int, int]
+    ) -> _Routing:
         pairs = slot_of.size
         pair_of = jnp.full(math.prod(blocks), pairs, jnp.int32)
         pair_of = pair_of.at[slot_of.reshape(-1)].set(jnp.arange(pairs, dtype=jnp.int32), mode="drop")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,9 @@ from polygpt.errors import RequestError
 from polygpt.model.feedforward.experts import Experts, ExpertsConfig
 from polygpt.model.feedforward.pool import Pool, Token
 from polygpt.model.parts import NO_EFFECTS, Context, Effects, Initializer
+
+if TYPE_CHECKING:
+    from polygpt.model.config import ModelConfig
 
 
 class SoftMoEConfig(ExpertsConfig):
@@ -30,28 +33,28 @@ class SoftMoEConfig(ExpertsConfig):
     kind: Literal["soft_moe"] = "soft_moe"
     slots_per_expert: PositiveInt
 
-    def causal_in_training(self, model) -> bool:
+    def causal_in_training(self, model: ModelConfig) -> bool:
         return False
 
-    def flops_per_token(self, model) -> int:
+    def flops_per_token(self, model: ModelConfig) -> int:
         return self._flops_per_token(model, served_tokens=model.context_length)
 
-    def _flops_per_token(self, model, served_tokens: int) -> int:
+    def _flops_per_token(self, model: ModelConfig, served_tokens: int) -> int:
         """If all slots are computed once for this many tokens. (The weights are not used once per token.)"""
         slots = self.num_experts * self.slots_per_expert
         weights = (3 if self.gated else 2) * model.width * self.mlp_dim
         experts = 2 * weights * (slots / served_tokens - self.num_experts)
         return int(4 * slots * model.width + experts)
 
-    def init_state(self, model, batch: int, length: int) -> Pool:
+    def init_state(self, model: ModelConfig, batch: int, length: int) -> Pool:
         return Pool.empty((batch, 1, self.num_experts, self.slots_per_expert), model.width)
 
-    def build(self, model, init: Initializer) -> SoftMoE:
+    def build(self, model: ModelConfig, init: Initializer) -> SoftMoE:
         return SoftMoE(self, model, init)
 
 
 class SoftMoE(Experts):
-    def __init__(self, config: SoftMoEConfig, model, init: Initializer):
+    def __init__(self, config: SoftMoEConfig, model: ModelConfig, init: Initializer):
         super().__init__(config, model.width, init)
         self.config = config
         self.phi = init.weight((model.width, config.num_experts, config.slots_per_expert), ("embed", "expert", "slot"))
@@ -117,24 +120,24 @@ class CausalSoftMoEConfig(SoftMoEConfig):
     kind: Literal["causal_soft_moe"] = "causal_soft_moe"
     block_size: PositiveInt
 
-    def check(self, model) -> None:
+    def check(self, model: ModelConfig) -> None:
         if self.block_size >= model.context_length:
             raise ValueError(
                 f"block_size={self.block_size} is not less than context_length={model.context_length}: "
                 "no slot would ever be made of tokens"
             )
 
-    def causal_in_training(self, model) -> bool:
+    def causal_in_training(self, model: ModelConfig) -> bool:
         return True
 
-    def flops_per_token(self, model) -> int:
+    def flops_per_token(self, model: ModelConfig) -> int:
         return self._flops_per_token(model, served_tokens=self.block_size)
 
-    def init_state(self, model, batch: int, length: int) -> _Blocks:
+    def init_state(self, model: ModelConfig, batch: int, length: int) -> _Blocks:
         slots = (batch, self.num_experts, self.slots_per_expert, model.width)
         return _Blocks(super().init_state(model, batch, length), jnp.zeros(slots, model.compute_dtype))
 
-    def build(self, model, init: Initializer) -> CausalSoftMoE:
+    def build(self, model: ModelConfig, init: Initializer) -> CausalSoftMoE:
         return CausalSoftMoE(self, model, init)
 
 
@@ -146,7 +149,7 @@ class _Blocks(NamedTuple):
 
 
 class CausalSoftMoE(SoftMoE):
-    def __init__(self, config: CausalSoftMoEConfig, model, init: Initializer):
+    def __init__(self, config: CausalSoftMoEConfig, model: ModelConfig, init: Initializer):
         super().__init__(config, model, init)
         # Φ scores tokens; these are the contents of the first block's slots, [E, S, D].
         self.first_slots = init.weight(
