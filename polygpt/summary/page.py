@@ -1,4 +1,4 @@
-"""The NNX module of a model as an interactive page, drawn by treescope; one file that needs no network."""
+"""The NNX module of a model as an interactive page, rendered by treescope: one file, no network needed."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def model_page(model: Model, title: str, params: Params | None = None) -> str:
     arrays = treescope.active_autovisualizer.set_scoped(treescope.ArrayAutovisualizer())
     with arrays, treescope.using_expansion_strategy(max_height=60, target_width=120):
         tree = treescope.render_to_html(module, compressed=False)  # readable without a browser, too
-    layers = "those of blocks have a leading axis over the layers they serve"
+    layers = "those of blocks have a leading axis over their layers"
     note = f"{model.num_parameters:,} parameters; {layers}. Click to unfold."
     config = html.escape(to_yaml(model.config))
     return _PAGE.format(title=html.escape(title), note=note, config=config, tree=tree)
