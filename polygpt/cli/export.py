@@ -18,9 +18,9 @@ _TYPES = {"hf": ("float32", "bfloat16", "float16"), "gguf": ("f32", "f16", "bf16
 @click.option("--dtype", help="Of the weights: float32, bfloat16, float16; for gguf f32, f16, bf16, q8_0.")
 @json_option
 def export(model: str, form: str, out: Path, dtype: str | None, as_json: bool) -> None:
-    """Write a model so that others can open it: transformers (hf) or llama.cpp (gguf).
+    """Write a model for transformers (hf) or llama.cpp (gguf).
 
-    What has no counterpart there is refused, and named.
+    A part that has no counterpart there is refused by name.
     """
     from polygpt import interop
     from polygpt.errors import RequestError, suggest
@@ -40,7 +40,7 @@ def export(model: str, form: str, out: Path, dtype: str | None, as_json: bool) -
         lm.config,
         lm.params,
         tokenizer,
-        **({} if dtype is None else {"dtype": dtype}),  # each has a default of its own
+        **({} if dtype is None else {"dtype": dtype}),  # each format has its own default
         stop_tokens=lm.origin.stop_tokens,
         chat_template=lm.origin.chat_template,
         facts=lm.origin.facts,

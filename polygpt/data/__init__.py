@@ -1,7 +1,7 @@
 """Data: sources of documents, their preparation into token shards, and the loader of batches.
 
-`open_source` finds documents, `prepare` turns them into shards (`open_shards` opens them again, verified),
-and `Loader(shards.train, ...).batch(i)` is a pure function of (seed, i).
+`open_source` finds documents, `prepare` turns them into shards, `open_shards` opens and verifies shards, and
+`Loader(shards.train, ...).batch(i)` is a pure function of (seed, i).
 """
 
 from polygpt.data.config import DataConfig

@@ -1,4 +1,4 @@
-"""What to read, how to divide it, and how to cut it into windows."""
+"""The configuration of data: what to read, how to split it, and how to cut it into windows."""
 
 from __future__ import annotations
 
@@ -35,5 +35,5 @@ class DataConfig(Config):
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """`path` as a tuple."""
+        """`path` as a tuple of paths."""
         return (self.path,) if isinstance(self.path, str) else self.path

@@ -1,4 +1,4 @@
-"""Preparation: documents to token shards, in a folder that appears whole or not at all."""
+"""Preparation: documents to token shards, in a folder that is renamed into place once it is complete."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ MANY_DOCUMENTS = 100
 
 
 class _Part(NamedTuple):
-    """A document, or the part of one that falls on a side."""
+    """A document, or the part of one that is on one side of the split."""
 
     side: str
     name: str
     text: str
-    ends: bool  # the document's last (or only) part
+    ends: bool  # whether it is the document's last (or only) part
 
 
 def prepare(
@@ -56,13 +56,13 @@ def prepare(
     progress: Callable[[int], None] | None = None,
     shard_tokens: int = SHARD_TOKENS,
 ) -> Shards:
-    """Tokenizes `source` into shards in the new folder `out`; `progress` is told the documents done.
+    """Tokenizes `source` into shards in the new folder `out`; `progress` gets the number of documents done.
 
-    Each document is preceded by the tokenizer's end of text, where it has one, so that every token of a
-    document is predicted and a model learns to stop. A new shard begins once one holds `shard_tokens`.
+    Each document is preceded by the tokenizer's end-of-text token, if there is one, so that every token of a document
+    is predicted and a model learns to stop. A new shard begins once one holds `shard_tokens`.
 
     Raises:
-        RequestError: `out` exists, the source cannot be read or tokenized, or a side would be empty.
+        RequestError: `out` exists, the source cannot be read or tokenized, or one side of the split would be empty.
         PolygptError: `out` cannot be written.
     """
     out = Path(out).expanduser()
@@ -99,7 +99,7 @@ def _write_manifest(path: Path, manifest: Manifest) -> None:
 
 
 def training_texts(source: Source, config: DataConfig) -> Iterator[str]:
-    """The texts on the training side, for a tokenizer to be trained on: the held-out text stays unseen by it, too."""
+    """The texts on the training side, on which a tokenizer is trained: it must not see held-out text either."""
     return (part.text for part in _parts(source, config) if part.side == "train")
 
 
@@ -112,7 +112,7 @@ def _parts(source: Source, config: DataConfig) -> Iterator[_Part]:
             yield _Part(side, document.name, document.text, True)
         return
     total = sum(len(document.text) for document in source)
-    cut = int(total * (1 - config.validation_fraction))  # rounded down as nanoGPT's int(n * 0.9)
+    cut = int(total * (1 - config.validation_fraction))  # rounded down, like nanoGPT's int(n * 0.9)
     start = 0
     for name, text in source:
         before = max(0, min(cut - start, len(text)))
@@ -124,7 +124,7 @@ def _parts(source: Source, config: DataConfig) -> Iterator[_Part]:
 
 
 def _side(text: str, validation_fraction: float) -> str:
-    # By the text, so that a document that comes twice cannot be on both sides, whatever the order.
+    # A hash of the text: a document that occurs twice is on one side only, whatever the order.
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return "validation" if int.from_bytes(digest, "big") < validation_fraction * 2**64 else "train"
 
@@ -173,7 +173,7 @@ def _batches(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
 
 
 class _SplitWriter(AbstractContextManager):
-    """Writes one side's documents, shard after shard; leaving it closes the file at hand."""
+    """Writes the documents of one side, shard after shard; on exit it closes the current file."""
 
     def __init__(self, folder: Path, name: str, dtype: str, shard_tokens: int):
         self.folder, self.name, self.dtype, self.shard_tokens = folder, name, DTYPES[dtype], shard_tokens
@@ -187,7 +187,7 @@ class _SplitWriter(AbstractContextManager):
 
     def add(self, ids: np.ndarray, text_bytes: int, lost_bytes: int) -> None:
         """One document: its ids, and how many bytes of its text, in UTF-8, they stand for and how many not."""
-        if not len(ids):  # a foreign tokenizer may make nothing of white space
+        if not len(ids):  # some tokenizers encode white space to nothing
             return
         if self.stream is None:
             self.stream = (self.folder / f"{self.name}-{len(self.shards):05d}.tokens").open("wb")
@@ -219,14 +219,14 @@ class _SplitWriter(AbstractContextManager):
         self.stream = None
 
     def finish(self, config: DataConfig) -> SplitEntry:
-        """The side's entry in the manifest."""
+        """The entry of this side in the manifest."""
         if self.stream is not None:
             self._close()
         if not self.shards:
-            mend = "set data.split to 'fraction'" if config.split == "document" else "give more text"
+            fix = "set data.split to 'fraction'" if config.split == "document" else "give more text"
             raise RequestError(
-                f"no text falls on the {self.name} side (data.split '{config.split}', "
-                f"data.validation_fraction {config.validation_fraction});\n{mend}, or change the fraction"
+                f"no text is on the {self.name} side (data.split '{config.split}', "
+                f"data.validation_fraction {config.validation_fraction});\n{fix}, or change the fraction"
             )
         return SplitEntry(
             documents=sum(shard.documents for shard in self.shards),

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Fields = dict[str, Any]
 
-# What an open vocabulary is counted with where no tokenizer is at hand: GPT-2's.
+# The size that stands for an open vocabulary where there is no tokenizer: GPT-2's.
 PRESET_VOCAB = 50257
 PRESETS: dict[str, Callable[[], Fields]] = {
     "gpt": core.gpt,

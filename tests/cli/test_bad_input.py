@@ -65,7 +65,7 @@ REQUESTS = {
     "a setting twice": ([*TRAIN, "training.steps=1", "training.steps=2"], "training.steps: given twice"),
     "a setting cut short": ([*TRAIN, "training.steps=["], "training.steps line 1: "),
     "no out": (["train", "tiny.yaml"], "Missing option '--out'"),
-    "no recipe": (["train", "--out", "new"], "name a recipe or a .yaml file, or go on with a run by --resume"),
+    "no recipe": (["train", "--out", "new"], "name a recipe or a .yaml file, or continue a run with --resume"),
     "an extra word": ([*GENERATE, "more"], "Got unexpected extra argument (more)"),
     "no model": (["generate", "--prompt", "a"], "Missing argument 'MODEL'"),
     "no prompt": (["generate", "run"], "Missing option '--prompt'"),

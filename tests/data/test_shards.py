@@ -88,7 +88,7 @@ def test_tiny_shakespeare_divides_as_nanogpt_does(shared_data, tmp_path):
 def test_a_side_without_text_is_refused_with_a_mend(prepared, tmp_path):
     with pytest.raises(RequestError, match=r"set data\.split to 'fraction'"):
         prepared(["only one"])
-    with pytest.raises(RequestError, match="no text falls on the train side"):
+    with pytest.raises(RequestError, match="no text is on the train side"):
         prepared(["x"], split="fraction")
     assert [p.name for p in tmp_path.iterdir()] == ["shards.jsonl"]  # nothing half-made is left
 
@@ -187,7 +187,7 @@ def test_a_changed_file_is_refused_by_name(prepared, tmp_path, name):
     data = path.read_bytes()
     flipped = bytes([data[0] ^ 1]) + data[1:]
     for content, message in [
-        (data[:-1], "cut short"),
+        (data[:-1], "truncated or changed"),
         (data + b"\0", "changed"),
         (flipped, "changed"),
         (None, "missing"),
@@ -231,9 +231,9 @@ def test_a_manifest_that_is_not_in_order_is_refused(prepared, tmp_path):
         (changed(extra=1), "extra"),
         (changed(train__tokens=5), "train.tokens is not the sum"),
         (changed(validation__documents=500), "validation.documents is not the sum"),
-        (changed(train__shards__0__tokens_file__name="../a.tokens"), "plain name"),
-        (changed(train__shards__0__tokens_file__name="/etc/passwd"), "plain name"),
-        (changed(train__shards__0__offsets_file__name=".."), "plain name"),
+        (changed(train__shards__0__tokens_file__name="../a.tokens"), "is not the name of a file in the same folder"),
+        (changed(train__shards__0__tokens_file__name="/etc/passwd"), "is not the name of a file in the same folder"),
+        (changed(train__shards__0__offsets_file__name=".."), "is not the name of a file in the same folder"),
         (changed(train__shards=[]), "shards"),
     ]:
         path.write_text(content)
