@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, NamedTuple
+from collections.abc import Iterator
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -124,3 +125,15 @@ class RunConfig(Config):
                 "recipe finetune)"
             )
         return self
+
+
+def differences(mine: Any, theirs: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
+    """The dotted keys at which two plain configurations differ, with both values."""
+    if isinstance(mine, dict) and isinstance(theirs, dict) and set(mine) == set(theirs):
+        for name in mine:
+            yield from differences(mine[name], theirs[name], f"{key}.{name}")
+    elif isinstance(mine, list) and isinstance(theirs, list) and len(mine) == len(theirs):
+        for index, (had, asked) in enumerate(zip(mine, theirs, strict=True)):
+            yield from differences(had, asked, f"{key}.{index}")
+    elif mine != theirs:
+        yield key, mine, theirs

@@ -12,7 +12,7 @@ from polygpt.language_model import Origin
 from polygpt.loading import check_shapes, find
 from polygpt.model import Params
 from polygpt.tokenizers import Tokenizer
-from polygpt.training.config import RunConfig
+from polygpt.training.config import RunConfig, differences
 
 
 @lru_cache(maxsize=1)
@@ -40,6 +40,12 @@ def initial_params(config: RunConfig) -> Params:
     found = _found(config.training.initial)
     check_shapes(found.config, config.model, f"training.initial={config.training.initial}")
     return found.read(config.model, int)
+
+
+def initial_changes(config: RunConfig) -> list[str]:
+    """What the run's model computes differently from `training.initial`: `model.context_length 2048 → 256`."""
+    theirs, ours = _found(config.training.initial).config.architecture(), config.model.architecture()
+    return [f"{key} {had} → {asked}" for key, had, asked in differences(theirs, ours, "model")]
 
 
 def initial_tokenizer(config: RunConfig) -> Tokenizer:

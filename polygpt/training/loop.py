@@ -19,7 +19,7 @@ from polygpt.loading import CHECKPOINTS
 from polygpt.model import Model, model_of
 from polygpt.training.config import RunConfig
 from polygpt.training.events import Compiled, Ended, Event, Finished, Listener, Note, RunResult, Started
-from polygpt.training.initial import initial_params
+from polygpt.training.initial import initial_changes, initial_params
 from polygpt.training.interrupt import Interrupted, InterruptFlag
 from polygpt.training.jobs import Evaluation, Job, Samples, Saving, Validation, is_due, language_models
 from polygpt.training.listeners import standard_listeners
@@ -182,7 +182,8 @@ class _Loop:
         """The state before the first step: new weights, or those of `training.initial`."""
         if self.training.initial is None:
             return self.trainer.init()
-        self.emit(Note(f"weights: from {self.training.initial}"))
+        changes = initial_changes(self.config)
+        self.emit(Note(f"weights: from {self.training.initial}" + (f", with {', '.join(changes)}" if changes else "")))
         return self.trainer.init(initial_params(self.config))
 
     def _restore(self) -> TrainState:

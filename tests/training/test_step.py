@@ -186,3 +186,24 @@ def test_the_compiled_step_takes_the_old_states_memory(trainer):
     function = trainer.compile_step(state, batch_of(0))
     function(state, batch_of(0))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+
+
+def test_updates_without_gradients_are_computed_once_from_the_mean_load(model):
+    experts = {
+        "kind": "moe",
+        "num_experts": 4,
+        "top_k": 1,
+        "mlp_dim": 8,
+        "balance_rate": 0.25,
+        "load_balance_loss": 0.0,
+    }
+    trainer = trainer_of(Model(validate(ModelConfig, FIELDS | {"feedforward": experts, "dropout": 0.0})))
+    state = trainer.init()
+    gradients, _, one = jax.jit(trainer.gradients)(state, batch_of(0))
+    _, _, two = jax.jit(trainer.gradients)(state, batch_of(1))
+    loads = jax.tree.map(lambda a, b: (a + b) / 2, one.loads, two.loads)
+    after, *_ = jax.jit(trainer.apply)(state, gradients, one._replace(loads=loads))
+    (mean,) = (np.asarray(leaf).reshape(-1, 4) for leaf in jax.tree.leaves(loads))
+    balance = after.params["blocks"][0]["feedforward"]["balance"]
+    np.testing.assert_allclose(balance, 0.25 * np.sign(0.25 - mean))
+    assert np.abs(mean - 0.25).max() > 0.01
