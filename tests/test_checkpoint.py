@@ -279,9 +279,7 @@ def test_what_is_not_finite_is_not_saved(root, snapshot, value, dtype, place):
     before = snapshot(root)
     bad = {"a": {"good": jnp.arange(3), "bad": jnp.array([1.0, value, 2.0], dtype)}}
     trees = {"params": TREE, "optimizer": TREE} | {place: bad}
-    with pytest.raises(
-        checkpoint.NotFiniteError, match=rf"^step 4: {place}: .*a\.bad holds values that are not"
-    ):
+    with pytest.raises(checkpoint.NotFiniteError, match=rf"^step 4: {place}: .*a\.bad holds values that are not"):
         checkpoint.save(root, Snapshot(4, **trees))
     assert snapshot(root) == before
 
@@ -291,9 +289,7 @@ def test_what_is_not_finite_is_not_restored(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "_check_finite", lambda *_: None)
         saved = checkpoint.save(tmp_path, Snapshot(1, TREE | {"matrix": TREE["matrix"].at[3, 4].set(jnp.nan)}))
-    with pytest.raises(
-        checkpoint.NotFiniteError, match=r"step_00000001/params: matrix holds values that are not"
-    ):
+    with pytest.raises(checkpoint.NotFiniteError, match=r"step_00000001/params: matrix holds values that are not"):
         checkpoint.restore(saved, TREE)
 
 

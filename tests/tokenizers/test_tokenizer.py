@@ -307,7 +307,7 @@ LETTERS = models.BPE({"<unk>": 0, "a": 1, "b": 2, " ": 3}, [], unk_token="<unk>"
             WORDS,
             {"pre_tokenizer": pre_tokenizers.Whitespace()},
             "a  b é a",
-            len("   ".encode()) + 1 + len("é".encode()),
+            len(b"   ") + 1 + len("é".encode()),
         ),
         (WORDS, {"pre_tokenizer": pre_tokenizers.WhitespaceSplit()}, "a b", 1),
         (LETTERS, {}, "a你好b", 6),
