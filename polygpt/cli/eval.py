@@ -46,7 +46,7 @@ def eval(
     polygpt eval runs/demo --task hellaswag --data hellaswag_val.jsonl --out choices.jsonl
     polygpt eval runs/demo --task arc_easy --limit 100
     """
-    from polygpt.evaluation import progress
+    from polygpt.evaluation import progress_bar
     from polygpt.files import new_file
 
     config = _configured(task, settings)
@@ -54,8 +54,8 @@ def eval(
     _check_out(out, task, config.kind)
     lm = reading(model, dtype, {}, weights=weights or "auto", for_text=True)
     ready = config.prepare(lm.tokenizer, lm.config.context_length)
-    with progress(task, UNITS[config.kind]) as tell:
-        outcome = ready(lm, tell)
+    with progress_bar(task, UNITS[config.kind]) as progress:
+        outcome = ready(lm, progress)
     if out is not None:
         with new_file(out) as partial:
             partial.write_text("".join(json.dumps(row) + "\n" for row in outcome.rows), encoding="utf-8")

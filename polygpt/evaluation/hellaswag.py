@@ -16,7 +16,7 @@ import numpy as np
 from polygpt.data import open_bytes
 from polygpt.errors import RequestError
 from polygpt.evaluation.pairs import Pair, encode_pairs
-from polygpt.evaluation.scoring import Tell, quiet, score_continuations
+from polygpt.evaluation.scoring import ProgressCallback, no_progress, score_continuations
 from polygpt.language_model import LanguageModel
 from polygpt.tokenizers import Tokenizer
 
@@ -95,7 +95,7 @@ def encode_questions(
 
 
 def choose_endings(
-    lm: LanguageModel, questions: Sequence[Question], pairs: Sequence[Pair], tell: Tell = quiet
+    lm: LanguageModel, questions: Sequence[Question], pairs: Sequence[Pair], progress: ProgressCallback = no_progress
 ) -> tuple[HellaSwagResult, list[Choice]]:
     """Scores every question's endings; `pairs` are their ids (`encode_questions`). Of equal scores the first counts.
 
@@ -104,10 +104,10 @@ def choose_endings(
     """
     started = time.perf_counter()
 
-    def told(done: int, total: int) -> None:
-        tell(done // ENDINGS, total // ENDINGS)
+    def questions_done(done: int, total: int) -> None:
+        progress(done // ENDINGS, total // ENDINGS)
 
-    scores = score_continuations(lm.model, lm.params, pairs, told)
+    scores = score_continuations(lm.model, lm.params, pairs, questions_done)
     sums = np.array([score.log_likelihood for score in scores]).reshape(len(questions), ENDINGS)
     lengths = np.array([[len(ending.encode()) for ending in question.endings] for question in questions])
     labels = np.array([question.label for question in questions])

@@ -13,7 +13,7 @@ import numpy as np
 
 from polygpt.data import open_bytes
 from polygpt.errors import RequestError
-from polygpt.evaluation.scoring import Row, Tell, quiet, score_rows
+from polygpt.evaluation.scoring import ProgressCallback, Row, no_progress, score_rows
 from polygpt.language_model import LanguageModel
 from polygpt.tokenizers import Tokenizer
 
@@ -128,7 +128,11 @@ def windows(ids: np.ndarray, context: int, stride: int) -> Iterator[Row]:
 
 
 def perplexity(
-    lm: LanguageModel, text: Text, context: int | None = None, stride: int | None = None, tell: Tell = quiet
+    lm: LanguageModel,
+    text: Text,
+    context: int | None = None,
+    stride: int | None = None,
+    progress: ProgressCallback = no_progress,
 ) -> PerplexityResult:
     """Scores every token of `text` once, from at most `context` tokens before it.
 
@@ -139,7 +143,7 @@ def perplexity(
     started = time.perf_counter()
     context, stride = check_windows(context, stride, lm.config.context_length)
     rows = list(windows(text.ids, context, stride))
-    nats = -math.fsum(score.log_likelihood for score in score_rows(lm.model, lm.params, rows, tell))
+    nats = -math.fsum(score.log_likelihood for score in score_rows(lm.model, lm.params, rows, progress))
     tokens = len(text.ids) - 1
     mean = nats / tokens
     return PerplexityResult(
