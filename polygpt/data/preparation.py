@@ -186,7 +186,7 @@ class _SplitWriter(AbstractContextManager):
             self.stream.close()
 
     def add(self, ids: np.ndarray, text_bytes: int, lost_bytes: int) -> None:
-        """One document: its ids, and how many bytes of its text, in UTF-8, they stand for and how many not."""
+        """Adds a document: its ids, and how many UTF-8 bytes of its text they stand for and how many are lost."""
         if not len(ids):  # some tokenizers encode white space to nothing
             return
         if self.stream is None:

@@ -47,7 +47,7 @@ class ShardEntry(Config):
 
 
 class SplitEntry(Config):
-    """One side of the data; `bytes` is the length of its text in UTF-8, without `lost_bytes` (see `_write`)."""
+    """One side of the split; `bytes` is the length of its text in UTF-8, without `lost_bytes` (see `_write`)."""
 
     documents: int = Field(ge=1)
     tokens: int = Field(ge=1)

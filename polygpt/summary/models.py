@@ -17,7 +17,7 @@ from polygpt.presets import PRESET_VOCAB
 from polygpt.recipes import load_recipe, model_changes, named_fields
 from polygpt.summary.tree import model_tree
 from polygpt.tokenizers import load_tokenizer
-from polygpt.training import OptimizerConfig, RunConfig, TrainingConfig, read_config
+from polygpt.training import OptimizerConfig, RunConfig, TrainingConfig
 
 # A larger text (in bytes) is not read just to count its characters.
 LARGEST_TEXT = 2**26
@@ -58,8 +58,9 @@ def resolve_model(name: str, overrides: Mapping[str, Any] | None = None) -> Reso
         model = validate(ModelConfig, fields, name)
         counted = None if model.vocab_size else f"counted with GPT-2's {PRESET_VOCAB:,} ids"
         return Resolved(model.with_vocab(PRESET_VOCAB), None, counted)
-    folder = Path(name).expanduser()
-    run = read_config(folder).replace(**overrides or {}) if folder.is_dir() else load_recipe(name, overrides)
+    initial = fields["training"].get("initial") if isinstance(fields["training"], Mapping) else None
+    derived = initial is not None and not Path(name).expanduser().is_dir()  # a run's folder has all of its model
+    run = load_recipe(name, overrides) if derived else validate(RunConfig, fields)
     if run.model.vocab_size is not None:
         return Resolved(run.model, run, repeatable=run.training.initial is None)
     size, source, repeatable = _vocabulary(run)
