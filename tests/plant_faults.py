@@ -73,6 +73,38 @@ FAULTS = [
     Fault("model/model.py", "return 3 * (2 * weights", "return 2 * (2 * weights", "model/test_model.py"),
     Fault("model/rope.py", "jnp.sin(angles) * magnitude", "jnp.sin(angles)", "spec"),
     Fault("model/parts.py", "scale *= self.residual_scale", "scale *= 1", "model/test_model.py"),
+    # generation
+    Fault("generation/engine.py", "settings.limit.max() - 1)", "settings.limit.max() - 2)", "generation"),
+    Fault("generation/engine.py", "tokens[: self.budget - self.taken]", "tokens[: self.budget]", "generation"),
+    Fault("generation/programs.py", "position + 1 >= settings.limit", "position >= settings.limit", "generation"),
+    Fault("generation/sampling.py", "jax.random.key(seed), position)", "jax.random.key(seed), 0)", "generation"),
+    Fault("generation/sampling.py", "jax.random.key(seed), position)", "jax.random.key(0), position)", "generation"),
+    Fault("generation/sampling.py", "(top_p < 1) & (logits < cut)", "(top_p < 1) & (logits <= cut)", "generation"),
+    Fault("generation/text.py", "min(len(word) - 1, len(text))", "min(len(word) - 2, len(text))", "generation"),
+    # training
+    Fault("training/step.py", "jnp.minimum(1.0, self.config", "jnp.minimum(2.0, self.config", "training/test_step.py"),
+    Fault("training/step.py", "self.config.seeds.dropout), state.step)", "self.config.seeds.dropout), 0)", "training"),
+    Fault("training/step.py", "batch.mask / jnp", "jnp.ones_like(batch.mask) / jnp", "training/test_step.py"),
+    Fault("training/optimizers.py", "mask=_is_matrix(model)", "mask=None", "training/test_optimizers.py"),
+    Fault("training/optimizers.py", "start = peak / max(warmup, 1)", "start = 0.0", "training/test_optimizers.py"),
+    Fault(
+        "training/optimizers.py", "learning_rate(step) * ratio", "learning_rate(step)", "training/test_optimizers.py"
+    ),
+    Fault("training/jobs.py", "np.linspace(0, count - 1, wanted)", "np.arange(wanted)", "training"),
+    Fault("training/loop.py", "self.loader.batch(step - 1)", "self.loader.batch(step)", "training"),
+    Fault("checkpoint.py", "complete[keep:]", "complete[keep + 1 :]", "test_checkpoint.py training"),
+    # data
+    Fault("data/loader.py", "mask[row, seen : len(ids) - 1]", "mask[row, : len(ids) - 1]", "data"),
+    Fault("data/loader.py", "            self.stride,\n            self.seed,", "            self.seed,", "data"),
+    Fault("data/loader.py", "shuffle(seed=spread)", "shuffle(seed=0)", "data"),
+    # evaluation
+    Fault("evaluation/perplexity.py", "/ math.log(2) / text.bytes", "/ text.bytes", "evaluation"),
+    Fault("evaluation/hellaswag.py", "(sums / lengths).argmax(1)", "sums.argmax(1)", "evaluation"),
+    Fault("evaluation/hellaswag.py", "len(ending.encode())", "len(ending)", "evaluation"),
+    Fault("evaluation/baselines.py", "followers[first] * unigram", "unigram", "evaluation"),
+    # interop
+    Fault("interop/names.py", "own[..., 0::2], own[..., 1::2]", "own[..., 1::2], own[..., 0::2]", "interop"),
+    Fault("interop/names.py", "return flat[::-1] if self", "return flat if self", "interop"),
 ]
 
 
