@@ -10,7 +10,7 @@ import pytest
 from polygpt.config import validate
 from polygpt.errors import PolygptError, RequestError
 from polygpt.generation import Request, Sampler, generate_tokens
-from polygpt.generation.engine import _slots
+from polygpt.generation.engine import _prefill, _slots, settings_of
 from polygpt.generation.programs import CHUNK, programs_of
 from polygpt.model import Model, ModelConfig
 
@@ -99,13 +99,16 @@ def test_the_stop_token_ends_a_row_and_is_not_given(model, params, uncached):
     assert reasons == ["stop"]
 
 
-@pytest.mark.parametrize("length", [33, 34])
-def test_a_state_has_as_many_slots_as_tokens_are_read(model, params, uncached, length):
+def test_a_state_has_as_many_slots_as_tokens_are_read(model, params, uncached):
     """The last token is never read: of 33 tokens 32 slots hold everything, of 34 they would lose the first."""
     assert (_slots(32, 48), _slots(33, 48), _slots(48, 48)) == (32, 48, 48)
     for prompt in ([7, 8, 9], [11], list(range(20))):
-        rows, _ = run(model, params, [prompt], max_new_tokens=length - len(prompt))
-        assert rows[0] == uncached(prompt, length - len(prompt))
+        rows, _ = run(model, params, [prompt], max_new_tokens=33 - len(prompt))
+        assert rows[0] == uncached(prompt, 33 - len(prompt))
+        for length, slots in ((33, 32), (34, 48)):
+            requests = [Request(prompt, length - len(prompt))]
+            progress = _prefill(model, params, requests, settings_of(requests, 48))
+            assert progress.state[0].attention.slots == slots
 
 
 def test_a_prompt_may_be_padded_to_more_than_the_state_holds(model, params, uncached):
