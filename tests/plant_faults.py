@@ -22,6 +22,8 @@ ROOT = Path(__file__).parents[1]
 # What the tests read beside the package and themselves.
 COPIED = ("polygpt", "tests", "docs", "README.md", "pyproject.toml", "Makefile", "benchmarks", "notebooks")
 
+TIME_LIMIT = 900.0  # seconds for the tests of one fault
+
 
 class Fault(NamedTuple):
     """`old` in polygpt/`file` becomes `new`; `tests` are those below tests/ that should notice."""
@@ -121,7 +123,11 @@ def plant(fault: Fault, copy: Path) -> tuple[bool, float]:
         marks = "not slow and not gpu and not parity and not llamacpp"
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-n0", "-m", marks, *tests]
         environment = os.environ | {"PYTHONPATH": str(copy)}
-        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=copy, env=environment, capture_output=True, text=True, check=False, timeout=TIME_LIMIT
+        )
+    except subprocess.TimeoutExpired:  # a loop that does not end is noticed
+        return True, TIME_LIMIT
     finally:
         path.write_text(text, encoding="utf-8")
     if done.returncode not in (0, 1):
