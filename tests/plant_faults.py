@@ -35,6 +35,15 @@ class Fault(NamedTuple):
 
 
 FAULTS = [
+    # tokenizers
+    Fault("tokenizers/decoding.py", "before = REPLACEMENT  #", "pass  #", "tokenizers"),
+    Fault("tokenizers/encoding.py", "if number != unknown:", "if True:", "tokenizers"),
+    Fault("tokenizers/encoding.py", "twin.post_processor = None", "pass", "tokenizers"),
+    Fault("tokenizers/tokenizer.py", "or tuple(context) == self.start", "", "tokenizers"),
+    Fault("tokenizers/folder.py", 'and "added_tokens_decoder" not in config', "", "tokenizers"),
+    Fault("tokenizers/vocab_merges.py", 'config.get("add_bos_token") and ', "", "tokenizers"),
+    Fault("tokenizers/typed.py", "while pattern.search(marked):", "if pattern.search(marked):", "tokenizers"),
+    Fault("tokenizers/gguf_writing.py", 'named = [roles["eos_token_id"], ', "named = [", "interop/test_roles.py"),
     # kernels
     Fault("kernels/blocked.py", "fold_in(self.inputs.key, first)", "fold_in(self.inputs.key, 0)", "kernels"),
     Fault("kernels/blocked.py", "before = rule.window - 1", "before = rule.window - 2", "kernels"),
