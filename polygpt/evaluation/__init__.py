@@ -1,6 +1,6 @@
 """Evaluation: how well a model predicts text, what it chooses, and what its likelihood is measured against.
 
-`EVALUATIONS` is the menu of what `polygpt eval` and `training.evaluations` do; the functions behind it work on any
+`EVALUATIONS` is the registry of what `polygpt eval` and `training.evaluations` do; the functions behind it work on any
 `LanguageModel`.
 """
 

@@ -1,4 +1,4 @@
-"""What a model can be evaluated by, as configuration: the menu of `polygpt eval` and of `training.evaluations`."""
+"""What a model can be evaluated by, as configuration: the registry of `polygpt eval` and of `training.evaluations`."""
 
 from __future__ import annotations
 
