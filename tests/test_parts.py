@@ -1,4 +1,4 @@
-"""What fills a slot: a user's own class, named by dotted path, or one of the registry; mistakes name what is missing."""
+"""What fills a slot: a registered kind, or a user's own class by dotted path; mistakes name what is missing."""
 
 import sys
 

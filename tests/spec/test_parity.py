@@ -1,4 +1,4 @@
-"""The decoder against its specification: logits, auxiliary losses and every parameter's gradient, over all registries."""
+"""The decoder against its specification: logits, auxiliary losses, every parameter's gradient, for every kind."""
 
 import ast
 import functools
