@@ -17,6 +17,7 @@ from polygpt.checkpoint import NotFiniteError
 from polygpt.errors import PolygptError, RequestError
 from polygpt.loading import CHECKPOINTS
 from polygpt.model import Model, model_of
+from polygpt.process import memory_not_kept
 from polygpt.training.config import RunConfig
 from polygpt.training.events import Compiled, Ended, Event, Finished, Listener, Note, RunResult, Started
 from polygpt.training.initial import initial_changes, initial_params
@@ -245,4 +246,6 @@ def _warnings(config: RunConfig, model: Model, ids: int) -> list[str]:
         )
     if len(devices) > 1:
         found.append(f"{len(devices)} {devices[0].platform} devices are here; training uses one, the first")
+    if devices[0].platform == "cpu" and (reason := memory_not_kept()):
+        found.append(f"freed memory is given back in every step, which makes training slower: {reason}")
     return found + ([model.training_caveat] if model.training_caveat else [])

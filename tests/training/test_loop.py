@@ -33,3 +33,9 @@ def test_devices_that_are_not_used_are_said(workdir, monkeypatch):
 def test_a_vocabulary_far_larger_than_the_tokenizers_is_warned_of(workdir):
     (told,) = warnings_of(**{"training.schedule.warmup_steps": 1, "model.vocab_size": 400})
     assert told.startswith("model.vocab_size=400 is far more than the tokenizer's")
+
+
+def test_memory_that_is_not_kept_is_said(workdir, monkeypatch):
+    monkeypatch.setattr("polygpt.process._not_kept", ["the C library is not glibc"])
+    (told,) = warnings_of(**{"training.schedule.warmup_steps": 1})
+    assert told == "freed memory is given back in every step, which makes training slower: the C library is not glibc"
