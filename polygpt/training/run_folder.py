@@ -36,7 +36,6 @@ from polygpt.training.prompts import check_prompts
 
 DATA = "data"
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
-Note = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def naming_evaluation(index: int) -> Iterator[None]:
         raise RequestError(f"training.evaluations.{index}: {error}") from None
 
 
-def create_run(config: RunConfig, folder: Path, note: Note, check: Callable[[Run], None]) -> Run:
+def create_run(config: RunConfig, folder: Path, note: Callable[[str], None], check: Callable[[Run], None]) -> Run:
     """Trains the tokenizer, prepares the shards and writes the folder, unless `check` refuses the run.
 
     Raises:
@@ -119,7 +118,7 @@ def create_run(config: RunConfig, folder: Path, note: Note, check: Callable[[Run
     return run
 
 
-def open_run(folder: Path, note: Note | None = None) -> Run:
+def open_run(folder: Path, note: Callable[[str], None] | None = None) -> Run:
     """The run in `folder`, its shards verified.
 
     Args:
@@ -142,7 +141,7 @@ def open_run(folder: Path, note: Note | None = None) -> Run:
     return _prepare_again(Run(folder, config, tokenizer, None), note)
 
 
-def _prepare_again(run: Run, note: Note) -> Run:
+def _prepare_again(run: Run, note: Callable[[str], None]) -> Run:
     """The run with its missing shards, prepared as they were; other ones are refused and removed."""
     own, path = run.folder / DATA, run.config.data.path
     note(f"data: {own} is missing; preparing it again from {path}")
@@ -220,7 +219,7 @@ def resolve_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
     return model
 
 
-def _prepare(config: RunConfig, partial: Path, note: Note) -> tuple[Tokenizer, Shards]:
+def _prepare(config: RunConfig, partial: Path, note: Callable[[str], None]) -> tuple[Tokenizer, Shards]:
     if is_prepared(config.data):
         folder = Path(config.data.paths[0]).expanduser()
         wanted = config.tokenizer
@@ -241,7 +240,7 @@ def _prepare(config: RunConfig, partial: Path, note: Note) -> tuple[Tokenizer, S
     return tokenizer, _write_shards(config, tokenizer, partial / DATA, note)
 
 
-def _write_shards(config: RunConfig, tokenizer: Tokenizer, folder: Path, note: Note) -> Shards:
+def _write_shards(config: RunConfig, tokenizer: Tokenizer, folder: Path, note: Callable[[str], None]) -> Shards:
     source = open_source(config.data)
     shards = prepare(source, tokenizer, folder, config.data)
     if source.invalid.documents:

@@ -85,6 +85,16 @@ def test_tiny_shakespeare_divides_as_nanogpt_does(shared_data, tmp_path):
     assert shards.manifest.vocab_size == 65
 
 
+@pytest.mark.parametrize(("count", "split"), [(1, "fraction"), (99, "fraction"), (100, "document"), (101, "document")])
+def test_few_documents_are_split_by_fraction_where_it_is_left_open(prepared, byte_tokenizer, count, split):
+    texts = [f"the text of document {n}" for n in range(count)]
+    found, wanted = (prepared(texts, name=name, split=name, validation_fraction=0.2) for name in ("auto", split))
+    for side in ("train", "validation"):
+        texts = [decoded(getattr(shards, side), byte_tokenizer) for shards in (found, wanted)]
+        assert texts[0] == texts[1]
+
+
+
 def test_a_side_without_text_is_refused_with_a_mend(prepared, tmp_path):
     with pytest.raises(RequestError, match=r"set data\.split to 'fraction'"):
         prepared(["only one"])

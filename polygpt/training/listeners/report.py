@@ -194,14 +194,15 @@ def _baseline_figure(rows: Sequence[Baseline]) -> Figure:
 
 
 def _smooth(values: Sequence[float], reach: int = 10) -> np.ndarray:
-    """Centred moving average over `reach` values to each side, fewer of both near the ends.
+    """Moving average over `reach` values before and after each; near the start as many after as there are before.
 
     An average of the past alone lags behind a loss that falls quickly, as it does at the start.
     """
     index = np.arange(len(values))
-    sides = np.minimum(np.minimum(index, index[::-1]), reach)
+    before = np.minimum(index, reach)
+    after = np.minimum(before, index[::-1])
     sums = np.concatenate([[0.0], np.cumsum(values)])
-    return (sums[index + sides + 1] - sums[index - sides]) / (2 * sides + 1)
+    return (sums[index + after + 1] - sums[index - before]) / (before + after + 1)
 
 
 def _svg(figure: Figure) -> str:
