@@ -171,3 +171,9 @@ def test_a_run_goes_on_under_its_own_configuration_or_a_recipes(tiny_run, tiny_f
     assert resume_config(tiny_run, str(tiny_files / "tiny.yaml"), {"training.steps": 8}).training.steps == 8
     with pytest.raises(RequestError, match="no run here"):
         resume_config(tiny_files, None, {})
+
+
+@pytest.mark.parametrize("name", ["demo", "own_text"])
+def test_a_tokenizers_path_takes_the_place_of_the_recipes_tokenizer(name):
+    tokenizer = load_recipe(recipe_path(name), {"tokenizer.path": "folder", "data.path": "x"}).tokenizer
+    assert (tokenizer.kind, tokenizer.path) == ("file", "folder")
