@@ -94,7 +94,6 @@ def test_few_documents_are_split_by_fraction_where_it_is_left_open(prepared, byt
         assert texts[0] == texts[1]
 
 
-
 def test_a_side_without_text_is_refused_with_a_mend(prepared, tmp_path):
     with pytest.raises(RequestError, match=r"set data\.split to 'fraction'"):
         prepared(["only one"])

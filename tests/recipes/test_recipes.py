@@ -175,5 +175,5 @@ def test_a_run_goes_on_under_its_own_configuration_or_a_recipes(tiny_run, tiny_f
 
 @pytest.mark.parametrize("name", ["demo", "own_text"])
 def test_a_tokenizers_path_takes_the_place_of_the_recipes_tokenizer(name):
-    tokenizer = load_recipe(recipe_path(name), {"tokenizer.path": "folder", "data.path": "x"}).tokenizer
+    tokenizer = load_recipe(name, {"tokenizer.path": "folder", "data.path": "x"}).tokenizer
     assert (tokenizer.kind, tokenizer.path) == ("file", "folder")
