@@ -135,6 +135,8 @@ LOADED = "import sys; from polygpt import cli; code = cli._run(sys.argv[1:], Fal
         ["show", "gtp2"],
         ["train", "dmeo", "--out", "x"],
         ["import", "y", "--out", "x"],
+        ["export", "y", "--format", "hf", "--out", "x"],
+        ["eval", "y", "--task", "perplexity", "--data", "z"],
     ],
     ids=" ".join,
 )

@@ -157,7 +157,7 @@ REQUESTS = {
     ),
     "negative new tokens": (
         [*GENERATE, "--max-new-tokens", "-3"],
-        "max_new_tokens of at least 1, not -3",
+        "of at least 1, not -3",
     ),
     "a negative temperature": (
         [*GENERATE, "--temperature", "-1"],
