@@ -46,6 +46,10 @@ def eval(
     polygpt eval runs/demo --task hellaswag --data hellaswag_val.jsonl --out choices.jsonl
     polygpt eval runs/demo --task arc_easy --limit 100
     """
+    from polygpt.presets import check_model_name
+
+    check_model_name(model)
+
     from polygpt.evaluation import progress_bar
     from polygpt.files import new_file
 

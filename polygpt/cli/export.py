@@ -22,13 +22,17 @@ def export(model: str, form: str, out: Path, dtype: str | None, as_json: bool) -
 
     A part that has no counterpart there is refused by name.
     """
-    from polygpt import interop
     from polygpt.errors import RequestError, suggest
+    from polygpt.presets import check_model_name
 
+    check_model_name(model)
     if dtype is not None and dtype not in _TYPES[form]:
         raise RequestError(f"--dtype {dtype}: not a type of --format {form}; {suggest(dtype, _TYPES[form])}")
     if out.exists():
         raise RequestError(f"{out}: exists already; choose another --out")
+
+    from polygpt import interop
+
     write, choose = {
         "hf": (interop.export_huggingface, interop.choose_family),
         "gguf": (interop.export_gguf, interop.choose_architecture),

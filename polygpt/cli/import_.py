@@ -26,10 +26,12 @@ def import_(source: str, overrides: tuple[str, ...], out: Path, dtype: str | Non
     """
     from polygpt.config import dotted_to_nested, parse_overrides
     from polygpt.errors import RequestError
+    from polygpt.presets import check_model_name
 
     if out.exists():
         raise RequestError(f"{out}: exists already; choose another --out")
     changes = parse_overrides(overrides)
+    check_model_name(source)
     check_names(dotted_to_nested(changes))
 
     from polygpt.loading import save

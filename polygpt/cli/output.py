@@ -35,8 +35,12 @@ def reading(name: str, dtype: str | None, overrides: Mapping[str, Any], **how: A
     `overrides` are dotted keys below `model`; `how` is passed on to `polygpt.load`.
     """
     from polygpt.config import as_yaml
-    from polygpt.loading import load
+    from polygpt.presets import check_model_name
     from polygpt.recipes import model_changes
+
+    check_model_name(name)
+
+    from polygpt.loading import load
 
     changes = as_yaml(model_changes(overrides))
     with weights_bar() as on_progress:

@@ -151,8 +151,14 @@ REQUESTS = {
     "a prompt with a letter it lacks": (["generate", "run", "--prompt", "the \N{SNOWMAN}"], "'☃' (U+2603) at index 4"),
     "a prompt that is no text": (["generate", "run", "--prompt", "a\udcff"], "index 1 of the text is a lone surrogate"),
     "a prompt longer than the context": (["generate", "run", "--prompt", "the " * 5], "the prompt has 20 tokens"),
-    "no new tokens": ([*GENERATE, "--max-new-tokens", "0"], "max_new_tokens must be at least 1, not 0"),
-    "negative new tokens": ([*GENERATE, "--max-new-tokens", "-3"], "max_new_tokens must be at least 1, not -3"),
+    "no new tokens": (
+        [*GENERATE, "--max-new-tokens", "0"],
+        "max_new_tokens must be a whole number of at least 1",
+    ),
+    "negative new tokens": (
+        [*GENERATE, "--max-new-tokens", "-3"],
+        "of at least 1, not -3",
+    ),
     "a negative temperature": (
         [*GENERATE, "--temperature", "-1"],
         "temperature: input should be greater than or equal",
