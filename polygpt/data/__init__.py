@@ -7,7 +7,7 @@
 from polygpt.data.config import DataConfig
 from polygpt.data.loader import Loader
 from polygpt.data.preparation import prepare, training_texts
-from polygpt.data.reading import open_bytes
+from polygpt.data.reading import format_of, open_bytes
 from polygpt.data.shards import Manifest, Shards, TokenSplit, is_prepared, open_shards
 from polygpt.data.sources import Document, InvalidText, Source, open_source
 
@@ -20,6 +20,7 @@ __all__ = [
     "Shards",
     "Source",
     "TokenSplit",
+    "format_of",
     "is_prepared",
     "open_bytes",
     "open_shards",

@@ -65,6 +65,8 @@ def read_questions(path: Path, limit: int | None = None) -> list[Question]:
     Raises:
         RequestError: the file is missing or empty, or a row is malformed; its line is named.
     """
+    if path.is_dir():
+        raise RequestError(f"{path}: is a folder; give HellaSwag's .jsonl file")
     questions: list[Question] = []
     with open_bytes(path) as stream:
         for number, line in enumerate(stream, 1):
@@ -136,7 +138,7 @@ def _stderr(share: float, count: int) -> float | None:
 
 def _question(line: bytes, number: int, where: str) -> Question:
     try:
-        row = json.loads(line.decode())
+        row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
     except UnicodeDecodeError as error:
         raise RequestError(f"{where}: not UTF-8 text (byte {error.start})") from None
     except (ValueError, RecursionError) as error:

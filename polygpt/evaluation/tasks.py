@@ -76,10 +76,12 @@ class PerplexityConfig(EvaluationConfig):
     """Perplexity and bits per byte of a UTF-8 text.
 
     Attributes:
-        path: the text's file (.gz and .zst are decompressed).
+        path: the text's file, or a .jsonl file of documents (.gz and .zst are decompressed).
         context: input tokens a window; None is the model's context_length.
         stride: tokens between windows, each scored once; None is half of the window.
-        start: put the end-of-text token before the text, if there is one.
+        start: put the end-of-text token before each document, if there is one.
+        documents: `<|endoftext|>` in a text file divides documents, as in training; otherwise it is ordinary text.
+        text_key: the key of a .jsonl object that holds the text.
     """
 
     kind: Literal["perplexity"] = "perplexity"
@@ -87,10 +89,12 @@ class PerplexityConfig(EvaluationConfig):
     context: PositiveInt | None = None
     stride: PositiveInt | None = None
     start: bool = True
+    documents: bool = False
+    text_key: str = "text"
 
     @cached_property
-    def _text(self) -> str:
-        return read_text(_path(self.path))
+    def _text(self) -> list[str]:
+        return read_text(_path(self.path), self.documents, self.text_key)
 
     def check(self) -> None:
         _ = self._text

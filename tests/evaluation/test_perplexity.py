@@ -1,5 +1,6 @@
 """Perplexity against a computation of its own, and that every token is scored exactly once."""
 
+import json
 import math
 
 import numpy as np
@@ -152,6 +153,63 @@ def test_windows_that_do_not_fit_are_refused(lm, tmp_path, settings, complaint):
 
 
 def test_one_token_alone_cannot_be_predicted(lm, byte_lm):
-    with pytest.raises(RequestError, match="one token and nothing stands before it"):
+    with pytest.raises(RequestError, match="one token and nothing comes before it"):
         encode_text("a", lm.tokenizer, "text")
     assert len(encode_text("a", byte_lm.tokenizer, "text").ids) == 2
+
+
+MARK = "\N{ZERO WIDTH NO-BREAK SPACE}"
+
+
+def write_jsonl(path, texts, key="text"):
+    path.write_text("".join(json.dumps({key: text, "id": 0}) + "\n\n" for text in texts), encoding="utf-8")
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_text(MARK + TEXT, encoding="utf-8")
+    assert read_text(tmp_path / "a.txt") == read_text(tmp_path / "a.txt", documents=True) == [TEXT]
+    (tmp_path / "a.jsonl").write_text(MARK + json.dumps({"text": TEXT}), encoding="utf-8")
+    assert read_text(tmp_path / "a.jsonl") == [TEXT]
+    (tmp_path / "b.txt").write_text(MARK, encoding="utf-8")
+    with pytest.raises(RequestError, match="is empty"):
+        read_text(tmp_path / "b.txt")
+
+
+def test_documents_are_read_as_training_reads_them(tmp_path, byte_lm):
+    (tmp_path / "a.txt").write_text("one\n<|endoftext|>\ntwo<|endoftext|>")
+    write_jsonl(tmp_path / "a.jsonl", ["one", "two"])
+    write_jsonl(tmp_path / "b.jsonl", ["one", "two"], key="content")
+    ways = [("a.txt", {"documents": True}), ("a.jsonl", {}), ("b.jsonl", {"text_key": "content"})]
+    for name, how in ways:
+        assert read_text(tmp_path / name, **how) == ["one", "two"]
+    assert read_text(tmp_path / "a.txt") == ["one\n<|endoftext|>\ntwo<|endoftext|>"]
+
+    end = byte_lm.tokenizer.end_of_text
+    text = encode_text(["one", "two"], byte_lm.tokenizer, "text")
+    assert text.ids.tolist() == [end, *b"one", end, *b"two"]
+    result = perplexity(byte_lm, text)
+    assert (result.documents, result.tokens, result.bytes, result.start_token) == (2, 7, 6, end)
+    bare = encode_text(["one", "two"], byte_lm.tokenizer, "text", start=False)
+    assert (bare.ids.tolist(), bare.start_token) == (list(b"onetwo"), None)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "complaint"),
+    [
+        ("a.jsonl", b'{"text": 5}', "line 1: 'text' must be text"),
+        ("a.jsonl", b'{"body": "a"}', r"line 1: no key 'text'; its keys are: body \(choose one with --text-key\)"),
+        ("a.jsonl", b"{", "line 1: not JSON"),
+        ("a.jsonl", b"\n", "no text in it"),
+        ("a.jsonl", b'{"text": "\xff"}', "not UTF-8"),
+    ],
+)
+def test_malformed_documents_are_named(tmp_path, name, data, complaint):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(RequestError, match=complaint) as caught:
+        read_text(tmp_path / name)
+    assert "data." not in str(caught.value)
+
+
+def test_a_folder_is_no_text(tmp_path):
+    with pytest.raises(RequestError, match="is a folder"):
+        read_text(tmp_path)

@@ -9,8 +9,8 @@ import pytest
 
 from polygpt.config import validate
 from polygpt.errors import PolygptError, RequestError
-from polygpt.generation import Request, Sampler, generate_tokens
-from polygpt.generation.engine import _prefill, _slots, settings_of
+from polygpt.generation import Request, Sampler, engine, generate_tokens
+from polygpt.generation.engine import _slots
 from polygpt.generation.programs import CHUNK, programs_of
 from polygpt.model import Model, ModelConfig
 
@@ -99,16 +99,31 @@ def test_the_stop_token_ends_a_row_and_is_not_given(model, params, uncached):
     assert reasons == ["stop"]
 
 
-def test_a_state_has_as_many_slots_as_tokens_are_read(model, params, uncached):
-    """The last token is never read: of 33 tokens 32 slots hold everything, of 34 they would lose the first."""
-    assert (_slots(32, 48), _slots(33, 48), _slots(48, 48)) == (32, 48, 48)
-    for prompt in ([7, 8, 9], [11], list(range(20))):
-        rows, _ = run(model, params, [prompt], max_new_tokens=33 - len(prompt))
-        assert rows[0] == uncached(prompt, 33 - len(prompt))
-        for length, slots in ((33, 32), (34, 48)):
-            requests = [Request(prompt, length - len(prompt))]
-            progress = _prefill(model, params, requests, settings_of(requests, 48))
-            assert progress.state[0].attention.slots == slots
+def test_the_slots_of_a_state_follow_from_the_longest_sequence(model, params):
+    for length, slots in ((33, 32), (34, 48)):
+        requests = [Request([1, 2, 3], length - 3)]
+        progress = engine._prefill(model, params, requests, engine.settings_of(requests, 48))
+        assert progress.state[0].attention.slots == slots
+
+
+def test_a_state_has_as_many_slots_as_tokens_are_read(model, params):
+    """The last of 17 tokens is never read, so 16 slots hold everything, and each of them is needed."""
+    assert (_slots(16, 48), _slots(17, 48), _slots(33, 48)) == (16, 32, 48)
+    prompts = np.random.default_rng(0).integers(0, 29, (64, 15))
+    rows, _ = run(model, params, prompts.tolist(), max_new_tokens=2)
+    seen = jnp.asarray(np.concatenate([prompts, np.array(rows)[:, :1]], axis=1), jnp.int32)
+    assert [row[1] for row in rows] == model.logits(params, seen)[:, -1].argmax(-1).tolist()
+
+
+def test_rows_are_decoded_up_to_their_limit(model, params):
+    """And stand still there, while others go on."""
+    requests = [Request([1], 3, GREEDY), Request([1, 2], 9, GREEDY)]
+    settings = engine.settings_of(requests, 48)
+    progress = engine._prefill(model, params, requests, settings)
+    progress, tokens = programs_of(model.config).decode(params, progress, settings)
+    assert progress.done.all()
+    assert progress.position.tolist() == [3, 10]
+    assert not tokens[:, 8:].any()
 
 
 def test_a_prompt_may_be_padded_to_more_than_the_state_holds(model, params, uncached):
