@@ -103,7 +103,7 @@ FAULTS = [
     ),
     Fault("training/jobs.py", "np.linspace(0, count - 1, wanted)", "np.arange(wanted)", "training"),
     Fault("training/loop.py", "self.loader.batch(step - 1)", "self.loader.batch(step)", "training"),
-    Fault("checkpoint.py", "complete[keep:]", "complete[keep + 1 :]", "test_checkpoint.py training"),
+    Fault("checkpoint/steps.py", "complete[keep:]", "complete[keep + 1 :]", "checkpoint training"),
     # data
     Fault("data/loader.py", "mask[row, seen : len(ids) - 1]", "mask[row, : len(ids) - 1]", "data"),
     Fault("data/loader.py", "            self.stride,\n            self.seed,", "            self.seed,", "data"),

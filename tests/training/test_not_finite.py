@@ -69,7 +69,7 @@ def spoil(run, monkeypatch):
     found = checkpoint.restore(saved, like.params, like.optimizer)
     params = jax.tree.map(lambda leaf: leaf * jnp.nan, found.params)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "check_finite", lambda *_: None)
+        patch.setattr("polygpt.checkpoint.steps.check_finite", lambda *_: None)
         checkpoint.save(run / "checkpoints", dataclasses.replace(found, params=params))
 
 

@@ -10,28 +10,23 @@ Knows arrays and files, nothing of models or training.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
-import logging
 import os
 import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from errno import EACCES, EDQUOT, EFBIG, EIO, ENOSPC, EROFS
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import SingleDeviceSharding
 from jaxtyping import PyTree
 
-from polygpt.errors import PolygptError, RequestError
+from polygpt.checkpoint.arrays import check_finite, flatten, quiet_orbax, read_arrays, write_arrays
+from polygpt.errors import PolygptError
 from polygpt.files import remove_folder
 
 FORMAT = 1
@@ -82,10 +77,6 @@ class Checkpoint:
     info: dict[str, Any]
 
 
-class NotFiniteError(PolygptError):
-    """A value that should be a finite number is NaN or infinite."""
-
-
 def save(root: Path, snapshot: Snapshot, keep: int = 2) -> Checkpoint:
     """Writes a snapshot below `root`, then deletes all but it and the `keep - 1` steps before it.
 
@@ -99,7 +90,7 @@ def save(root: Path, snapshot: Snapshot, keep: int = 2) -> Checkpoint:
     partial = root / f".{final.name}.partial"
     for name, tree in snapshot.arrays.items():
         check_finite(f"step {snapshot.step}: {name}", tree)
-    with _quiet_orbax():
+    with quiet_orbax():
         try:
             for left in root.glob(".step_*.partial"):  # by a process that was killed while saving
                 shutil.rmtree(left, ignore_errors=True)
@@ -120,7 +111,7 @@ def save(root: Path, snapshot: Snapshot, keep: int = 2) -> Checkpoint:
 def _write(folder: Path, snapshot: Snapshot) -> None:
     folder.mkdir(parents=True)
     for name, tree in snapshot.arrays.items():
-        _write_arrays(folder / name, _flatten(tree))
+        write_arrays(folder / name, flatten(tree))
     _write_json(folder / "info.json", snapshot.info)
     files = {str(path.relative_to(folder)): _fingerprint(path, sync=True) for path in _files(folder)}
     _write_json(folder / MANIFEST, {"format": FORMAT, "step": snapshot.step, "files": files})
@@ -179,108 +170,11 @@ def restore(checkpoint: Checkpoint, params: PyTree, optimizer: PyTree | None = N
         NotFiniteError: an array holds NaN or infinity.
     """
     like = Snapshot(checkpoint.step, params, optimizer)
-    arrays = {name: _read_arrays(checkpoint.folder / name, tree) for name, tree in like.arrays.items()}
+    arrays = {name: read_arrays(checkpoint.folder / name, tree) for name, tree in like.arrays.items()}
     state = arrays["optimizer"][0] if "optimizer" in arrays else None
     info = {name: value for name, value in checkpoint.info.items() if name in like.info}
     info["recent_losses"] = tuple(info.get("recent_losses", ()))
     return Snapshot(params=arrays["params"], optimizer=state, **info)
-
-
-def _read_arrays(folder: Path, like: PyTree) -> PyTree:
-    import orbax.checkpoint as ocp
-
-    wanted = _flatten(like)
-    with _quiet_orbax(), ocp.StandardCheckpointer() as checkpointer:
-        stored = {name: (tuple(m.shape), np.dtype(m.dtype)) for name, m in _metadata(checkpointer, folder).items()}
-        expected = {name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in wanted.items()}
-        for name in sorted(stored.keys() | expected.keys()):
-            if stored.get(name) != expected.get(name):
-                have, want = _spell(stored.get(name)), _spell(expected.get(name))
-                raise RequestError(f"{folder}: {name} is {have} here, {want} in the model; load it with its own config")
-        placement = SingleDeviceSharding(jax.local_devices()[0])
-        abstract = {
-            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or placement)
-            for name, leaf in wanted.items()
-        }
-        arrays = checkpointer.restore(folder.absolute(), abstract)
-    check_finite(str(folder), arrays)
-    return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted])
-
-
-def _metadata(checkpointer: Any, folder: Path) -> dict[str, Any]:
-    metadata = checkpointer.metadata(folder.absolute())
-    return dict(getattr(metadata, "item_metadata", metadata))
-
-
-def _spell(leaf: tuple[tuple[int, ...], np.dtype] | None) -> str:
-    return "absent" if leaf is None else f"{leaf[1]}{list(leaf[0])}"
-
-
-def check_finite(where: str, tree: PyTree) -> None:
-    """Refuses arrays that hold NaN or infinity.
-
-    Raises:
-        NotFiniteError: an array does; `where` and its name are given.
-    """
-    for name, leaf in _flatten(tree).items():
-        if jax.dtypes.issubdtype(leaf.dtype, np.inexact) and not _is_finite(leaf):
-            raise NotFiniteError(f"{where}: {name} holds values that are not finite (NaN or infinity)")
-
-
-def _is_finite(leaf: jax.Array) -> bool:
-    # NumPy reads a CPU's array where it lies; compiling the test would take longer than the test.
-    if isinstance(leaf, jax.Array) and next(iter(leaf.devices())).platform != "cpu":
-        return bool(jnp.isfinite(leaf).all())
-    return bool(np.isfinite(np.asarray(leaf)).all())
-
-
-def _write_arrays(folder: Path, arrays: dict[str, jax.Array]) -> None:
-    import orbax.checkpoint as ocp
-
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder.absolute(), arrays)
-
-
-class _SaveLoop(asyncio.SelectorEventLoop):
-    """An event loop that ignores callbacks after it is closed.
-
-    When a write fails, TensorStore's threads report the others' end as late as at the interpreter's exit, and would
-    print a traceback for each.
-    """
-
-    def call_soon_threadsafe(self, *args: Any, **kwargs: Any) -> asyncio.Handle | None:
-        try:
-            return super().call_soon_threadsafe(*args, **kwargs)
-        except RuntimeError:
-            if not self.is_closed():
-                raise
-        return None
-
-
-class _SaveLoops(asyncio.DefaultEventLoopPolicy):
-    def new_event_loop(self) -> _SaveLoop:
-        return _SaveLoop()
-
-
-@contextmanager
-def _quiet_orbax() -> Iterator[None]:
-    """Silences Orbax, which logs every step of its work, warns of what `restore` checks itself, and logs the traceback
-    of a failed write in several threads. The caller gets the one exception that matters.
-    """
-    logger, policy = logging.getLogger("absl"), asyncio.get_event_loop_policy()
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
-    asyncio.set_event_loop_policy(_SaveLoops())
-    try:
-        yield
-    finally:
-        asyncio.set_event_loop_policy(policy)
-        logger.setLevel(level)
-
-
-def _flatten(tree: PyTree) -> dict[str, Any]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -1,0 +1,119 @@
+"""Trees of arrays in folders, written and read by Orbax, and the refusal of numbers that are not finite."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+from jaxtyping import PyTree
+
+from polygpt.errors import PolygptError, RequestError
+
+
+class NotFiniteError(PolygptError):
+    """A value that should be a finite number is NaN or infinite."""
+
+
+def read_arrays(folder: Path, like: PyTree) -> PyTree:
+    import orbax.checkpoint as ocp
+
+    wanted = flatten(like)
+    with quiet_orbax(), ocp.StandardCheckpointer() as checkpointer:
+        stored = {name: (tuple(m.shape), np.dtype(m.dtype)) for name, m in _metadata(checkpointer, folder).items()}
+        expected = {name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in wanted.items()}
+        for name in sorted(stored.keys() | expected.keys()):
+            if stored.get(name) != expected.get(name):
+                have, want = _spell(stored.get(name)), _spell(expected.get(name))
+                raise RequestError(f"{folder}: {name} is {have} here, {want} in the model; load it with its own config")
+        placement = SingleDeviceSharding(jax.local_devices()[0])
+        abstract = {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or placement)
+            for name, leaf in wanted.items()
+        }
+        arrays = checkpointer.restore(folder.absolute(), abstract)
+    check_finite(str(folder), arrays)
+    return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted])
+
+
+def _metadata(checkpointer: Any, folder: Path) -> dict[str, Any]:
+    metadata = checkpointer.metadata(folder.absolute())
+    return dict(getattr(metadata, "item_metadata", metadata))
+
+
+def _spell(leaf: tuple[tuple[int, ...], np.dtype] | None) -> str:
+    return "absent" if leaf is None else f"{leaf[1]}{list(leaf[0])}"
+
+
+def check_finite(where: str, tree: PyTree) -> None:
+    """Refuses arrays that hold NaN or infinity.
+
+    Raises:
+        NotFiniteError: an array does; `where` and its name are given.
+    """
+    for name, leaf in flatten(tree).items():
+        if jax.dtypes.issubdtype(leaf.dtype, np.inexact) and not _is_finite(leaf):
+            raise NotFiniteError(f"{where}: {name} holds values that are not finite (NaN or infinity)")
+
+
+def _is_finite(leaf: jax.Array) -> bool:
+    # NumPy reads a CPU's array in place; compiling the test would take longer than the test itself.
+    if isinstance(leaf, jax.Array) and next(iter(leaf.devices())).platform != "cpu":
+        return bool(jnp.isfinite(leaf).all())
+    return bool(np.isfinite(np.asarray(leaf)).all())
+
+
+def write_arrays(folder: Path, arrays: dict[str, jax.Array]) -> None:
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder.absolute(), arrays)
+
+
+class _SaveLoop(asyncio.SelectorEventLoop):
+    """An event loop that ignores callbacks after it is closed.
+
+    When a write fails, TensorStore's threads report the others' end as late as at the interpreter's exit, and would
+    print a traceback for each.
+    """
+
+    def call_soon_threadsafe(self, *args: Any, **kwargs: Any) -> asyncio.Handle | None:
+        try:
+            return super().call_soon_threadsafe(*args, **kwargs)
+        except RuntimeError:
+            if not self.is_closed():
+                raise
+        return None
+
+
+class _SaveLoops(asyncio.DefaultEventLoopPolicy):
+    def new_event_loop(self) -> _SaveLoop:
+        return _SaveLoop()
+
+
+@contextmanager
+def quiet_orbax() -> Iterator[None]:
+    """Silences Orbax, which logs every step of its work, warns of what `restore` checks itself, and logs the traceback
+    of a failed write in several threads. The caller gets the one exception that matters.
+    """
+    logger, policy = logging.getLogger("absl"), asyncio.get_event_loop_policy()
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    asyncio.set_event_loop_policy(_SaveLoops())
+    try:
+        yield
+    finally:
+        asyncio.set_event_loop_policy(policy)
+        logger.setLevel(level)
+
+
+def flatten(tree: PyTree) -> dict[str, Any]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
