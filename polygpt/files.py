@@ -83,13 +83,19 @@ def write_text(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def remove_folder(folder: Path) -> None:
+def remove_folder(folder: Path, settle: float = 0.0) -> None:
     """Removes `folder` and everything in it if it exists, retrying for a second.
 
-    The threads of a failed save may still be writing into it, which makes a single attempt fail.
+    The threads of a failed save may still be writing into it, which makes a single attempt fail, and may create it
+    again: with `settle` it must have been gone for this many seconds.
     """
-    for _ in range(20):
+    gone = 0.0
+    for _ in range(20 + round(settle / 0.05)):
         shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():
-            return
+            if gone >= settle:
+                return
+            gone += 0.05
+        else:
+            gone = 0.0
         time.sleep(0.05)

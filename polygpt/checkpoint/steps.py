@@ -102,6 +102,7 @@ def save(root: Path, snapshot: Snapshot, keep: int = 2) -> Checkpoint:
             for old in complete[keep:]:
                 shutil.rmtree(old, ignore_errors=True)
         except (OSError, ValueError) as error:  # TensorStore reports a full disk as ValueError
+            remove_folder(partial, settle=0.5)  # its threads may be at work still
             raise PolygptError(f"{final}: cannot be saved ({_reason(error)}); {describe_saved(root)}") from error
         finally:
             remove_folder(partial)
