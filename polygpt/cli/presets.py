@@ -23,7 +23,7 @@ def presets(as_json: bool) -> None:
     if as_json:
         print_json(rows)
         return
-    columns = [("preset", "left"), ("layers", "right"), ("width", "right"), ("vocab", "right")]
+    columns = [("preset", "left"), ("layers", "right"), ("embed_dim", "right"), ("vocab", "right")]
     columns += [("parameters", "right"), ("active", "right"), ("KV bytes/token", "right"), ("MFLOPs/token", "right")]
     print_table(
         columns,

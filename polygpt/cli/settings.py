@@ -52,8 +52,7 @@ def check_names(fields: Mapping[str, Any], where: str = "", *, of_run: bool = Tr
     """
     from polygpt.config import check_keys
 
-    keys = _keys()
-    check_keys(keys if of_run else keys["model"]["keys"], fields, where)
+    check_keys(_keys(of_run), fields, where)
 
 
 def shown(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -82,16 +81,21 @@ def shown(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     return kept(["show", name, *overrides, content], compute, keep=lambda answer: answer["repeatable"])
 
 
-def _keys() -> dict[str, Any]:
-    """The keys of a run."""
+def _keys(of_run: bool = True) -> dict[str, Any]:
+    """The keys of a run, or of a model alone, which are imported faster."""
 
     def compute() -> dict[str, Any]:
         from polygpt.config import known_keys
-        from polygpt.training import RunConfig
 
-        return known_keys(RunConfig)
+        if of_run:
+            from polygpt.training import RunConfig
 
-    return kept(["keys"], compute)
+            return known_keys(RunConfig)
+        from polygpt.model import ModelConfig
+
+        return known_keys(ModelConfig)
+
+    return kept(["keys", of_run], compute)
 
 
 def _path_of(key: str, keys: Mapping[str, Any]) -> str | None:

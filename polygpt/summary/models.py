@@ -6,22 +6,22 @@ import string
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from polygpt.config import as_yaml, merge, to_yaml, validate
-from polygpt.data import is_prepared, open_shards, open_source
 from polygpt.errors import PolygptError, RequestError
-from polygpt.loading import find
-from polygpt.model import Model, ModelConfig, model_of
+from polygpt.model import ModelConfig, model_of
 from polygpt.presets import PRESET_VOCAB
 from polygpt.recipes import load_recipe, model_changes, named_fields
 from polygpt.summary.tree import model_tree
-from polygpt.tokenizers import load_tokenizer
-from polygpt.training import OptimizerConfig, RunConfig, TrainingConfig
+
+if TYPE_CHECKING:
+    from polygpt.training import OptimizerConfig, RunConfig
+
+# Imported where they are used, for runs and files only: loading, data and training. They take as long as the model.
 
 # A larger text (in bytes) is not read just to count its characters.
 LARGEST_TEXT = 2**26
-DEFAULT_OPTIMIZER: OptimizerConfig = TrainingConfig.model_fields["optimizer"].default
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,8 @@ def resolve_model(name: str, overrides: Mapping[str, Any] | None = None) -> Reso
     """
     found = named_fields(name, overrides)
     if found is None:
+        from polygpt.loading import find
+
         fields = merge(find(name).config.to_dict(), as_yaml(model_changes(overrides or {})))
         return Resolved(validate(ModelConfig, fields, name), repeatable=False)
     fields, of_run = found
@@ -58,6 +60,8 @@ def resolve_model(name: str, overrides: Mapping[str, Any] | None = None) -> Reso
         model = validate(ModelConfig, fields, name)
         counted = None if model.vocab_size else f"counted with GPT-2's {PRESET_VOCAB:,} ids"
         return Resolved(model.with_vocab(PRESET_VOCAB), None, counted)
+    from polygpt.training import RunConfig
+
     initial = fields["training"].get("initial") if isinstance(fields["training"], Mapping) else None
     derived = initial is not None and not Path(name).expanduser().is_dir()  # a run's folder has all of its model
     run = load_recipe(name, overrides) if derived else validate(RunConfig, fields)
@@ -69,6 +73,9 @@ def resolve_model(name: str, overrides: Mapping[str, Any] | None = None) -> Reso
 
 def _vocabulary(run: RunConfig) -> tuple[int, str, bool]:
     """The size of the run's vocabulary, how it is known, and whether no file had to be read for it."""
+    from polygpt.data import is_prepared, open_shards, open_source
+    from polygpt.tokenizers import load_tokenizer
+
     tokenizer = run.tokenizer
     try:
         if is_prepared(run.data):
@@ -127,7 +134,8 @@ def summary(config: ModelConfig, optimizer: OptimizerConfig | None = None) -> di
     """The resolved configuration and what it costs.
 
     The state's bytes are those of decoding one sequence, FLOPs those of training on one token at full context.
-    `training_bytes` counts parameters, gradients and the state of `optimizer` (default: AdamW), not activations.
+    `training_bytes` counts parameters, gradients and the state of `optimizer` (default: Adam's two moments), but not
+    activations.
     `attention_implementation` is None if the requested one cannot run on this machine; `notes` says so, along with
     anything else worth knowing before training.
     """
@@ -142,7 +150,7 @@ def summary(config: ModelConfig, optimizer: OptimizerConfig | None = None) -> di
         "parameters": model.num_parameters,
         "active_parameters": model.num_active_parameters,
         "non_embedding_parameters": model.num_non_embedding_parameters,
-        "training_bytes": _training_bytes(model, optimizer or DEFAULT_OPTIMIZER),
+        "training_bytes": model.training_bytes(optimizer and optimizer.build(model, lambda step: 0.0).init),
         "kv_cache_bytes_per_token": model.state_bytes_per_token,
         "state_bytes_at_full_context": model.state_bytes(config.context_length),
         "flops_per_token": model.flops_per_token,
@@ -150,7 +158,3 @@ def summary(config: ModelConfig, optimizer: OptimizerConfig | None = None) -> di
         "causal_in_training": model.training_caveat is None,
         "notes": [note for note in (model.training_caveat, refusal) if note],
     }
-
-
-def _training_bytes(model: Model, optimizer: OptimizerConfig) -> dict[str, int]:
-    return model.training_bytes(optimizer.build(model, lambda step: 0.0).init)

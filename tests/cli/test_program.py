@@ -59,6 +59,14 @@ def test_help_lists_every_command(program):
     assert all(f"\n  {name} " in done.out for name in cli.COMMANDS)
 
 
+@pytest.mark.parametrize("name", ["train", "show"])
+def test_help_of_what_takes_a_recipe_lists_them(program, name):
+    from polygpt.recipes import recipe_names
+
+    text = program(name, "--help").out
+    assert all(f"\n  {recipe} " in text for recipe in recipe_names())
+
+
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_command_has_help_and_json(program, name):
     done = program(name, "--help")
