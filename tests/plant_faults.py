@@ -73,6 +73,62 @@ FAULTS = [
     Fault("model/model.py", "return 3 * (2 * weights", "return 2 * (2 * weights", "model/test_model.py"),
     Fault("model/rope.py", "jnp.sin(angles) * magnitude", "jnp.sin(angles)", "spec"),
     Fault("model/parts.py", "scale *= self.residual_scale", "scale *= 1", "model/test_model.py"),
+    # interop
+    Fault("interop/architecture.py", "head_dim * heads != width", "head_dim * heads == width", "interop"),
+    Fault("interop/architecture.py", "differences(computation(full)", "differences(computation(config)", "interop"),
+    Fault("interop/names.py", "own[..., 0::2], own[..., 1::2]", "own[..., 1::2], own[..., 0::2]", "interop"),
+    Fault("interop/same.py", '"window": window, ', "", "interop/test_gguf.py"),
+    Fault("interop/weights.py", "for name in names:\n        value", "for name in ():\n        value", "interop"),
+    Fault("interop/gguf/rope.py", "original or fields[", "fields[", "interop"),
+    Fault("interop/gguf/reading.py", "del tensors[HEAD]", "pass", "interop/test_gguf.py"),
+    Fault(
+        "interop/huggingface/folder.py",
+        "by_type or by_name or old",
+        "by_name or by_type or old",
+        "interop/test_settings.py interop/test_huggingface.py",
+    ),
+    Fault(
+        "interop/huggingface/llama.py",
+        '"rope_theta": 1e6',
+        '"rope_theta": 1e4',
+        "interop/test_settings.py interop/test_huggingface.py",
+    ),
+    Fault(
+        "interop/huggingface/rules.py",
+        "older is not None and older.values",
+        "newer is None",
+        "interop/test_settings.py interop/test_huggingface.py",
+    ),
+    Fault(
+        "interop/huggingface/rules.py",
+        "[i % 2 == 0 for",
+        "[i % 2 == 1 for",
+        "interop/test_settings.py interop/test_huggingface.py",
+    ),
+    Fault(
+        "interop/huggingface/rules.py",
+        "used and i >= first",
+        "used and i > first",
+        "interop/test_settings.py interop/test_huggingface.py",
+    ),
+    Fault(
+        "interop/huggingface/rules.py",
+        "return numerator / denominator",
+        "return numerator",
+        "interop/test_settings.py interop/test_huggingface.py",
+    ),
+    Fault(
+        "interop/huggingface/safetensors_files.py",
+        "if (folder / SINGLE).is_file():",
+        "if False:",
+        "interop/test_settings.py interop/test_huggingface.py",
+    ),
+    Fault(
+        "interop/huggingface/text_files.py",
+        "stops if len(stops) > 1 else stops[0]",
+        "stops[0]",
+        "interop/test_settings.py interop/test_huggingface.py",
+    ),
 ]
 
 

@@ -79,7 +79,7 @@ REQUESTS = {
     "fewer ids": ([*IMPORT, "model.vocab_size=49"], 2, "model.vocab_size=49: this model has 50 ids, and none can be"),
     "ids that are none": ([*IMPORT, "model.vocab_size=x"], 2, "model.vocab_size=x"),
     "a key": ([*IMPORT, "model.num_layer=1"], 2, "did you mean 'num_layers'?"),
-    "a key of a run": ([*IMPORT, "training.steps=1"], 2, "only the model can be changed here; write model.KEY=VALUE"),
+    "a key of a run": ([*IMPORT, "training.steps=1"], 2, "this is a model without a run; write model.KEY=VALUE"),
     "no tokenizer": (["generate", "bare", "--prompt", "a"], 2, "this model has no tokenizer"),
     "no template": (["generate", "theirs", "--prompt", "a", "--chat"], 2, "this model came without a chat template"),
     "a preset without counterpart": (
