@@ -69,6 +69,7 @@ $(VENV)/bin/python:
 
 $(VENV)/installed: $(VENV)/bin/python $(INPUTS)
 	$(PIP) install --quiet --constraint constraints.txt --editable .
+	-@$(BIN)/polygpt presets >/dev/null  # computes what commands look up in their cache, and compiles the sources
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/bin/python $(INPUTS)

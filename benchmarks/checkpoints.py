@@ -133,7 +133,7 @@ def polygpt_tasks(arguments: argparse.Namespace) -> dict[str, Callable[[], objec
     import jax.numpy as jnp
 
     import polygpt
-    from polygpt.generation import Sampler, generate_tokens
+    from polygpt.generation import Request, Sampler, generate_tokens
 
     def load() -> None:
         jax.block_until_ready(polygpt.load(arguments.folder, dtype=arguments.dtype, weights=weights).params)
@@ -143,8 +143,8 @@ def polygpt_tasks(arguments: argparse.Namespace) -> dict[str, Callable[[], objec
     last = jax.jit(lambda params, tokens: lm.model.module(params).logits(lm.model.hidden(params, tokens).hidden[:, -1]))
 
     def decode(rows: int) -> None:
-        sampler, tokens = Sampler(temperature=0), prompts(rows, PROMPT).tolist()
-        for _ in generate_tokens(lm.model, lm.params, tokens, sampler, max_new_tokens=NEW):
+        requests = [Request(prompt, NEW, Sampler(temperature=0)) for prompt in prompts(rows, PROMPT).tolist()]
+        for _ in generate_tokens(lm.model, lm.params, requests):
             pass
 
     def hellaswag() -> None:

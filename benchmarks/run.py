@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from workloads import CPU, GPU, WORKLOADS
+from workloads import CPU, GPU, WORKLOADS, instruction_set
 
 HERE = Path(__file__).parent
 
@@ -59,7 +59,7 @@ def compare(name: str, folder: str | None, rounds: int) -> dict:
         for worker in workers.values():
             worker.round()
     tokens = WORKLOADS[name].batch * WORKLOADS[name].context
-    result: dict = {"workload": name, "rounds": rounds}
+    result: dict = {"workload": name, "rounds": rounds, "instruction_set": instruction_set()}
     for framework, worker in workers.items():
         worker.close()
         result[framework] = {

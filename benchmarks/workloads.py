@@ -5,7 +5,10 @@ Each is one step of forward, backward, clipping to norm 1 and AdamW, on random t
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -35,3 +38,18 @@ WORKLOADS = {
     "gpt2": Workload(12, 12, 768, 1024, 50304, 16, bias=True, dtype="bfloat16", steps=10),
 }
 CPU, GPU = ("shakespeare_char_cpu", "gpt_256"), ("shakespeare_char_gpu", "gpt2")
+
+
+def instruction_set() -> str:
+    """The widest vector instructions that XLA compiles for here: the processor's, or less if XLA_FLAGS say so.
+
+    XLA's libraries for products look at the processor itself, whatever XLA_FLAGS say.
+    """
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = set(cpuinfo.read_text().split()) if cpuinfo.is_file() else set()
+    own = [name for flag, name in (("avx512f", "AVX-512"), ("avx2", "AVX2"), ("avx", "AVX")) if flag in flags]
+    limit = re.search(r"--xla_cpu_max_isa=(\w+)", os.environ.get("XLA_FLAGS", ""))
+    limit = limit[1].upper() if limit else None
+    if not own or limit is None or limit.startswith("AVX512") or limit == "AMX":
+        return own[0] if own else "unknown"
+    return f"{limit} (XLA_FLAGS; the processor has {own[0]})" if limit != own[0] else limit

@@ -22,12 +22,12 @@ from polygpt.training.optimizers import OPTIMIZERS, SCHEDULES
 PARTS, SETTINGS = (Path(__file__).with_name(name) for name in ("parts.md", "settings.md"))
 
 SLOTS = {
-    "model.attention": attention.MENU,
-    "model.feedforward": feedforward.MENU,
-    "model.norm": norms.MENU,
-    "model.position": positions.MENU,
+    "model.attention": attention.REGISTRY,
+    "model.feedforward": feedforward.REGISTRY,
+    "model.norm": norms.REGISTRY,
+    "model.position": positions.REGISTRY,
     "model.position.scaling": rope.SCALINGS,
-    "model.block": block.MENU,
+    "model.block": block.REGISTRY,
     "training.optimizer": OPTIMIZERS,
     "training.schedule": SCHEDULES,
 }
@@ -156,12 +156,12 @@ def page() -> str:
         KeyError: a field is explained neither in its class nor in `SHARED`.
     """
     lines = [INTRODUCTION]
-    for slot, menu in SLOTS.items():
-        lines.append(f"- [`{slot}`](#{slot.replace('.', '')}): {', '.join(f'`{kind}`' for kind in menu)}")
+    for slot, registry in SLOTS.items():
+        lines.append(f"- [`{slot}`](#{slot.replace('.', '')}): {', '.join(f'`{kind}`' for kind in registry)}")
     lines += ["", "## model", "", *_kind(ModelConfig)]
-    for slot, menu in SLOTS.items():
+    for slot, registry in SLOTS.items():
         lines += [f"## {slot}", ""]
-        for kind, cls in menu.items():
+        for kind, cls in registry.items():
             lines += [f"### `{kind}`", "", *_kind(cls)]
     return "\n".join(lines).rstrip() + "\n"
 

@@ -98,7 +98,7 @@ def save(root: Path, snapshot: Snapshot, keep: int = 2) -> Checkpoint:
     final = root / _name(snapshot.step)
     partial = root / f".{final.name}.partial"
     for name, tree in snapshot.arrays.items():
-        _check_finite(f"step {snapshot.step}: {name}", _flatten(tree))
+        check_finite(f"step {snapshot.step}: {name}", tree)
     with _quiet_orbax():
         try:
             for left in root.glob(".step_*.partial"):  # by a process that was killed while saving
@@ -203,7 +203,7 @@ def _read_arrays(folder: Path, like: PyTree) -> PyTree:
             for name, leaf in wanted.items()
         }
         arrays = checkpointer.restore(folder.absolute(), abstract)
-    _check_finite(str(folder), arrays)
+    check_finite(str(folder), arrays)
     return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted])
 
 
@@ -216,8 +216,13 @@ def _spell(leaf: tuple[tuple[int, ...], np.dtype] | None) -> str:
     return "absent" if leaf is None else f"{leaf[1]}{list(leaf[0])}"
 
 
-def _check_finite(where: str, arrays: dict[str, jax.Array]) -> None:
-    for name, leaf in arrays.items():
+def check_finite(where: str, tree: PyTree) -> None:
+    """Refuses arrays that hold NaN or infinity.
+
+    Raises:
+        NotFiniteError: an array does; `where` and its name are given.
+    """
+    for name, leaf in _flatten(tree).items():
         if jax.dtypes.issubdtype(leaf.dtype, np.inexact) and not _is_finite(leaf):
             raise NotFiniteError(f"{where}: {name} holds values that are not finite (NaN or infinity)")
 

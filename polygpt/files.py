@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Atomic files and folders: written beside their final place and renamed once they are complete."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ from polygpt.errors import PolygptError, RequestError
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` that takes its name at the end, or goes if anything goes wrong before.
+    """A temporary sibling of `folder`: renamed to `folder` on success, removed on failure.
 
-    With it go the parents that had to be made: a refused request leaves nothing.
+    On failure the parents that had to be created are removed, too.
 
     Raises:
         PolygptError: it cannot be written.
     """
-    with _appearing(folder) as partial:
+    with _temporary(folder) as partial:
         partial.mkdir()
         yield partial
 
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A file beside `path`, to be written, that takes its name at the end; otherwise as `new_folder`.
+    """A temporary sibling of the file `path`, handled as in `new_folder`.
 
     Raises:
-        RequestError: there is something at `path` already.
+        RequestError: `path` exists already.
         PolygptError: it cannot be written.
     """
     if path.exists():
         raise RequestError(f"{path}: exists already; choose another name")
-    with _appearing(path) as partial:
+    with _temporary(path) as partial:
         partial.touch()
         yield partial
 
 
 @contextmanager
-def _appearing(path: Path) -> Iterator[Path]:
+def _temporary(path: Path) -> Iterator[Path]:
     missing = [parent for parent in path.parents if not parent.exists()]
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
@@ -54,10 +54,10 @@ def _appearing(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise PolygptError(f"{path}: cannot be written ({error.strerror or error})") from None
     finally:
-        with suppress(OSError):  # a file; a folder is removed next
+        with suppress(OSError):  # if it is a file; a folder is removed next
             partial.unlink(missing_ok=True)
         remove_folder(partial)
-        with suppress(OSError):  # one that is not empty stays, and so do those above it
+        with suppress(OSError):  # a parent that is not empty is kept, and so are those above it
             for parent in missing:
                 parent.rmdir()
 
@@ -77,16 +77,16 @@ def check_checkpoint_path(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes the file `path` in UTF-8, in the place of the one that may be there."""
+    """Writes the file `path` in UTF-8, replacing an existing one atomically."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 
 def remove_folder(folder: Path) -> None:
-    """Removes `folder` and all in it, if it is there, and goes on trying for a second.
+    """Removes `folder` and everything in it if it exists, retrying for a second.
 
-    Threads of a save that has failed may still be writing into it, and what they add would make one try fail.
+    The threads of a failed save may still be writing into it, which makes a single attempt fail.
     """
     for _ in range(20):
         shutil.rmtree(folder, ignore_errors=True)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,9 +15,21 @@ from jaxtyping import Array, Float, Int
 
 from polygpt.config import validate
 from polygpt.errors import RequestError
-from polygpt.generation import FinishReason, Sampler, generate_tokens
+from polygpt.generation import (
+    Continuation,
+    FinishReason,
+    Prompt,
+    Request,
+    Sampler,
+    TextStream,
+    as_ids,
+    as_prompts,
+    as_seeds,
+    as_stop_strings,
+    continue_all,
+)
 from polygpt.kernels import WEIGHT_TYPES, WeightType
-from polygpt.model import Model, ModelConfig, Params
+from polygpt.model import ModelConfig, Params, model_of
 from polygpt.tokenizers import Tokenizer, chat_tokens
 
 NO_TOKENIZER = "this model has no tokenizer: a preset has none, nor has a folder without tokenizer.json"
@@ -29,17 +40,23 @@ class Generation:
     """What was generated: the continuation alone.
 
     Attributes:
-        text: the new tokens as text.
-        tokens: their ids.
+        text: the new tokens as text, up to a stop string; None for a model without tokenizer.
+        tokens: the ids of that text.
         finish_reason: `length` (max_new_tokens reached), `stop` (end of text or a stop string), or
             `context_length` (the sequence fills the model's context).
-        tokens_per_second: of decoding, the chunks left out in which programs are compiled, if there are others.
+        tokens_per_second: of decoding after the first token, compilation left out; None if there was only one.
     """
 
-    text: str
+    text: str | None
     tokens: list[int]
     finish_reason: FinishReason
-    tokens_per_second: float
+    tokens_per_second: float | None
+
+    @classmethod
+    def of(cls, done: Continuation) -> Generation:
+        """What a finished continuation gives."""
+        text = None if done.stream is None else done.stream.text
+        return cls(text, done.tokens, done.finish_reason, done.tokens_per_second)
 
 
 @dataclass(frozen=True)
@@ -87,7 +104,7 @@ class LanguageModel:
         """`packed`: the type in which `params` are packed already (`Model.pack`)."""
         self.config, self.params, self._tokenizer = config, params, tokenizer
         self.origin = origin or Origin()
-        self.model = Model(config)
+        self.model = model_of(config)
         self.packed = packed
 
     def pack(self, dtype: WeightType) -> None:
@@ -177,7 +194,7 @@ class LanguageModel:
     @property
     def stop_tokens(self) -> tuple[int, ...]:
         """The ids that end a text."""
-        end = self.tokenizer.end_of_text
+        end = self.tokenizer.end_of_text if self.has_tokenizer else None
         return tuple(dict.fromkeys([*self.origin.stop_tokens, *([] if end is None else [end])]))
 
     def prompt_tokens(self, prompt: str, chat: bool = False) -> list[int]:
@@ -203,86 +220,61 @@ class LanguageModel:
 
     def generate(
         self,
-        prompt: str,
+        prompt: Prompt | Sequence[Prompt],
         *,
         max_new_tokens: int = 100,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float = 1.0,
         min_p: float = 0.0,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         stop: Sequence[str] = (),
+        stop_tokens: Sequence[int] = (),
         chat: bool = False,
         on_text: Callable[[str], None] | None = None,
-    ) -> Generation:
-        """Continues `prompt` until end of text, a `stop` string, `max_new_tokens`, or the end of the context.
+    ) -> Generation | list[Generation]:
+        """Continues a prompt until end of text, a stop, `max_new_tokens`, or the end of the context.
 
-        `temperature=0` is greedy. With `chat` the prompt is a user's message, laid out as the model's chat template
-        says. `on_text` is given each new piece of text as it is decoded.
+        A prompt's text depends on the prompt, the settings and the seed alone, not on the prompts beside it.
+
+        Args:
+            prompt: text or a list of ids; a list of prompts gives a list of generations.
+            max_new_tokens: how many tokens are added at most.
+            temperature: 0 is greedy.
+            top_k, top_p, min_p: keep only likely tokens, as `Sampler` says.
+            seed: of the random numbers; for a list of prompts also a list of seeds, one each.
+            stop: strings that end the text, which are not part of it.
+            stop_tokens: ids that do so, besides the model's own end of text.
+            chat: the prompt is a user's message, laid out by the model's chat template.
+            on_text: called with each new piece of text as soon as it can no longer change; for a single prompt.
 
         Raises:
-            RequestError: the prompt is longer than the context, a number is out of its range, or there is no chat
-                template.
+            RequestError: the prompt is no prompt or longer than the context, a number is out of its range, or text is
+                asked of a model without tokenizer.
+            PolygptError: the model's logits are not finite numbers.
         """
-        if not 0 <= seed < 2**32:
-            raise RequestError(f"seed must lie in 0..{2**32 - 1}, not {seed}")
-        if "" in stop:
-            raise RequestError("a stop string is empty; leave it out")
+        prompts, single = as_prompts(prompt)
+        seeds = as_seeds(seed, None if single else len(prompts))
+        if on_text is not None and not single:
+            raise RequestError("on_text goes with a single prompt, not with a list of prompts")
         settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
         sampler = validate(Sampler, settings)
-        ids = self.prompt_tokens(prompt, chat)
-        chunks = generate_tokens(
-            self.model,
-            self.params,
-            [ids],
-            sampler,
-            max_new_tokens=max_new_tokens,
-            seed=seed,
-            stop_tokens=self.stop_tokens,
-        )
-        return _collect((chunk[0] for chunk in chunks), self._continuation(ids), tuple(stop), on_text)
+        stops = as_stop_strings(stop)
+        if stops or chat or on_text is not None:
+            _ = self.tokenizer  # refuses a model that has none
+        ends = tuple(dict.fromkeys([*self.stop_tokens, *as_ids(stop_tokens, "stop_tokens")]))
+        continuations = []
+        for each, row_seed in zip(prompts, seeds, strict=True):
+            ids = self._ids_of(each, chat)
+            stream = TextStream(self.tokenizer.decode_after, ids, stops) if self.has_tokenizer else None
+            continuations.append(Continuation(Request(ids, max_new_tokens, sampler, row_seed, ends), stream))
+        continue_all(self.model, self.params, continuations, on_text)
+        generations = [Generation.of(continuation) for continuation in continuations]
+        return generations[0] if single else generations
 
-    def _continuation(self, prompt: list[int]) -> Callable[[list[int]], str]:
-        """The text of ids that follow `prompt`: some tokenizers drop the space before the first word they decode."""
-        decode = self.tokenizer.decode
-        before = decode(prompt[-4:])
-
-        def text(tokens: list[int]) -> str:
-            whole = decode([*prompt[-4:], *tokens])
-            return whole[len(before) :] if whole.startswith(before) else decode(tokens)
-
-        return text
-
-
-def _collect(
-    chunks: Iterator[tuple[list[int], FinishReason | None]],
-    decode: Callable[[list[int]], str],
-    stop: tuple[str, ...],
-    on_text: Callable[[str], None] | None,
-) -> Generation:
-    """Joins a row's chunks, handing on text as soon as it can no longer change."""
-    tokens: list[int] = []
-    times = [(0, time.perf_counter())]  # tokens and clock after each chunk
-    shown = ""
-    held = max((len(word) for word in stop), default=1) - 1  # a stop string may be cut by the end of a chunk
-    for new, reason in chunks:
-        tokens += new
-        times.append((len(tokens), time.perf_counter()))
-        text = decode(tokens)
-        cut = min((at for word in stop if (at := text.find(word)) >= 0), default=None)
-        if cut is not None:
-            text, reason = text[:cut], "stop"
-        # A character may be cut, too: an unfinished one decodes to U+FFFD until its last byte has come.
-        safe = text if reason else text[: max(len(text) - held, 0)].rstrip("\ufffd")
-        if on_text is not None and len(safe) > len(shown):
-            on_text(safe[len(shown) :])
-            shown = safe
-        if reason:
-            return Generation(text, tokens, reason, _speed(times))
-    raise AssertionError("generation ended without a reason")
-
-
-def _speed(times: list[tuple[int, float]]) -> float:
-    """Tokens a second from the third chunk on: the first two (prefill, the first decoding) may have been compiled."""
-    (before, start), (after, end) = times[2] if len(times) > 3 else times[0], times[-1]
-    return (after - before) / (end - start)
+    def _ids_of(self, prompt: Prompt, chat: bool) -> list[int]:
+        if isinstance(prompt, str):
+            return self.prompt_tokens(prompt, chat)
+        if chat:
+            raise RequestError("chat=True lays out a message, which is text; a prompt of ids is taken as it is")
+        return list(prompt)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,13 +18,13 @@ from jax.sharding import Mesh
 
 from polygpt import checkpoint
 from polygpt.config import Config, merge, read_yaml, to_yaml, validate
-from polygpt.errors import RequestError, suggest
+from polygpt.errors import RequestError
 from polygpt.files import check_checkpoint_path, new_folder, write_text
 from polygpt.interop import HUB, StoredModel, fetch, is_huggingface, open_huggingface
 from polygpt.kernels import WeightType
 from polygpt.language_model import NO_TOKENIZER, LanguageModel, Origin
 from polygpt.model import ModelConfig, ParameterInfo, Params, model_of
-from polygpt.presets import PRESET_VOCAB, PRESETS, preset
+from polygpt.presets import PRESET_VOCAB, check_model_name, preset
 from polygpt.process import command_line
 from polygpt.settings import read_json
 from polygpt.sharding import placement
@@ -111,26 +110,13 @@ def find(name: str | Path, warn: Warn = warnings.warn) -> StoredModel:
     """
     if str(name).startswith(HUB):
         return open_huggingface(fetch(str(name)))
+    check_model_name(str(name))
     path = Path(name).expanduser()
     if path.is_dir():
         return open_huggingface(path) if _is_foreign(path) else _open_own(path, warn)
     if path.is_file():
         return _open_file(path)
-    if str(name) in PRESETS:
-        config = preset(str(name)).with_vocab(PRESET_VOCAB)
-        return StoredModel(config, _drawn)
-    hint = suggest(str(name), [*PRESETS, *_models_in(path.parent)])
-    if not hint.startswith("did you mean"):
-        hint = "name a run's folder, a folder or file of weights, hf:owner/name, or a preset (polygpt presets)"
-    raise RequestError(f"no model '{name}'; {hint}")
-
-
-def _models_in(folder: Path) -> list[str]:
-    """The paths of models that lie in `folder`."""
-    with suppress(OSError):
-        paths = [path for path in folder.iterdir() if (path / CONFIG).is_file() or is_huggingface(path)]
-        return [str(path) for path in [*paths, *folder.glob("*.gguf")]]
-    return []
+    return StoredModel(preset(str(name)).with_vocab(PRESET_VOCAB), _drawn)
 
 
 def _is_foreign(folder: Path) -> bool:

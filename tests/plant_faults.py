@@ -22,6 +22,8 @@ ROOT = Path(__file__).parents[1]
 # What the tests read beside the package and themselves.
 COPIED = ("polygpt", "tests", "docs", "README.md", "pyproject.toml", "Makefile", "benchmarks", "notebooks")
 
+TIME_LIMIT = 900.0  # seconds for the tests of one fault
+
 
 class Fault(NamedTuple):
     """`old` in polygpt/`file` becomes `new`; `tests` are those below tests/ that should notice."""
@@ -33,6 +35,15 @@ class Fault(NamedTuple):
 
 
 FAULTS = [
+    # tokenizers
+    Fault("tokenizers/decoding.py", "before = REPLACEMENT  #", "pass  #", "tokenizers"),
+    Fault("tokenizers/encoding.py", "if number != unknown:", "if True:", "tokenizers"),
+    Fault("tokenizers/encoding.py", "twin.post_processor = None", "pass", "tokenizers"),
+    Fault("tokenizers/tokenizer.py", "or tuple(context) == self.start", "", "tokenizers"),
+    Fault("tokenizers/folder.py", 'and "added_tokens_decoder" not in config', "", "tokenizers"),
+    Fault("tokenizers/vocab_merges.py", 'config.get("add_bos_token") and ', "", "tokenizers"),
+    Fault("tokenizers/typed.py", "while pattern.search(marked):", "if pattern.search(marked):", "tokenizers"),
+    Fault("tokenizers/gguf_writing.py", 'named = [roles["eos_token_id"], ', "named = [", "interop/test_roles.py"),
     # kernels
     Fault("kernels/blocked.py", "fold_in(self.inputs.key, first)", "fold_in(self.inputs.key, 0)", "kernels"),
     Fault("kernels/blocked.py", "before = rule.window - 1", "before = rule.window - 2", "kernels"),
@@ -129,6 +140,38 @@ FAULTS = [
         "stops[0]",
         "interop/test_settings.py interop/test_huggingface.py",
     ),
+    # generation
+    Fault("generation/engine.py", "settings.limit.max() - 1)", "settings.limit.max() - 2)", "generation"),
+    Fault("generation/engine.py", "tokens[: self.budget - self.taken]", "tokens[: self.budget]", "generation"),
+    Fault("generation/programs.py", "position + 1 >= settings.limit", "position >= settings.limit", "generation"),
+    Fault("generation/sampling.py", "jax.random.key(seed), position)", "jax.random.key(seed), 0)", "generation"),
+    Fault("generation/sampling.py", "jax.random.key(seed), position)", "jax.random.key(0), position)", "generation"),
+    Fault("generation/sampling.py", "(top_p < 1) & (logits < cut)", "(top_p < 1) & (logits <= cut)", "generation"),
+    Fault("generation/text.py", "min(len(word) - 1, len(text))", "min(len(word) - 2, len(text))", "generation"),
+    # training
+    Fault("training/step.py", "jnp.minimum(1.0, self.config", "jnp.minimum(2.0, self.config", "training/test_step.py"),
+    Fault("training/step.py", "self.config.seeds.dropout), state.step)", "self.config.seeds.dropout), 0)", "training"),
+    Fault("training/step.py", "batch.mask / jnp", "jnp.ones_like(batch.mask) / jnp", "training/test_step.py"),
+    Fault("training/optimizers.py", "mask=_is_matrix(model)", "mask=None", "training/test_optimizers.py"),
+    Fault("training/optimizers.py", "start = peak / max(warmup, 1)", "start = 0.0", "training/test_optimizers.py"),
+    Fault(
+        "training/optimizers.py", "learning_rate(step) * ratio", "learning_rate(step)", "training/test_optimizers.py"
+    ),
+    Fault("training/jobs.py", "np.linspace(0, count - 1, wanted)", "np.arange(wanted)", "training"),
+    Fault("training/loop.py", "self.loader.batch(step - 1)", "self.loader.batch(step)", "training"),
+    Fault("checkpoint.py", "complete[keep:]", "complete[keep + 1 :]", "test_checkpoint.py training"),
+    # data
+    Fault("data/loader.py", "mask[row, seen : len(ids) - 1]", "mask[row, : len(ids) - 1]", "data"),
+    Fault("data/loader.py", "            self.stride,\n            self.seed,", "            self.seed,", "data"),
+    Fault("data/loader.py", "shuffle(seed=spread)", "shuffle(seed=0)", "data"),
+    # evaluation
+    Fault("evaluation/perplexity.py", "/ math.log(2) / text.bytes", "/ text.bytes", "evaluation"),
+    Fault("evaluation/hellaswag.py", "(sums / lengths).argmax(1)", "sums.argmax(1)", "evaluation"),
+    Fault("evaluation/hellaswag.py", "len(ending.encode())", "len(ending)", "evaluation"),
+    Fault("evaluation/baselines.py", "followers[first] * unigram", "unigram", "evaluation"),
+    # interop
+    Fault("interop/names.py", "own[..., 0::2], own[..., 1::2]", "own[..., 1::2], own[..., 0::2]", "interop"),
+    Fault("interop/names.py", "return flat[::-1] if self", "return flat if self", "interop"),
 ]
 
 
@@ -145,7 +188,11 @@ def plant(fault: Fault, copy: Path) -> tuple[bool, float]:
         marks = "not slow and not gpu and not parity and not llamacpp"
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-n0", "-m", marks, *tests]
         environment = os.environ | {"PYTHONPATH": str(copy)}
-        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=copy, env=environment, capture_output=True, text=True, check=False, timeout=TIME_LIMIT
+        )
+    except subprocess.TimeoutExpired:  # a loop that does not end is noticed
+        return True, TIME_LIMIT
     finally:
         path.write_text(text, encoding="utf-8")
     if done.returncode not in (0, 1):

@@ -128,6 +128,25 @@ MISSPELLED = ["train", "demo", "training.stps=1", "--out", "x"]
 LOADED = "import sys; from polygpt import cli; code = cli._run(sys.argv[1:], False); print('jax' in sys.modules, code)"
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["generate", "gtp2", "--prompt", "a"],
+        ["show", "gtp2"],
+        ["train", "dmeo", "--out", "x"],
+        ["import", "y", "--out", "x"],
+        ["export", "y", "--format", "hf", "--out", "x"],
+        ["eval", "y", "--task", "perplexity", "--data", "z"],
+    ],
+    ids=" ".join,
+)
+def test_a_misspelled_name_is_refused_without_jax_at_the_first_time(words, tmp_path):
+    command = [sys.executable, "-c", LOADED, *words]
+    done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "False 2\n"
+    assert done.stderr.startswith("polygpt: no ")
+
+
 @pytest.mark.parametrize("words", [["presets"], ["show", "gpt2"], ["show", "demo"], MISSPELLED])
 def test_the_second_time_jax_is_not_imported(words, tmp_path):
     settings = environment(POLYGPT_CACHE=str(tmp_path / "cache"))

@@ -287,7 +287,7 @@ def test_what_is_not_finite_is_not_saved(root, snapshot, value, dtype, place):
 def test_what_is_not_finite_is_not_restored(tmp_path, monkeypatch):
     """A checkpoint that an earlier version saved."""
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_check_finite", lambda *_: None)
+        patch.setattr(checkpoint, "check_finite", lambda *_: None)
         saved = checkpoint.save(tmp_path, Snapshot(1, TREE | {"matrix": TREE["matrix"].at[3, 4].set(jnp.nan)}))
     with pytest.raises(checkpoint.NotFiniteError, match=r"step_00000001/params: matrix holds values that are not"):
         checkpoint.restore(saved, TREE)

@@ -1,4 +1,4 @@
-"""Pages that a user reads: what is generated is up to date, menus are whole, and links lead somewhere."""
+"""Pages that a user reads: what is generated is up to date, registries are whole, and links lead somewhere."""
 
 import importlib.util
 import re
@@ -18,11 +18,11 @@ from polygpt.training import RunConfig, SamplingConfig
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MENUS = {
-    "attention": attention.MENU,
-    "block": block.MENU,
-    "feedforward": feedforward.MENU,
-    "norm": norms.MENU,
-    "position": positions.MENU,
+    "attention": attention.REGISTRY,
+    "block": block.REGISTRY,
+    "feedforward": feedforward.REGISTRY,
+    "norm": norms.REGISTRY,
+    "position": positions.REGISTRY,
 }
 
 
@@ -74,21 +74,21 @@ def test_what_the_page_of_settings_says_of_values_is_so():
 
 
 def test_the_page_of_parts_has_every_slot_of_the_model(maker):
-    assert {slot[6:]: menu for slot, menu in maker.SLOTS.items() if re.fullmatch(r"model\.\w+", slot)} == MENUS
+    assert {slot[6:]: registry for slot, registry in maker.SLOTS.items() if re.fullmatch(r"model\.\w+", slot)} == MENUS
 
 
 def test_no_shared_meaning_is_left_over(maker):
     """Each is of a field that no docstring explains, in some kind."""
-    classes = [cls for menu in maker.SLOTS.values() for cls in menu.values()] + [ModelConfig]
+    classes = [cls for registry in maker.SLOTS.values() for cls in registry.values()] + [ModelConfig]
     unexplained = {name for cls in classes for name in set(cls.model_fields) - set(maker.attributes(cls))}
     assert set(maker.SHARED) == unexplained - {"kind"}
 
 
 def test_the_readmes_menus_are_whole():
     text = re.search(r"```yaml\n(model:.*?)```", PAGES[0].read_text(), re.DOTALL)[1]
-    for slot, menu in MENUS.items():
+    for slot, registry in MENUS.items():
         listed = re.search(rf"^  {slot}: .*# (.*)$", text, re.MULTILINE)[1]
-        assert listed.split(", ") == list(menu), slot
+        assert listed.split(", ") == list(registry), slot
     assert validate(ModelConfig, parse_yaml(text)["model"]).num_layers == 30
 
 

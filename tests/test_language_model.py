@@ -1,5 +1,8 @@
 """What a user holds: likelihoods, logits and generation of one model, and the requests it refuses."""
 
+from dataclasses import replace
+from unittest.mock import ANY
+
 import jax
 import numpy as np
 import pytest
@@ -51,6 +54,46 @@ def test_a_stop_string_ends_the_text_before_it(lm):
     result = lm.generate("ab", max_new_tokens=40, temperature=0, stop=[word], on_text=pieces.append)
     assert result.text == whole.text[: whole.text.index(word)] == "".join(pieces)
     assert result.finish_reason == "stop"
+    # The tokens are those of the text, which are bytes here.
+    assert result.tokens == whole.tokens[: len(result.tokens)]
+    assert lm.tokenizer.decode(result.tokens) == result.text
+    assert lm.generate("ab", max_new_tokens=40, temperature=0, stop=word) == replace(result, tokens_per_second=ANY)
+
+
+def test_a_list_of_prompts_gives_what_each_gives_alone(lm):
+    settings = {"max_new_tokens": 12, "temperature": 0.9, "top_p": 0.95}
+    prompts, seeds = ["ab", lm.tokenizer.encode("wörld"), "the cat sat on", np.array([97, 98])], [3, 4, 5, 3]
+    alone = [lm.generate(prompt, seed=seed, **settings) for prompt, seed in zip(prompts, seeds, strict=True)]
+    together = lm.generate(prompts, seed=seeds, **settings)
+    assert [result.tokens for result in together] == [result.tokens for result in alone]
+    assert [result.text for result in together] == [result.text for result in alone]
+    assert together[0].tokens == together[3].tokens  # the same text as ids
+    same = lm.generate([prompts[0], prompts[0]], seed=3, **settings)
+    assert [result.tokens for result in same] == [alone[0].tokens] * 2
+    assert len(lm.generate(["ab"], **settings)) == 1
+
+
+def test_more_prompts_than_are_decoded_together(lm):
+    prompts = ["ab" * (1 + i % 3) for i in range(19)]
+    results = lm.generate(prompts, seed=range(19), max_new_tokens=3)
+    assert results[17].tokens == lm.generate(prompts[17], seed=17, max_new_tokens=3).tokens
+
+
+def test_a_model_without_tokenizer_generates_from_ids():
+    bare = build(preset("giant", vocab_size=64, context_length=32, embed_dim=16, attention={"num_heads": 2}), seed=0)
+    result = bare.generate([1, 2, 3], max_new_tokens=5, temperature=0)
+    assert (result.text, len(result.tokens), result.finish_reason) == (None, 5, "length")
+    stop = result.tokens[-1]
+    stopped = bare.generate([1, 2, 3], max_new_tokens=5, temperature=0, stop_tokens=[stop])
+    assert (stopped.tokens, stopped.finish_reason) == (result.tokens[: result.tokens.index(stop)], "stop")
+    for asked in ({"prompt": "a"}, {"prompt": [1], "stop": "a"}, {"prompt": [1], "on_text": print}):
+        with pytest.raises(RequestError, match="no tokenizer"):
+            bare.generate(**asked)
+
+
+def test_tokens_per_second_are_those_of_decoding(lm):
+    assert lm.generate("ab", max_new_tokens=1).tokens_per_second is None
+    assert lm.generate("ab", max_new_tokens=2).tokens_per_second > 0
 
 
 @pytest.mark.parametrize(
@@ -60,6 +103,24 @@ def test_a_stop_string_ends_the_text_before_it(lm):
         (lambda lm: lm.generate("a", temperature=-1.0), "temperature"),
         (lambda lm: lm.generate("a", seed=2**32), "seed"),
         (lambda lm: lm.generate("a", stop=[""]), "stop"),
+        (lambda lm: lm.generate("a", stop=[1]), "stop"),
+        (lambda lm: lm.generate("a", stop_tokens="a"), "stop_tokens"),
+        (lambda lm: lm.generate("a", max_new_tokens=2.5), "max_new_tokens"),
+        (lambda lm: lm.generate("a", seed="x"), "seed"),
+        (lambda lm: lm.generate("a", seed=[1]), "single seed"),
+        (lambda lm: lm.generate(["a", "b"], seed=[1]), "2 prompts"),
+        (lambda lm: lm.generate(["a"], on_text=print), "on_text"),
+        (lambda lm: lm.generate([{"role": "user", "content": "Hi"}]), "chat=True"),
+        (lambda lm: lm.generate([1, "a"]), "prompt 0"),
+        (lambda lm: lm.generate([[1, 2.5]]), "prompt 0"),
+        (lambda lm: lm.generate([1.5, 2.5]), "prompt 0"),
+        (lambda lm: lm.generate([[]]), "empty"),
+        (lambda lm: lm.generate([]), "empty"),
+        (lambda lm: lm.generate(5), "int"),
+        (lambda lm: lm.generate(None), "None"),
+        (lambda lm: lm.generate(b"ab"), "bytes"),
+        (lambda lm: lm.generate([257]), "257"),
+        (lambda lm: lm.generate([1], chat=True), "chat"),
         (lambda lm: lm.nll("a" * 65), "65"),
         (lambda lm: lm.logits(np.zeros((1, 3))), "integers"),
         (lambda lm: lm.logits(np.asarray([[257]])), "256"),

@@ -1,4 +1,4 @@
-"""What fills a slot: a user's own class, named by dotted path, or one of the menu; mistakes name what is missing."""
+"""What fills a slot: a registered kind, or a user's own class by dotted path; mistakes name what is missing."""
 
 import sys
 
@@ -146,9 +146,11 @@ def test_a_part_that_lacks_something_is_refused_wherever_it_stands(my_parts, slo
         small(**(part if slot == "model" else {"pattern": [part, {}]}))
 
 
-@pytest.mark.parametrize("menu", [attention.MENU, feedforward.MENU, norms.MENU, positions.MENU, block.MENU])
-def test_parts_of_the_menus_define_what_their_slot_needs(menu):
-    for cls in menu.values():
+@pytest.mark.parametrize(
+    "registry", [attention.REGISTRY, feedforward.REGISTRY, norms.REGISTRY, positions.REGISTRY, block.REGISTRY]
+)
+def test_parts_of_the_menus_define_what_their_slot_needs(registry):
+    for cls in registry.values():
         base = next(base for base in cls.__mro__ if base in SLOTS)
         assert all(getattr(cls, name) is not getattr(base, name) for name in base.needed), cls
 

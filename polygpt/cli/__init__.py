@@ -1,4 +1,4 @@
-"""The commands. `polygpt --help` loads no command's module, and so neither JAX nor anything else that is slow."""
+"""The commands. `polygpt --help` imports none of their modules, and so neither JAX nor anything else that is slow."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from polygpt.cache import keep_compiled_programs
 from polygpt.errors import PolygptError, suggest
 from polygpt.process import keep_freed_memory, keep_interrupts
 
-# Command -> what `polygpt --help` says of it; each lives in the module of its name.
+# Command -> its line in `polygpt --help`. Each is defined in the module of the same name.
 COMMANDS = {
     "demo": "Train, evaluate and sample on text that is always there, in minutes.",
-    "presets": "Every preset: parameters, active parameters, KV bytes a token, FLOPs a token.",
-    "show": "The resolved configuration of a model, the tree of its parts, and its costs.",
+    "presets": "Every preset with its parameters, KV bytes and FLOPs per token; the recipes.",
+    "show": "The resolved configuration of a model or recipe, the tree of its parts, its costs.",
     "tokenizer": "Train a tokenizer.",
     "data": "Prepare token shards from text.",
     "train": "Train a model from a recipe or a file.",
@@ -34,7 +34,7 @@ OUT_OF_MEMORY = "out of memory: lower training.batch_size, model.context_length 
 
 
 class _Commands(click.Group):
-    """Commands imported when they are called, and a nearest name for one that does not exist."""
+    """Imports a command when it is called, and suggests the nearest name for one that does not exist."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -57,12 +57,12 @@ class _Commands(click.Group):
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="polygpt")
-@click.option("--debug", is_flag=True, help="Show a traceback when something fails; may stand anywhere.")
+@click.option("--debug", is_flag=True, help="Show a traceback when something fails; allowed anywhere.")
 def polygpt(debug: bool) -> None:
-    """One decoder, every GPT: compose, train, sample from and study GPT-style language models.
+    """One decoder, every GPT: compose, train, evaluate and sample from GPT-style language models.
 
     Every command takes --json: one JSON object on standard output, everything else on standard error. Exit codes:
-    0 done, 1 failed, 2 the request was wrong, 130 interrupted.
+    0 done, 1 failed, 2 invalid request, 130 interrupted.
     """
 
 
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     keep_compiled_programs()
     keep_freed_memory()
     keep_interrupts()
-    # SIGTERM as Ctrl-C: what is half-written is removed on the way out.
+    # SIGTERM acts like Ctrl-C: half-written files are removed on the way out.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 must not end a run
     sys.exit(_run([word for word in words if word != "--debug"], debug))
@@ -96,8 +96,8 @@ def _run(words: list[str], debug: bool) -> int:
     except (KeyboardInterrupt, click.Abort) as error:
         return _fail(error, "interrupted", 130, debug)
     except (BrokenPipeError, SystemExit):
-        # The reader has gone (`| head`), for which click has an exit of its own; Python would complain once more
-        # when it flushes at exit.
+        # The reader has closed the pipe (`| head`). click raises SystemExit for that; without a new stdout Python would
+        # report the broken pipe again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except MemoryError as error:

@@ -24,7 +24,7 @@ def data() -> None:
 def prepare(
     sources: tuple[str, ...], tokenizer_path: str, out: Path, split: str, validation_fraction: float, as_json: bool
 ) -> None:
-    """Turn text (files, folders, globs, or `builtin`) into shards that runs name by data.path=OUT."""
+    """Turn text (files, folders, globs, or `builtin`) into token shards, for data.path=OUT."""
     from polygpt.config import validate
     from polygpt.data import DataConfig, open_source
     from polygpt.data import prepare as prepare_shards

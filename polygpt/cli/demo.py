@@ -15,14 +15,14 @@ from polygpt.process import command_line
 @click.command(cls=SettingsCommand)
 @overrides_argument
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="The run's folder; the first free of runs/demo, runs/demo-2."
+    "--out", type=click.Path(path_type=Path), help="The run's folder.  [default: runs/demo, or runs/demo-2, ...]"
 )
 @click.option(
-    "--short", is_flag=True, help="Every stage in seconds, for checking an installation; figures mean nothing."
+    "--short", is_flag=True, help="Run every stage in seconds, to check an installation; the results mean nothing."
 )
 @json_option
 def demo(overrides: tuple[str, ...], out: Path | None, short: bool, as_json: bool) -> None:
-    """Train a small GPT on Python's own documentation and sources, and measure it against three baselines."""
+    """Train a small GPT on Python's own documentation and sources, and compare it with three baselines."""
     from polygpt.config import dotted_to_nested, parse_overrides
 
     changes = parse_overrides(overrides)

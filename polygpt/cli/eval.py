@@ -13,7 +13,7 @@ from polygpt.cli.output import dtype_option, json_option, print_json, print_resu
 OWN = ("perplexity", "hellaswag")  # any other task is one of lm-evaluation-harness
 # What each takes beside the model.
 SETTINGS = {
-    "perplexity": ("data", "stride", "context", "start"),
+    "perplexity": ("data", "stride", "context", "start", "documents", "text_key"),
     "hellaswag": ("data", "limit"),
     "lm_eval": ("limit", "num_fewshot", "include_path"),
 }
@@ -23,10 +23,19 @@ UNITS = {"perplexity": "windows", "hellaswag": "questions", "lm_eval": "requests
 @click.command()
 @click.argument("model", metavar="MODEL")
 @click.option("--task", required=True, help="perplexity, hellaswag, or a task of lm-evaluation-harness.")
-@click.option("--data", help="The text, or HellaSwag's .jsonl.")
+@click.option("--data", help="The text, or a .jsonl of documents or of HellaSwag's questions.")
 @click.option("--stride", type=int, help="perplexity: tokens between windows.  [default: half of the context]")
 @click.option("--context", type=int, help="perplexity: tokens a window.  [default: the model's context]")
-@click.option("--no-start", "start", flag_value=False, default=None, help="perplexity: no end-of-text before the text.")
+@click.option(
+    "--no-start", "start", flag_value=False, default=None, help="perplexity: no end-of-text token before the text."
+)
+@click.option(
+    "--documents",
+    is_flag=True,
+    default=None,
+    help="perplexity: <|endoftext|> in the text divides documents.  [default: ordinary text]",
+)
+@click.option("--text-key", help="perplexity: the key of a .jsonl object that holds the text.  [default: text]")
 @click.option("--limit", type=int, help="Only the first so many examples.")
 @click.option("--num-fewshot", type=int, help="lm-evaluation-harness: solved examples before each question.")
 @click.option("--include-path", help="lm-evaluation-harness: a folder of more tasks.")
@@ -46,7 +55,11 @@ def eval(
     polygpt eval runs/demo --task hellaswag --data hellaswag_val.jsonl --out choices.jsonl
     polygpt eval runs/demo --task arc_easy --limit 100
     """
-    from polygpt.evaluation import progress
+    from polygpt.presets import check_model_name
+
+    check_model_name(model)
+
+    from polygpt.evaluation import progress_bar
     from polygpt.files import new_file
 
     config = _configured(task, settings)
@@ -54,8 +67,8 @@ def eval(
     _check_out(out, task, config.kind)
     lm = reading(model, dtype, {}, weights=weights or "auto", for_text=True)
     ready = config.prepare(lm.tokenizer, lm.config.context_length)
-    with progress(task, UNITS[config.kind]) as tell:
-        outcome = ready(lm, tell)
+    with progress_bar(task, UNITS[config.kind]) as progress:
+        outcome = ready(lm, progress)
     if out is not None:
         with new_file(out) as partial:
             partial.write_text("".join(json.dumps(row) + "\n" for row in outcome.rows), encoding="utf-8")

@@ -18,17 +18,21 @@ _TYPES = {"hf": ("float32", "bfloat16", "float16"), "gguf": ("f32", "f16", "bf16
 @click.option("--dtype", help="Of the weights: float32, bfloat16, float16; for gguf f32, f16, bf16, q8_0.")
 @json_option
 def export(model: str, form: str, out: Path, dtype: str | None, as_json: bool) -> None:
-    """Write a model so that others can open it: transformers (hf) or llama.cpp (gguf).
+    """Write a model for transformers (hf) or llama.cpp (gguf).
 
-    What has no counterpart there is refused, and named.
+    A part that has no counterpart there is refused by name.
     """
-    from polygpt import interop
     from polygpt.errors import RequestError, suggest
+    from polygpt.presets import check_model_name
 
+    check_model_name(model)
     if dtype is not None and dtype not in _TYPES[form]:
         raise RequestError(f"--dtype {dtype}: not a type of --format {form}; {suggest(dtype, _TYPES[form])}")
     if out.exists():
         raise RequestError(f"{out}: exists already; choose another --out")
+
+    from polygpt import interop
+
     write, choose = {
         "hf": (interop.export_huggingface, interop.choose_family),
         "gguf": (interop.export_gguf, interop.choose_architecture),
@@ -40,7 +44,7 @@ def export(model: str, form: str, out: Path, dtype: str | None, as_json: bool) -
         lm.config,
         lm.params,
         tokenizer,
-        **({} if dtype is None else {"dtype": dtype}),  # each has a default of its own
+        **({} if dtype is None else {"dtype": dtype}),  # each format has its own default
         stop_tokens=lm.origin.stop_tokens,
         chat_template=lm.origin.chat_template,
         facts=lm.origin.facts,

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from typing import TYPE_CHECKING
 
 import click
 
 from polygpt.cli.output import dtype_option, json_option, print_json, reading, weights_option
 
+if TYPE_CHECKING:
+    from polygpt.language_model import Generation, LanguageModel
+
 
 @click.command()
 @click.argument("model", metavar="MODEL")
-@click.option("--prompt", required=True, help="The text to continue; - reads standard input.")
+@click.option(
+    "--prompt",
+    "prompts",
+    required=True,
+    multiple=True,
+    help="The text to continue; - reads standard input. Given several times, each is continued.",
+)
 @click.option("--max-new-tokens", type=int, default=100, show_default=True)
 @click.option("--temperature", type=float, default=0.8, show_default=True, help="0 is greedy.")
 @click.option("--top-k", type=int, help="Only the k likeliest tokens.")
@@ -28,30 +38,48 @@ from polygpt.cli.output import dtype_option, json_option, print_json, reading, w
 @dtype_option
 @weights_option
 @json_option
-def generate(model: str, prompt: str, dtype: str | None, weights: str | None, as_json: bool, **settings) -> None:
+def generate(
+    model: str, prompts: tuple[str, ...], dtype: str | None, weights: str | None, as_json: bool, **settings
+) -> None:
     """Continue a prompt; text streams to standard output as it is decoded.
+
+    With several prompts each text is printed when all are done, and --json prints a line for each. A prompt's text does
+    not depend on the others.
 
     MODEL is a run's folder, an imported or a Hugging Face folder, hf:owner/name, a .gguf file, or a preset (random
     weights, without text).
     """
-    text = _standard_input() if prompt == "-" else prompt
+    texts = [_standard_input() if prompt == "-" else prompt for prompt in prompts]
     lm = reading(model, dtype, {}, weights=weights or "auto", for_text=True)
-    unseen = (
-        [] if settings["chat"] else [text]
-    )  # the prompt, shown with the first piece of text: by then it is known to be in order
+    if len(texts) == 1 and not as_json:
+        _stream(lm, texts[0], settings)
+        return
+    results = lm.generate(texts, **settings)
+    for text, result in zip(texts, results, strict=True):
+        if as_json:
+            print_json(({"prompt": text} if len(texts) > 1 else {}) | dataclasses.asdict(result))
+        else:
+            click.echo(("" if settings["chat"] else text) + result.text)
+            _report(result)
 
-    def stream(piece: str) -> None:
+
+def _stream(lm: LanguageModel, prompt: str, settings: dict) -> None:
+    # The prompt is shown with the first piece of text: by then it is known to be in order.
+    unseen = [] if settings["chat"] else [prompt]
+
+    def show(piece: str) -> None:
         click.echo("".join(unseen) + piece, nl=False)
         sys.stdout.flush()
         unseen.clear()
 
-    result = lm.generate(text, on_text=None if as_json else stream, **settings)
-    if as_json:
-        print_json(dataclasses.asdict(result))
-        return
-    stream("\n")
-    speed = f"{result.tokens_per_second:,.0f} tokens/s"
-    click.echo(f"{len(result.tokens)} tokens, {speed}, finished: {result.finish_reason}", err=True)
+    result = lm.generate(prompt, on_text=show, **settings)
+    show("\n")
+    _report(result)
+
+
+def _report(result: Generation) -> None:
+    speed = "" if result.tokens_per_second is None else f" {result.tokens_per_second:,.0f} tokens/s,"
+    click.echo(f"{len(result.tokens)} tokens,{speed} finished: {result.finish_reason}", err=True)
 
 
 def _standard_input() -> str:

@@ -18,18 +18,20 @@ from polygpt.process import command_line
 @dtype_option
 @json_option
 def import_(source: str, overrides: tuple[str, ...], out: Path, dtype: str | None, as_json: bool) -> None:
-    """Bring a model from elsewhere into a folder of ours, verified by SHA-256 sums.
+    """Convert a model into a polygpt folder, verified by SHA-256 sums.
 
-    SOURCE is a Hugging Face folder, hf:owner/name[@revision], a .gguf file, or a llama2.c .bin file. Settings of the
-    model that leave its weights their shapes can be changed: model.vocab_size=50304 pads the vocabulary,
+    SOURCE is a Hugging Face folder, hf:owner/name[@revision], a .gguf file, or a llama2.c .bin file. Settings that do
+    not change the shapes of its weights can be changed; model.vocab_size=50304 pads the vocabulary,
     model.context_length=1024 shortens the context.
     """
     from polygpt.config import dotted_to_nested, parse_overrides
     from polygpt.errors import RequestError
+    from polygpt.presets import check_model_name
 
     if out.exists():
         raise RequestError(f"{out}: exists already; choose another --out")
     changes = parse_overrides(overrides)
+    check_model_name(source)
     check_names(dotted_to_nested(changes))
 
     from polygpt.loading import save

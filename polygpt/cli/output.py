@@ -1,4 +1,4 @@
-"""What commands share: `--json`, tables, trees, and settings as `key=value`."""
+"""What commands share: common options, loading with a progress bar, JSON, tables and trees."""
 
 from __future__ import annotations
 
@@ -19,24 +19,28 @@ json_option: Callable = click.option(
 dtype_option: Callable = click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="Of weights and activations; as stored if left out.",
+    help="Of weights and activations.  [default: as stored]",
 )
 weights_option: Callable = click.option(
     "--weights",
     type=click.Choice(["float32", "bfloat16", "float16", "int8"]),
-    help="Keep the weights in this type, beside activations of --dtype; fewer bits decode faster.",
+    help="Store the weights in this type (activations keep --dtype); fewer bits decode faster.",
 )
 overrides_argument: Callable = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 
 
 def reading(name: str, dtype: str | None, overrides: Mapping[str, Any], **how: Any) -> LanguageModel:
-    """The model MODEL, read with a bar on standard error where that takes long; warnings go there, too.
+    """Loads MODEL, with a progress bar and warnings on standard error.
 
-    `overrides` are dotted keys, all below `model`; `how` is for `polygpt.load`.
+    `overrides` are dotted keys below `model`; `how` is passed on to `polygpt.load`.
     """
     from polygpt.config import as_yaml
-    from polygpt.loading import load
+    from polygpt.presets import check_model_name
     from polygpt.recipes import model_changes
+
+    check_model_name(name)
+
+    from polygpt.loading import load
 
     changes = as_yaml(model_changes(overrides))
     with weights_bar() as on_progress:
@@ -52,7 +56,7 @@ def reading(name: str, dtype: str | None, overrides: Mapping[str, Any], **how: A
 
 @contextmanager
 def weights_bar() -> Iterator[Callable[[int], None]]:
-    """A counter of weights on a terminal's standard error, shown from half a second on."""
+    """Progress callback that counts weights on standard error, if that is a terminal."""
     if not sys.stderr.isatty():
         yield int
         return
@@ -71,12 +75,12 @@ def weights_bar() -> Iterator[Callable[[int], None]]:
 
 
 def print_json(value: Any) -> None:
-    """`value` as one line of JSON on standard output."""
+    """Prints `value` as one line of JSON on standard output."""
     click.echo(json.dumps(value, allow_nan=False, ensure_ascii=False))
 
 
 def print_table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[Any]], title: str | None = None) -> None:
-    """A table on standard output; `columns` are (heading, `left` or `right`)."""
+    """Prints a table on standard output; `columns` are (heading, `left` or `right`)."""
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
@@ -88,7 +92,7 @@ def print_table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[Any]
 
 
 def print_tree(root: Mapping[str, Any]) -> None:
-    """A model's parts (`Node.to_dict`) on standard output: settings beside parts; shape, axes, count of parameters."""
+    """Prints the tree of a model's parts (`Node.to_dict`): their settings; shape, axes and count of each parameter."""
     from rich.text import Text
     from rich.tree import Tree
 
@@ -98,7 +102,7 @@ def print_tree(root: Mapping[str, Any]) -> None:
     axes = max(len(", ".join(node["axes"])) for _, node in rows)
     counts = len(f"{root['size']:,}")
     console = _console(1000)
-    # Counts stand in a column where there is room for one.
+    # Counts are aligned in a column if the terminal is wide enough.
     before = names + 2 + shapes + 2 + axes
     before, counts = (before, counts) if before + 2 + counts <= console.width else (0, 0)
 
@@ -134,12 +138,12 @@ def _walk(node: Mapping[str, Any], depth: int = 0) -> Iterator[tuple[int, Mappin
 def _console(width: int) -> Any:
     from rich.console import Console
 
-    # A pipe has no width: rows must not be folded for a reader that is a program.
+    # A pipe has no width: rows must not be wrapped for a program that reads them.
     return Console(highlight=False, width=None if sys.stdout.isatty() else width)
 
 
 def print_result(rows: Iterable[tuple[str, str]]) -> None:
-    """Names and values, aligned, on standard output."""
+    """Prints names and values, aligned, on standard output."""
     rows = list(rows)
     width = max(len(name) for name, _ in rows)
     for name, value in rows:

@@ -13,9 +13,9 @@ from polygpt.cli.settings import recipe_titles, shown
 @click.command()
 @json_option
 def presets(as_json: bool) -> None:
-    """Every preset: parameters, active parameters, KV bytes a token, FLOPs a token (training, full context).
+    """List every preset with its costs, and every recipe.
 
-    Recipes, which are whole runs, are listed below them.
+    A preset is a model, a recipe a whole run. FLOPs per token are those of training at full context.
     """
     from polygpt.presets import PRESET_VOCAB, PRESETS
 

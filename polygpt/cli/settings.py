@@ -1,4 +1,4 @@
-"""Settings as commands take them: misspelled ones are refused, and what is known is shown, before JAX is imported."""
+"""Settings on the command line: misspelled ones are refused, and cached answers given, without importing JAX."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from polygpt.cache import kept
 
 
 class SettingsCommand(click.Command):
-    """A command that takes KEY=VALUE settings: a setting written as an option is shown as it should be."""
+    """A command with KEY=VALUE settings; if one is written as an option, the error shows how to write it."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         words = list(args)
@@ -30,7 +30,7 @@ class SettingsCommand(click.Command):
 
 
 class RunCommand(SettingsCommand):
-    """A command that takes a recipe, and lists them in its help."""
+    """A command that takes a recipe; its help lists them."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Recipes"):
@@ -38,17 +38,17 @@ class RunCommand(SettingsCommand):
 
 
 def recipe_titles() -> dict[str, str]:
-    """The recipes that come with polygpt, each with the first line of its file; imports nothing that is slow."""
+    """The recipes that come with polygpt, each with the first line of its file. Imports nothing slow."""
     files = resources.files("polygpt").joinpath("recipes").iterdir()
     found = {file.name.removesuffix(".yaml"): file for file in files if file.name.endswith(".yaml")}
     return {name: file.read_text(encoding="utf-8").splitlines()[0].strip("# .") for name, file in sorted(found.items())}
 
 
 def check_names(fields: Mapping[str, Any], where: str = "", *, of_run: bool = True) -> None:
-    """Refuses a misspelled key or kind in the settings of a run, or of a model, before JAX is imported.
+    """Refuses a misspelled key or kind in the settings of a run or a model, without importing JAX.
 
     Raises:
-        RequestError: it names the nearest.
+        RequestError: names the nearest key or kind.
     """
     from polygpt.config import check_keys
 
@@ -57,7 +57,7 @@ def check_names(fields: Mapping[str, Any], where: str = "", *, of_run: bool = Tr
 
 
 def shown(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """What `summary.shown` gives for a name and settings as they are typed; kept for the next time where it can be.
+    """What `summary.shown` gives for a name and the settings as typed, cached if it is repeatable.
 
     Raises:
         RequestError: there is nothing by that name, or a setting is wrong.
@@ -95,7 +95,7 @@ def _keys() -> dict[str, Any]:
 
 
 def _path_of(key: str, keys: Mapping[str, Any]) -> str | None:
-    """The dotted path of the setting called `key`, the least deep; None if there is none."""
+    """The shortest dotted path of a setting called `key`; None if there is none."""
     return min((path for path, name in _paths(keys) if name == key), key=lambda path: path.count("."), default=None)
 
 

@@ -14,14 +14,14 @@ from polygpt.cli.settings import RunCommand, shown
 @click.command(cls=RunCommand)
 @click.argument("name", metavar="PRESET|RECIPE|FILE|RUN")
 @overrides_argument
-@click.option("--html", "page", type=click.Path(path_type=Path), help="Write an interactive page of its parts here.")
+@click.option("--html", "page", type=click.Path(path_type=Path), help="Also write an interactive page to this file.")
 @json_option
 def show(name: str, overrides: tuple[str, ...], page: Path | None, as_json: bool) -> None:
-    """The resolved configuration of a model or a run, the tree of the model's parts, and what it costs.
+    """Show the resolved configuration of a model or a run, the tree of the model's parts, and its costs.
 
-    Settings are written as in a run: polygpt show gpt2 model.num_layers=4
+    Settings are written as for `train`: polygpt show gpt2 model.num_layers=4
 
-    The page holds shapes alone, and of a run's folder (without settings) its weights.
+    The HTML page shows shapes; for a run's folder without settings it also shows the weights.
     """
     answer = shown(name, overrides)
     facts = answer["facts"]

@@ -16,10 +16,10 @@ from polygpt.process import command_line
 @click.argument("recipe", required=False, metavar="[RECIPE|FILE]")
 @overrides_argument
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The run's folder.")
-@click.option("--resume", is_flag=True, help="Go on with the run in --out; needs no recipe.")
+@click.option("--resume", is_flag=True, help="Continue the run in --out; needs no recipe.")
 @json_option
 def train(recipe: str | None, overrides: tuple[str, ...], out: Path, resume: bool, as_json: bool) -> None:
-    """Train a model from a recipe or a YAML file, with settings laid over it.
+    """Train a model from a recipe or a YAML file, with settings changed by KEY=VALUE.
 
     polygpt train shakespeare_char_cpu data.path=input.txt training.steps=500 --out runs/try
     """
@@ -38,7 +38,7 @@ def train(recipe: str | None, overrides: tuple[str, ...], out: Path, resume: boo
     if resume:
         config = resume_config(out, recipe, changes)
     elif recipe is None:
-        raise RequestError("name a recipe or a .yaml file, or go on with a run by --resume")
+        raise RequestError("name a recipe or a .yaml file, or continue a run with --resume")
     else:
         config = load_recipe(recipe, changes)
     result = run_training(config, out, resume=resume)

@@ -144,7 +144,7 @@ def validate(cls: type[C], data: Mapping[str, Any], where: str = "") -> C:
         raise  # never: a validation error has at least one line
 
 
-# What pydantic says in Python's words, said in the words of a configuration.
+# pydantic's messages in terms of a configuration rather than of Python's types.
 _NEEDED = {"model_type": "a mapping is needed", "tuple_type": "a list is needed", "too_short": "it must not be empty"}
 
 
@@ -155,18 +155,18 @@ def _describe(error: ValidationError, cls: type[Config], at: str = "") -> list[s
         dotted = ".".join([at, *steps] if at else steps)
         cause = item.get("ctx", {}).get("error")
         if isinstance(cause, _PartError):
-            told = _describe(cause.error, cause.cls, dotted)
+            said = _describe(cause.error, cause.cls, dotted)
         elif item["type"] == "extra_forbidden":
-            told = [no_such_key(dotted, known_keys(parent))]
+            said = [no_such_key(dotted, known_keys(parent))]
         elif item["type"] == "missing":
-            told = [f"{dotted}: this key is required"]
+            said = [f"{dotted}: this key is required"]
         elif item["type"] == "value_error":
-            told = [f"{dotted}: {cause}" if dotted else str(cause)]
+            said = [f"{dotted}: {cause}" if dotted else str(cause)]
         else:
             needed = _NEEDED.get(item["type"], item["msg"][0].lower() + item["msg"][1:])
-            told = [f"{dotted}: {needed}, not {item['input']!r}"]
-        lines.setdefault(dotted, told)
-    return [line for told in lines.values() for line in told]
+            said = [f"{dotted}: {needed}, not {item['input']!r}"]
+        lines.setdefault(dotted, said)
+    return [line for said in lines.values() for line in said]
 
 
 def _locate(cls: type[BaseModel], loc: Sequence[str | int]) -> tuple[list[str], type[BaseModel]]:

@@ -1,13 +1,13 @@
 """Data: sources of documents, their preparation into token shards, and the loader of batches.
 
-`open_source` finds documents, `prepare` turns them into shards (`open_shards` opens them again, verified),
-and `Loader(shards.train, ...).batch(i)` is a pure function of (seed, i).
+`open_source` finds documents, `prepare` turns them into shards, `open_shards` opens and verifies shards, and
+`Loader(shards.train, ...).batch(i)` is a pure function of (seed, i).
 """
 
 from polygpt.data.config import DataConfig
 from polygpt.data.loader import Loader
 from polygpt.data.preparation import prepare, training_texts
-from polygpt.data.reading import open_bytes
+from polygpt.data.reading import format_of, open_bytes
 from polygpt.data.shards import Manifest, Shards, TokenSplit, is_prepared, open_shards
 from polygpt.data.sources import Document, InvalidText, Source, open_source
 
@@ -20,6 +20,7 @@ __all__ = [
     "Shards",
     "Source",
     "TokenSplit",
+    "format_of",
     "is_prepared",
     "open_bytes",
     "open_shards",

@@ -1,4 +1,4 @@
-"""Text that is always there: the documentation and the standard library of the Python that runs."""
+"""Text that every machine has: the documentation and the standard library of the running Python."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-# Tests, demonstrations, tables of character sets and other people's packages: little prose, much repetition.
+# Tests, demonstrations, character set tables and third-party packages: little prose, much repetition.
 EXCLUDED = {
     "site-packages",
     "dist-packages",
@@ -25,7 +25,7 @@ EXCLUDED = {
 
 
 def topics() -> Iterator[tuple[str, bytes]]:
-    """`topics/NAME` and the text of each topic that `help()` knows, by name."""
+    """`topics/NAME` and the text of each topic of `help()`, sorted by name."""
     try:
         from pydoc_data import topics as module
     except ImportError:  # some distributions leave it out
@@ -35,7 +35,7 @@ def topics() -> Iterator[tuple[str, bytes]]:
 
 
 def library_files() -> Iterator[tuple[str, Path]]:
-    """The path within the standard library, and the file, of each module in Python, by that path."""
+    """The relative path and the file of each Python module of the standard library, sorted by path."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
     for name, path in sorted(files.items()):
@@ -45,5 +45,5 @@ def library_files() -> Iterator[tuple[str, Path]]:
 
 
 def describe() -> str:
-    """One line."""
+    """Names the corpus in one line."""
     return f"builtin (documentation and standard library of Python {sys.version.split()[0]})"

@@ -1,4 +1,4 @@
-"""What to read, how to divide it, and how to cut it into windows."""
+"""The configuration of data: what to read, how to split it, and how to cut it into windows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class DataConfig(Config):
             compressed (.gz, .zst); a folder of these; a glob; a list of any of them; or one folder of prepared shards.
         text_key: the key of a .jsonl object that holds the text.
         split: `document` assigns each document to training or validation by a hash of its text; `fraction` holds out
-            the end of the whole text, as nanoGPT does.
+            the end of the whole text, as nanoGPT does; `auto` is `fraction` for fewer than 100 documents.
         validation_fraction: share of the text, or of the documents, that is held out.
         stride: tokens between the starts of training windows; None is the context length, 1 is every offset.
         invalid_utf8: text that is not UTF-8 is an error, becomes U+FFFD, or its document is left out (the last two are
@@ -28,12 +28,12 @@ class DataConfig(Config):
 
     path: str | Tuple[str] = Field(BUILTIN, min_length=1)
     text_key: str = "text"
-    split: Literal["document", "fraction"] = "document"
+    split: Literal["document", "fraction", "auto"] = "document"
     validation_fraction: float = Field(0.05, gt=0, lt=1)
     stride: int | None = Field(None, ge=1)
     invalid_utf8: Literal["refuse", "replace", "skip"] = "refuse"
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """`path` as a tuple."""
+        """`path` as a tuple of paths."""
         return (self.path,) if isinstance(self.path, str) else self.path

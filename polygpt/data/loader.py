@@ -1,4 +1,4 @@
-"""Batches of windows: batch `i` is a pure function of (seed, i), so that resuming is a number."""
+"""Batches of windows: batch `i` is a pure function of (seed, i), so resuming needs nothing but `i`."""
 
 from __future__ import annotations
 
@@ -11,21 +11,20 @@ import numpy as np
 from polygpt.data.shards import TokenSplit
 from polygpt.errors import RequestError
 
-# Part of the fingerprint: a change in the order of windows must not resume an older run silently.
+# Part of the fingerprint: when the order of windows changes, an older run must not resume silently.
 ORDER = "grain-index-shuffle-1"
 
 
 class Loader:
-    """Batches of a split, for training (shuffled, epoch after epoch) or evaluation (once over, in order).
+    """Batches of a split, for training (shuffled, epoch after epoch) or evaluation (one pass, in order).
 
-    Training windows are full: window `w` starts at token `w * stride`. Evaluation predicts every token but
-    the first exactly once: with a `stride` below the context length, windows overlap and each counts only the
-    targets that the one before it did not have; the last window and the last batch are filled up with zeros
-    that do not count.
+    Training windows are full: window `w` starts at token `w * stride`. Evaluation predicts every token but the first
+    exactly once: with a `stride` below the context length, windows overlap, and each counts only the targets that the
+    previous one did not contain. The last window and the last batch are padded with zeros that do not count.
 
     Attributes:
-        num_windows: windows in an epoch.
-        num_batches: batches in an epoch; the whole ones for training, all of them for evaluation.
+        num_windows: windows per epoch.
+        num_batches: batches per epoch: only full ones in training, all of them in evaluation.
     """
 
     def __init__(
@@ -65,20 +64,20 @@ class Loader:
             raise RequestError(f"seed must not be negative ({self.seed})")
         if not self.shuffle and self.stride > self.context_length:
             raise RequestError(
-                f"a stride of {self.stride} leaves out tokens between windows of {self.context_length}; "
-                "evaluation needs one of at most the context length"
+                f"a stride of {self.stride} skips tokens between windows of {self.context_length}; "
+                "in evaluation it must be at most the context length"
             )
         needed = self.context_length + 1 if self.shuffle else 2
         if self.split.tokens < needed:
             window = f"{needed} (context_length {self.context_length} + 1)" if self.shuffle else "2"
-            mend = "give more text, or lower model.context_length" if self.shuffle else "give more text"
-            raise RequestError(f"{self.split.name} has {self.split.tokens} tokens, one window needs {window};\n{mend}")
+            fix = "give more text, or lower model.context_length" if self.shuffle else "give more text"
+            raise RequestError(f"{self.split.name} has {self.split.tokens} tokens, one window needs {window};\n{fix}")
 
     def batch(self, i: int) -> dict[str, np.ndarray]:
         """Batch `i`: `input` and `target` int32 `[B, T]`, `mask` float32 `[B, T]` (1 where a target counts).
 
-        Training goes on after an epoch, each shuffled anew; a batch may hold the end of one and the start of
-        the next. Targets are the inputs one token later.
+        Each training epoch is shuffled anew, and a batch may contain the end of one and the start of the next. Targets
+        are the inputs shifted by one token.
 
         Raises:
             IndexError: `i` is negative, or (evaluation) not below `num_batches`.
@@ -99,12 +98,12 @@ class Loader:
         return {"input": tokens[:, :-1].copy(), "target": tokens[:, 1:].copy(), "mask": mask}
 
     def epoch(self) -> Iterator[dict[str, np.ndarray]]:
-        """The batches of the first epoch; for evaluation, all there are."""
+        """The batches of the first epoch; in evaluation, all of them."""
         return (self.batch(i) for i in range(self.num_batches))
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256, in hexadecimal, of all that decides which tokens are in batch `i`."""
+        """SHA-256, in hexadecimal, of everything that determines which tokens are in batch `i`."""
         parts = [
             self.split.fingerprint,
             self.context_length,
@@ -118,10 +117,10 @@ class Loader:
 
 
 def _shuffled(num_windows: int, seed: int) -> Sequence[int]:
-    """Window numbers in an order that is computed, not stored: epoch after epoch, each a permutation."""
-    import grain  # takes over a second, and loads JAX: not for evaluation, nor for `polygpt --help`
+    """Window numbers in an order that is computed, not stored: one permutation per epoch."""
+    import grain  # takes over a second and imports JAX; evaluation does without it
 
-    # Grain shuffles epoch e with seed + e, so that runs with seeds 0 and 1 would see the same orders an epoch
-    # apart; spreading the seed first also lets it be any size (Grain's must fit 32 bits).
+    # Grain shuffles epoch e with seed + e, so runs with seeds 0 and 1 would see the same orders one epoch apart.
+    # Hashing the seed first avoids that, and allows a seed of any size (Grain's must fit in 32 bits).
     spread = int(np.random.SeedSequence(seed).generate_state(1, np.uint32)[0])
     return grain.MapDataset.range(num_windows).shuffle(seed=spread).repeat()

@@ -1,4 +1,4 @@
-"""Preparation: documents to token shards, in a folder that appears whole or not at all."""
+"""Preparation: documents to token shards, in a folder that is renamed into place once it is complete."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,15 +35,16 @@ from polygpt.tokenizers import Tokenizer
 
 SHARD_TOKENS = 100_000_000
 BATCH_CHARS = 1 << 20
+MANY_DOCUMENTS = 100
 
 
 class _Part(NamedTuple):
-    """A document, or the part of one that falls on a side."""
+    """A document, or the part of one that is on one side of the split."""
 
     side: str
     name: str
     text: str
-    ends: bool  # the document's last (or only) part
+    ends: bool  # whether it is the document's last (or only) part
 
 
 def prepare(
@@ -54,13 +56,13 @@ def prepare(
     progress: Callable[[int], None] | None = None,
     shard_tokens: int = SHARD_TOKENS,
 ) -> Shards:
-    """Tokenizes `source` into shards in the new folder `out`; `progress` is told the documents done.
+    """Tokenizes `source` into shards in the new folder `out`; `progress` gets the number of documents done.
 
-    Each document is preceded by the tokenizer's end of text, where it has one, so that every token of a
-    document is predicted and a model learns to stop. A new shard begins once one holds `shard_tokens`.
+    Each document is preceded by the tokenizer's end-of-text token, if there is one, so that every token of a document
+    is predicted and a model learns to stop. A new shard begins once one holds `shard_tokens`.
 
     Raises:
-        RequestError: `out` exists, the source cannot be read or tokenized, or a side would be empty.
+        RequestError: `out` exists, the source cannot be read or tokenized, or one side of the split would be empty.
         PolygptError: `out` cannot be written.
     """
     out = Path(out).expanduser()
@@ -97,18 +99,20 @@ def _write_manifest(path: Path, manifest: Manifest) -> None:
 
 
 def training_texts(source: Source, config: DataConfig) -> Iterator[str]:
-    """The texts on the training side, for a tokenizer to be trained on: the held-out text stays unseen by it, too."""
+    """The texts on the training side, on which a tokenizer is trained: it must not see held-out text either."""
     return (part.text for part in _parts(source, config) if part.side == "train")
 
 
 def _parts(source: Source, config: DataConfig) -> Iterator[_Part]:
-    if config.split == "document":
+    # Of fewer documents all could fall on one side.
+    many = config.split == "auto" and sum(1 for _ in islice(source, MANY_DOCUMENTS)) == MANY_DOCUMENTS
+    if config.split == "document" or many:
         for document in source:
             side = _side(document.text, config.validation_fraction)
             yield _Part(side, document.name, document.text, True)
         return
     total = sum(len(document.text) for document in source)
-    cut = int(total * (1 - config.validation_fraction))  # rounded down as nanoGPT's int(n * 0.9)
+    cut = int(total * (1 - config.validation_fraction))  # rounded down, like nanoGPT's int(n * 0.9)
     start = 0
     for name, text in source:
         before = max(0, min(cut - start, len(text)))
@@ -120,7 +124,7 @@ def _parts(source: Source, config: DataConfig) -> Iterator[_Part]:
 
 
 def _side(text: str, validation_fraction: float) -> str:
-    # By the text, so that a document that comes twice cannot be on both sides, whatever the order.
+    # A hash of the text: a document that occurs twice is on one side only, whatever the order.
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return "validation" if int.from_bytes(digest, "big") < validation_fraction * 2**64 else "train"
 
@@ -135,7 +139,9 @@ def _write(
     done = 0
     for batch in _batches(parts):
         for part, ids in zip(batch, _encode(batch, tokenizer), strict=True):
-            writers[part.side].add(np.concatenate([prefix, ids]), len(part.text.encode()))
+            # Held-out text is what bits per byte are measured on: bytes that no token stands for would lower them.
+            lost = tokenizer.count_lost(part.text) if part.side == "validation" else 0
+            writers[part.side].add(np.concatenate([prefix, ids]), len(part.text.encode()) - lost, lost)
         done += sum(part.ends for part in batch)
         if progress is not None:
             progress(done)
@@ -167,21 +173,21 @@ def _batches(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
 
 
 class _SplitWriter(AbstractContextManager):
-    """Writes one side's documents, shard after shard; leaving it closes the file at hand."""
+    """Writes the documents of one side, shard after shard; on exit it closes the current file."""
 
     def __init__(self, folder: Path, name: str, dtype: str, shard_tokens: int):
         self.folder, self.name, self.dtype, self.shard_tokens = folder, name, DTYPES[dtype], shard_tokens
         self.shards: list[ShardEntry] = []
-        self.bytes = 0
+        self.bytes = self.lost_bytes = 0
         self.stream = None
 
     def __exit__(self, *error: object) -> None:
         if self.stream is not None:
             self.stream.close()
 
-    def add(self, ids: np.ndarray, text_bytes: int) -> None:
-        """One document: its ids, and the length of its text in UTF-8."""
-        if not len(ids):  # a foreign tokenizer may make nothing of white space
+    def add(self, ids: np.ndarray, text_bytes: int, lost_bytes: int) -> None:
+        """Adds a document: its ids, and how many UTF-8 bytes of its text they stand for and how many are lost."""
+        if not len(ids):  # some tokenizers encode white space to nothing
             return
         if self.stream is None:
             self.stream = (self.folder / f"{self.name}-{len(self.shards):05d}.tokens").open("wb")
@@ -192,6 +198,7 @@ class _SplitWriter(AbstractContextManager):
         self.offsets.append(self.tokens)
         self.tokens += len(ids)
         self.bytes += text_bytes
+        self.lost_bytes += lost_bytes
         if self.tokens >= self.shard_tokens:
             self._close()
 
@@ -212,18 +219,19 @@ class _SplitWriter(AbstractContextManager):
         self.stream = None
 
     def finish(self, config: DataConfig) -> SplitEntry:
-        """The side's entry in the manifest."""
+        """The entry of this side in the manifest."""
         if self.stream is not None:
             self._close()
         if not self.shards:
-            mend = "set data.split to 'fraction'" if config.split == "document" else "give more text"
+            fix = "set data.split to 'fraction'" if config.split == "document" else "give more text"
             raise RequestError(
-                f"no text falls on the {self.name} side (data.split '{config.split}', "
-                f"data.validation_fraction {config.validation_fraction});\n{mend}, or change the fraction"
+                f"no text is on the {self.name} side (data.split '{config.split}', "
+                f"data.validation_fraction {config.validation_fraction});\n{fix}, or change the fraction"
             )
         return SplitEntry(
             documents=sum(shard.documents for shard in self.shards),
             tokens=sum(shard.tokens for shard in self.shards),
-            bytes=self.bytes,
+            bytes=max(self.bytes, 1),
+            lost_bytes=self.lost_bytes,
             shards=tuple(self.shards),
         )

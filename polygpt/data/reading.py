@@ -1,4 +1,4 @@
-"""Files to documents as bytes: .txt and .jsonl, plain or compressed."""
+"""Reading files as documents in bytes: .txt and .jsonl, plain or compressed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz", ".gz", ".txt.zst", ".jsonl
 
 
 def format_of(path: Path) -> Literal["text", "jsonl"] | None:
-    """How the file's name says it is to be read (a bare .gz or .zst is text); None for any other name."""
+    """The format that the file's name implies (a bare .gz or .zst is text); None for any other name."""
     suffix = path.suffix.lower()
     if suffix in (".gz", ".zst"):
         suffix = Path(path.stem).suffix.lower() or ".txt"
@@ -32,7 +32,7 @@ def open_bytes(path: Path) -> Iterator[BinaryIO]:
     """The bytes of `path`, decompressed.
 
     Raises:
-        RequestError: the file is missing, cannot be read, or is not what its suffix says.
+        RequestError: the file is missing, cannot be read, or is not in the format of its suffix.
     """
     try:
         with path.open("rb") as raw:
@@ -54,17 +54,17 @@ def open_bytes(path: Path) -> Iterator[BinaryIO]:
 
 
 class _Decompressed(io.RawIOBase):
-    """A compressed stream of one or more frames, refused if it is cut short (`zstandard`'s own reader accepts that).
+    """A compressed stream of one or more frames; a truncated one is an error (`zstandard`'s own reader accepts it).
 
-    With the `magic` that frames begin with, bytes after a frame that do not are ignored, as gzip(1) does: padding of a
-    tape or a block device, a signature.
+    `magic` is what every frame begins with: other bytes after a frame are then ignored, as gzip(1) does (padding of a
+    tape, a signature).
     """
 
     def __init__(self, raw: BinaryIO, new_frame: Callable[[], Any], magic: bytes = b""):
         self.raw, self.new_frame, self.magic = raw, new_frame, magic
         self.frame = new_frame()
         self.pending = memoryview(b"")
-        self.within = False  # a frame has begun and not ended
+        self.within = False  # inside a frame
 
     def readable(self) -> bool:
         return True
@@ -89,9 +89,9 @@ class _Decompressed(io.RawIOBase):
 
 
 def text_documents(stream: BinaryIO) -> Iterator[bytes]:
-    """The documents of a text file: the whole of it, byte for byte, or the parts between `<|endoftext|>`.
+    """The documents of a text file: the whole file, byte for byte, or the parts between `<|endoftext|>`.
 
-    Parts lose the newlines around them, which belong to the separator's line (TinyStories' layout).
+    Newlines around a part are removed: they belong to the separator's line (as in TinyStories).
     """
     pending, separated = bytearray(), False
     while chunk := stream.read(CHUNK):

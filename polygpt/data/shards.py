@@ -1,8 +1,8 @@
-"""Prepared shards: flat files of token ids with the starts of documents, and a manifest that verifies them.
+"""Prepared shards: flat files of token ids and of document offsets, and a manifest that verifies them.
 
 A folder holds `train-00000.tokens` (little-endian uint16, or uint32 where the vocabulary needs it),
 `train-00000.offsets` (little-endian int64: where each document starts in its shard), the same for
-`validation`, and `manifest.json`. A document never straddles two shards.
+`validation`, and `manifest.json`. A document is never split over two shards.
 """
 
 from __future__ import annotations
@@ -47,16 +47,17 @@ class ShardEntry(Config):
 
 
 class SplitEntry(Config):
-    """One side of the data; `bytes` is the length of its text in UTF-8."""
+    """One side of the split; `bytes` is the length of its text in UTF-8, without `lost_bytes` (see `_write`)."""
 
     documents: int = Field(ge=1)
     tokens: int = Field(ge=1)
     bytes: int = Field(ge=1)
+    lost_bytes: int = Field(0, ge=0)
     shards: Tuple[ShardEntry] = Field(min_length=1)
 
 
 class Manifest(Config):
-    """What a folder of shards holds."""
+    """What a folder of shards contains."""
 
     format: int
     dtype: Literal["uint16", "uint32"]
@@ -72,19 +73,19 @@ class Manifest(Config):
 
 
 class TokenSplit:
-    """The token stream of one side, read through memory maps.
+    """The token stream of one side of the split, read through memory maps.
 
     Attributes:
         tokens, documents, bytes: counts; `bytes` of the raw text in UTF-8, for bits per byte.
-        fingerprint: SHA-256, in hexadecimal, of the files' own.
+        fingerprint: SHA-256, in hexadecimal, of the SHA-256 sums of the files.
     """
 
     def __init__(self, name: str, entry: SplitEntry, folder: Path, dtype: np.dtype):
-        """Maps the files; `open_shards` has verified them."""
+        """Maps the files, which `open_shards` has verified."""
         self.name, self.tokens, self.documents, self.bytes = name, entry.tokens, entry.documents, entry.bytes
         hashes = [file.sha256 for s in entry.shards for file in (s.tokens_file, s.offsets_file)]
         self.fingerprint = hashlib.sha256("".join(hashes).encode()).hexdigest()
-        # Plain arrays over the maps: slicing np.memmap itself costs several times more.
+        # Plain arrays over the maps: slicing an np.memmap is several times slower.
         self._ids = [np.asarray(np.memmap(folder / s.tokens_file.name, dtype, "r")) for s in entry.shards]
         self._offsets = [np.asarray(np.memmap(folder / s.offsets_file.name, OFFSET, "r")) for s in entry.shards]
         self._starts = [0, *accumulate(s.tokens for s in entry.shards)]
@@ -112,7 +113,7 @@ class TokenSplit:
         return out
 
     def document(self, i: int) -> np.ndarray:
-        """The tokens of document `i`, int32, the end of text before it included where the tokenizer has one.
+        """The tokens of document `i`, int32, including the end-of-text token before it if the tokenizer has one.
 
         Raises:
             IndexError: there is no document `i`.
@@ -127,10 +128,10 @@ class TokenSplit:
 
 
 class Shards:
-    """Prepared data: `train` and `validation`, and the `manifest` they were checked against."""
+    """Prepared data: `train`, `validation`, and the `manifest` that they were verified with."""
 
     def __init__(self, folder: Path, manifest: Manifest):
-        """Maps the files; `open_shards` has verified them."""
+        """Maps the files, which `open_shards` has verified."""
         self.folder, self.manifest = folder, manifest
         dtype = DTYPES[manifest.dtype]
         self.train = TokenSplit("train", manifest.train, folder, dtype)
@@ -138,7 +139,7 @@ class Shards:
 
 
 def is_prepared(config: DataConfig) -> bool:
-    """Whether `config.path` is one folder of prepared shards, for `open_shards`, and not text."""
+    """Whether `config.path` is a folder of prepared shards rather than text."""
     return len(config.paths) == 1 and (Path(config.paths[0]).expanduser() / MANIFEST).is_file()
 
 
@@ -146,8 +147,8 @@ def open_shards(folder: str | Path, tokenizer: Tokenizer | None = None) -> Shard
     """The shards in `folder`, every file checked against the manifest, and the ids against `tokenizer`.
 
     Raises:
-        RequestError: there is no manifest, a file is missing, truncated or changed, or another tokenizer made
-            it.
+        RequestError: there is no manifest, a file is missing, truncated or changed, or it was prepared with another
+            tokenizer.
     """
     folder = Path(folder).expanduser()
     manifest = _read_manifest(folder)
@@ -191,16 +192,16 @@ def _read_manifest(folder: Path) -> Manifest:
 def _check_file(folder: Path, entry: FileEntry, size: int) -> None:
     name, path = entry.name, folder / entry.name
     if name in ("", ".", "..") or "/" in name or "\\" in name or ":" in name or "\0" in name:
-        raise RequestError(f"{folder / MANIFEST}: {name!r} is not the plain name of a file beside it")
+        raise RequestError(f"{folder / MANIFEST}: {name!r} is not the name of a file in the same folder")
     try:
         found = path.stat().st_size
         if found != size:
-            raise RequestError(f"{path}: has {found} bytes, its manifest says {size}: cut short or changed; {AGAIN}")
+            raise RequestError(f"{path}: has {found} bytes, its manifest says {size}: truncated or changed; {AGAIN}")
         with path.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
     except FileNotFoundError:
-        raise RequestError(f"{path}: is missing, its manifest names it; {AGAIN}") from None
+        raise RequestError(f"{path}: missing, though its manifest lists it; {AGAIN}") from None
     except OSError as error:
         raise PolygptError(f"{path}: reading failed ({error.strerror})") from None
     if digest != entry.sha256:
-        raise RequestError(f"{path}: changed since it was prepared (another SHA-256); {AGAIN}")
+        raise RequestError(f"{path}: changed since it was prepared (its SHA-256 differs); {AGAIN}")

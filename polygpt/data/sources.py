@@ -20,7 +20,7 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class Document(NamedTuple):
-    """A text, and where it is from: `FILE:N` for the N-th line or part of a file, or a built-in name."""
+    """A text and its source: `FILE:N` for the N-th line or part of a file, or the name of a built-in text."""
 
     name: str
     text: str
@@ -28,27 +28,27 @@ class Document(NamedTuple):
 
 @dataclass
 class InvalidText:
-    """Text that was not UTF-8: documents that held some, and byte sequences in them."""
+    """How much text was not UTF-8: documents that contained some, and invalid sequences in them."""
 
     documents: int = 0
     sequences: int = 0
 
 
 class Source:
-    """Documents; iterate as often as wished. Empty documents and blank lines are left out.
+    """Documents; can be iterated any number of times. Empty documents and blank lines are left out.
 
     Attributes:
-        invalid: what the latest iteration replaced or skipped.
+        invalid: what the last iteration replaced or skipped.
     """
 
     def __init__(self, config: DataConfig, files: tuple[str | Path, ...]):
-        """`files` are paths, or the word `builtin`; `open_source` finds them."""
+        """`files` are paths or the word `builtin`, found by `open_source`."""
         self.config = config
         self.files = files
         self.invalid = InvalidText()
 
     def describe(self) -> str:
-        """One line: what is read."""
+        """Names the files in one line."""
         names = [builtin.describe() if file == BUILTIN else str(file) for file in self.files]
         return ", ".join(names[:3]) + (f" and {len(names) - 3} more files" if len(names) > 3 else "")
 
@@ -56,8 +56,8 @@ class Source:
         """Yields each document.
 
         Raises:
-            RequestError: a file cannot be read as what its name says, is not UTF-8 (where that is refused),
-                or there is no text in any.
+            RequestError: a file is not in the format of its suffix, is not UTF-8 (if that is refused), or no file has
+                any text.
         """
         self.invalid = InvalidText()
         empty = True
@@ -76,7 +76,7 @@ class Source:
         for name, path in builtin.library_files():
             with open_bytes(path) as stream:
                 data = stream.read()
-            yield Document(name, data.decode(errors="replace"))  # a few old modules are in Latin-1
+            yield Document(name, data.decode(errors="replace"))  # a few old modules are Latin-1
 
     def _file(self, path: Path) -> Iterator[Document]:
         policy = self.config.invalid_utf8
@@ -89,7 +89,7 @@ class Source:
                     counts.sequences += sequences
                 if policy == "skip":
                     continue
-            if not (bad.documents and policy == "refuse"):  # a bad file is read to its end, to say how bad
+            if not (bad.documents and policy == "refuse"):  # an invalid file is read to the end, to count all of it
                 yield Document(f"{path}:{number}", text)
         if bad.documents and policy == "refuse":
             raise RequestError(
@@ -98,7 +98,7 @@ class Source:
             )
 
     def _texts(self, path: Path) -> Iterator[tuple[int, str, int]]:
-        """The number of each text that is not empty, the text, and how many places in it became U+FFFD."""
+        """The number of each non-empty text, the text, and how many sequences in it became U+FFFD."""
         is_json = format_of(path) == "jsonl"
         with open_bytes(path) as stream:
             for number, data in enumerate(stream if is_json else text_documents(stream), start=1):
@@ -112,7 +112,7 @@ class Source:
                     yield number, text, sequences
 
     def _from_json(self, line: str, where: str) -> tuple[str, int]:
-        """The text of a line's object, and how many lone (escaped) surrogates in it became U+FFFD."""
+        """The text of a line's object, and how many lone surrogates in it became U+FFFD."""
         try:
             value: Any = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -129,7 +129,7 @@ class Source:
 
 
 def _decode(data: bytes) -> tuple[str, int]:
-    """The text, and how many byte sequences in it were not UTF-8 and became U+FFFD."""
+    """The text, and how many invalid byte sequences in it became U+FFFD."""
     try:
         return data.decode(), 0
     except UnicodeDecodeError:
@@ -138,13 +138,13 @@ def _decode(data: bytes) -> tuple[str, int]:
 
 
 def open_source(config: DataConfig) -> Source:
-    """The documents that `config.path` names. Files are found now and read while iterating.
+    """The documents that `config.path` names. Files are found now, and read during iteration.
 
     Raises:
         RequestError: a path is missing, a glob matches nothing, or a file's suffix is not one that is read.
     """
     files = [file for path in config.paths for file in _files(path)]
-    return Source(config, tuple(dict.fromkeys(files)))  # a file that two globs name is read once
+    return Source(config, tuple(dict.fromkeys(files)))  # a file that two globs match is read once
 
 
 def _files(path: str) -> list[str | Path]:
@@ -172,7 +172,7 @@ def _files(path: str) -> list[str | Path]:
 
 def _folder(folder: Path) -> list[str | Path]:
     if (folder / "manifest.json").is_file():
-        raise RequestError(f"{folder}: holds prepared shards, which cannot be mixed with or read as text")
+        raise RequestError(f"{folder}: contains prepared shards, which cannot be read as text or mixed with it")
     visible = (p for p in folder.rglob("*") if not any(s.startswith(".") for s in p.relative_to(folder).parts))
     files = sorted(path for path in visible if path.is_file() and format_of(path))
     if not files:

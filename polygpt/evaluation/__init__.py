@@ -1,10 +1,10 @@
 """Evaluation: how well a model predicts text, what it chooses, and what its likelihood is measured against.
 
-`EVALUATIONS` is the menu of what `polygpt eval` and `training.evaluations` do; the functions behind it work on any
+`EVALUATIONS` is the registry of what `polygpt eval` and `training.evaluations` do; the functions behind it work on any
 `LanguageModel`.
 """
 
-from polygpt.evaluation.bar import progress
+from polygpt.evaluation.bar import progress_bar
 from polygpt.evaluation.baselines import bigram_bits_per_byte, gzip_bits_per_byte, held_out_text, xz_bits_per_byte
 from polygpt.evaluation.harness import register_harness_model
 from polygpt.evaluation.hellaswag import (
@@ -16,7 +16,7 @@ from polygpt.evaluation.hellaswag import (
     read_questions,
 )
 from polygpt.evaluation.perplexity import PerplexityResult, Text, encode_text, perplexity, read_text
-from polygpt.evaluation.scoring import Row, Score, Tell, score_continuations, score_rows
+from polygpt.evaluation.scoring import ProgressCallback, Row, Score, score_continuations, score_rows
 from polygpt.evaluation.tasks import (
     EVALUATIONS,
     EvaluationConfig,
@@ -37,11 +37,11 @@ __all__ = [
     "Outcome",
     "PerplexityConfig",
     "PerplexityResult",
+    "ProgressCallback",
     "Question",
     "Ready",
     "Row",
     "Score",
-    "Tell",
     "Text",
     "bigram_bits_per_byte",
     "choose_endings",
@@ -50,7 +50,7 @@ __all__ = [
     "gzip_bits_per_byte",
     "held_out_text",
     "perplexity",
-    "progress",
+    "progress_bar",
     "read_questions",
     "read_text",
     "register_harness_model",

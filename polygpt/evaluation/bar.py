@@ -9,15 +9,15 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from polygpt.evaluation.scoring import Tell
+from polygpt.evaluation.scoring import ProgressCallback
 
 # Seconds between two plain lines.
 PLAIN_INTERVAL = 5.0
 
 
 @contextmanager
-def progress(name: str, unit: str, console: Console | None = None) -> Iterator[Tell]:
-    """What is to be told of the progress of `name`, counted in `unit` (`questions`, say)."""
+def progress_bar(name: str, unit: str, console: Console | None = None) -> Iterator[ProgressCallback]:
+    """A callback that shows the progress of the task `name`, counted in `unit` (`questions`, say)."""
     console = console or Console(stderr=True, highlight=False, soft_wrap=True)
     if not console.is_terminal:
         yield _lines(name, unit, console)
@@ -28,10 +28,10 @@ def progress(name: str, unit: str, console: Console | None = None) -> Iterator[T
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _lines(name: str, unit: str, console: Console) -> Tell:
+def _lines(name: str, unit: str, console: Console) -> ProgressCallback:
     begun = last = time.monotonic()
 
-    def tell(done: int, total: int) -> None:
+    def report(done: int, total: int) -> None:
         nonlocal last
         now = time.monotonic()
         if now - last < PLAIN_INTERVAL or not done:
@@ -40,4 +40,4 @@ def _lines(name: str, unit: str, console: Console) -> Tell:
         left = (now - begun) / done * (total - done)
         console.print(f"{name}: {done:,} of {total:,} {unit}, {left:.0f} s left")
 
-    return tell
+    return report

@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from polygpt.errors import PolygptError, RequestError, suggest
-from polygpt.evaluation.scoring import Tell, quiet
+from polygpt.evaluation.scoring import ProgressCallback, no_progress
 from polygpt.language_model import LanguageModel
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def run_harness(
     *,
     limit: int | None = None,
     num_fewshot: int | None = None,
-    tell: Tell = quiet,
+    progress: ProgressCallback = no_progress,
 ) -> dict[str, Any]:
     """What `lm_eval.simple_evaluate` gives for one task (or group, or tag), its samples included.
 
@@ -104,7 +104,7 @@ def run_harness(
         # Standard output is the command's own.
         with contextlib.redirect_stdout(sys.stderr):
             return harness.simple_evaluate(
-                HarnessLM(lm, tell=tell),
+                HarnessLM(lm, progress=progress),
                 tasks=[task],
                 task_manager=manager,
                 limit=limit,

@@ -5,23 +5,21 @@ The only file that imports the package at its top: import it where `harness.requ
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from polygpt.config import validate
 from polygpt.errors import RequestError
 from polygpt.evaluation.pairs import check_continuation
-from polygpt.evaluation.scoring import Tell, quiet, row_of, score_continuations, score_rows
-from polygpt.generation import Sampler, generate_tokens
+from polygpt.evaluation.scoring import ProgressCallback, no_progress, row_of, score_continuations, score_rows
+from polygpt.generation import Continuation, Request, Sampler, TextStream, continue_all
 from polygpt.language_model import LanguageModel
 
-# Rows that are generated together.
-GENERATED_TOGETHER = 16
 # What a task may ask of the generation beside greedy decoding; anything else is refused rather than left out.
 _KNOWN = {"do_sample", "temperature", "top_p", "top_k", "min_p"}
 
@@ -33,9 +31,9 @@ class HarnessLM(TemplateLM):
     a text are themselves, an empty context is the end-of-text token, and what is too long is cut from the left.
     """
 
-    def __init__(self, lm: LanguageModel, tell: Tell = quiet):
+    def __init__(self, lm: LanguageModel, progress: ProgressCallback = no_progress):
         super().__init__()
-        self.lm, self._tell = lm, tell
+        self.lm, self._progress = lm, progress
 
     @property
     def max_length(self) -> int:
@@ -75,7 +73,7 @@ class HarnessLM(TemplateLM):
         for text, _, continuation in requests:
             check_continuation(continuation, self.max_length, f"{text!r:.80}")
         pairs = [(context, continuation) for _, context, continuation in requests]
-        scores = score_continuations(self.lm.model, self.lm.params, pairs, self._tell)
+        scores = score_continuations(self.lm.model, self.lm.params, pairs, self._progress)
         answers = [(score.log_likelihood, score.greedy) for score in scores]
         for (text, _, _), answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood", text, answer)
@@ -92,7 +90,7 @@ class HarnessLM(TemplateLM):
                 rows.append(row_of(*make_disjoint_window(window), self.max_length))
                 owners.append(number)
         sums = [0.0] * len(requests)
-        for owner, score in zip(owners, score_rows(self.lm.model, self.lm.params, rows, self._tell), strict=True):
+        for owner, score in zip(owners, score_rows(self.lm.model, self.lm.params, rows, self._progress), strict=True):
             sums[owner] += score.log_likelihood
         for request, total in zip(requests, sums, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
@@ -100,21 +98,22 @@ class HarnessLM(TemplateLM):
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """The continuation of each context, up to the first of its stop strings."""
-        by_settings: dict[str, list[int]] = defaultdict(list)
-        for number, request in enumerate(requests):
-            by_settings[repr(request.args[1])].append(number)
-        texts: dict[int, str] = {}
-        for numbers in by_settings.values():
-            settings = normalize_gen_kwargs(requests[numbers[0]].args[1], self.max_gen_toks)
-            prompts = {number: self._prompt(requests[number].args[0], settings["max_gen_toks"]) for number in numbers}
-            numbers.sort(key=lambda number: -len(prompts[number]))
-            for start in range(0, len(numbers), GENERATED_TOGETHER):
-                batch = numbers[start : start + GENERATED_TOGETHER]
-                texts |= zip(batch, self._generate([prompts[number] for number in batch], dict(settings)), strict=True)
-                self._tell(len(texts), len(requests))
-        for number, request in enumerate(requests):
-            self.cache_hook.add_partial("generate_until", request.args, texts[number])
-        return [texts[number] for number in range(len(requests))]
+        continuations = [self._continuation(*request.args, seed) for seed, request in enumerate(requests)]
+        continue_all(self.lm.model, self.lm.params, continuations, progress=self._progress)
+        texts = [continuation.stream.text for continuation in continuations]
+        for request, text in zip(requests, texts, strict=True):
+            self.cache_hook.add_partial("generate_until", request.args, text)
+        return texts
+
+    def _continuation(self, context: str, asked: dict[str, Any], seed: int) -> Continuation:
+        settings = normalize_gen_kwargs(asked, self.max_gen_toks)
+        new_tokens = settings.pop("max_gen_toks")
+        tokenizer = self.lm.tokenizer
+        end = None if tokenizer.end_of_text is None else tokenizer.decode([tokenizer.end_of_text])
+        stop = [word for word in handle_stop_sequences(settings.pop("until", None), end) if word]
+        prompt = self._prompt(context, new_tokens)
+        request = Request(prompt, new_tokens, _sampler(settings), seed, self.lm.stop_tokens)
+        return Continuation(request, TextStream(self._decode, stop=stop))
 
     def _prompt(self, text: str, new_tokens: int) -> list[int]:
         """The ids of a context, cut from the left to leave room for `new_tokens`."""
@@ -125,39 +124,30 @@ class HarnessLM(TemplateLM):
             )
         return (self.tok_encode(text) or [self.prefix_token_id])[-room:]
 
-    def _generate(self, prompts: Sequence[Sequence[int]], settings: dict[str, Any]) -> list[str]:
-        """The continuations of `prompts`, decoded together until each has met a stop string or its end."""
-        new_tokens = settings.pop("max_gen_toks")
-        end = self.lm.tokenizer.end_of_text
-        stop = handle_stop_sequences(
-            settings.pop("until", None), None if end is None else self.lm.tokenizer.decode([end])
-        )
-        unknown = [name for name in settings if name not in _KNOWN and settings[name] is not None]
-        if unknown:
-            raise RequestError(f"generation_kwargs.{unknown[0]}: polygpt does not know it; known: {sorted(_KNOWN)}")
-        sampled = settings.pop("do_sample", None)
-        chosen = {name: value for name, value in settings.items() if value is not None} if sampled else {}
-        sampler = Sampler(**({"temperature": 1.0} | chosen if sampled else {"temperature": 0.0}))
-        chunks = generate_tokens(
-            self.lm.model, self.lm.params, prompts, sampler, max_new_tokens=new_tokens, stop_tokens=self.lm.stop_tokens
-        )
-        tokens: list[list[int]] = [[] for _ in prompts]
-        open_rows = set(range(len(prompts)))
-        for chunk in chunks:
-            for row, (new, reason) in enumerate(chunk):
-                if row in open_rows:
-                    tokens[row] += new
-                    if reason or any(word in self._text(tokens[row]) for word in stop if word):
-                        open_rows.discard(row)
-            if not open_rows:
-                break
-        return [postprocess_generated_text(self._text(row), stop, None) for row in tokens]
-
-    def _text(self, ids: Sequence[int]) -> str:
+    def _decode(self, context: Sequence[int], ids: Sequence[int]) -> str:
         """The text of `ids` as `hf` gives it: special tokens, and ids that the tokenizer lacks, leave none."""
         tokenizer = self.lm.tokenizer
         special = set(tokenizer.special_tokens.values())
-        return tokenizer.decode([token for token in ids if token < tokenizer.vocab_size and token not in special])
+
+        def kept(ids: Sequence[int]) -> list[int]:
+            return [token for token in ids if token < tokenizer.vocab_size and token not in special]
+
+        return tokenizer.decode_after(kept(context), kept(ids))
+
+
+def _sampler(settings: dict[str, Any]) -> Sampler:
+    """The sampler that a task's generation settings ask for; greedy unless they ask for `do_sample`.
+
+    Raises:
+        RequestError: a setting is not known here.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    unknown = sorted(given.keys() - _KNOWN)
+    if unknown:
+        raise RequestError(f"generation_kwargs.{unknown[0]} is not supported; known: {', '.join(sorted(_KNOWN))}")
+    if not given.pop("do_sample", False):
+        return Sampler(temperature=0.0)
+    return validate(Sampler, given)
 
 
 def register(load: Callable[[str], LanguageModel], name: str) -> None:

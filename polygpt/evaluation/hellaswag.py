@@ -16,7 +16,7 @@ import numpy as np
 from polygpt.data import open_bytes
 from polygpt.errors import RequestError
 from polygpt.evaluation.pairs import Pair, encode_pairs
-from polygpt.evaluation.scoring import Tell, quiet, score_continuations
+from polygpt.evaluation.scoring import ProgressCallback, no_progress, score_continuations
 from polygpt.language_model import LanguageModel
 from polygpt.tokenizers import Tokenizer
 
@@ -65,6 +65,8 @@ def read_questions(path: Path, limit: int | None = None) -> list[Question]:
     Raises:
         RequestError: the file is missing or empty, or a row is malformed; its line is named.
     """
+    if path.is_dir():
+        raise RequestError(f"{path}: is a folder; give HellaSwag's .jsonl file")
     questions: list[Question] = []
     with open_bytes(path) as stream:
         for number, line in enumerate(stream, 1):
@@ -95,7 +97,7 @@ def encode_questions(
 
 
 def choose_endings(
-    lm: LanguageModel, questions: Sequence[Question], pairs: Sequence[Pair], tell: Tell = quiet
+    lm: LanguageModel, questions: Sequence[Question], pairs: Sequence[Pair], progress: ProgressCallback = no_progress
 ) -> tuple[HellaSwagResult, list[Choice]]:
     """Scores every question's endings; `pairs` are their ids (`encode_questions`). Of equal scores the first counts.
 
@@ -104,10 +106,10 @@ def choose_endings(
     """
     started = time.perf_counter()
 
-    def told(done: int, total: int) -> None:
-        tell(done // ENDINGS, total // ENDINGS)
+    def questions_done(done: int, total: int) -> None:
+        progress(done // ENDINGS, total // ENDINGS)
 
-    scores = score_continuations(lm.model, lm.params, pairs, told)
+    scores = score_continuations(lm.model, lm.params, pairs, questions_done)
     sums = np.array([score.log_likelihood for score in scores]).reshape(len(questions), ENDINGS)
     lengths = np.array([[len(ending.encode()) for ending in question.endings] for question in questions])
     labels = np.array([question.label for question in questions])
@@ -136,7 +138,7 @@ def _stderr(share: float, count: int) -> float | None:
 
 def _question(line: bytes, number: int, where: str) -> Question:
     try:
-        row = json.loads(line.decode())
+        row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
     except UnicodeDecodeError as error:
         raise RequestError(f"{where}: not UTF-8 text (byte {error.start})") from None
     except (ValueError, RecursionError) as error:

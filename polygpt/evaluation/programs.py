@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
-from polygpt.model import Model, ModelConfig, Params
+from polygpt.model import ModelConfig, Params, model_of
 
 # Positions whose logits exist at a time, [LOGIT_ROWS, V] float32. On a CPU 64 were a tenth slower, 256 no faster.
 LOGIT_ROWS = 128
@@ -42,7 +42,7 @@ class Programs(NamedTuple):
 @lru_cache(maxsize=16)
 def programs_of(config: ModelConfig) -> Programs:
     """The functions of one configuration, compiled once for each shape however many models have it."""
-    model = Model(config)
+    model = model_of(config)
 
     @jax.jit
     def plain(params: Params, tokens: Array, picks: Picks) -> tuple[Array, Array]:

@@ -28,8 +28,8 @@ from polygpt.evaluation.shapes import (
 )
 from polygpt.model import Model, Params
 
-# Told how many of how many are done.
-Tell = Callable[[int, int], None]
+# Called with (done, total).
+ProgressCallback = Callable[[int, int], None]
 Ids = Sequence[int]
 
 
@@ -56,8 +56,8 @@ class Score(NamedTuple):
 Group = dict[int, Row]
 
 
-def quiet(done: int, total: int) -> None:
-    """Tells nobody."""
+def no_progress(done: int, total: int) -> None:
+    """The callback of a caller that shows no progress."""
 
 
 def row_of(context: Ids, continuation: Ids, length: int) -> Row:
@@ -72,17 +72,19 @@ def row_of(context: Ids, continuation: Ids, length: int) -> Row:
     return Row(ids[:-1], continuation)
 
 
-def score_rows(model: Model, params: Params, rows: Sequence[Row], tell: Tell = quiet) -> list[Score]:
+def score_rows(
+    model: Model, params: Params, rows: Sequence[Row], progress: ProgressCallback = no_progress
+) -> list[Score]:
     """The score of each row, in their order; each is computed by itself.
 
     Raises:
         PolygptError: a likelihood is not a number.
     """
-    return _collect(_plain_batches(model, params, dict(enumerate(rows))), len(rows), tell)
+    return _collect(_plain_batches(model, params, dict(enumerate(rows))), len(rows), progress)
 
 
 def score_continuations(
-    model: Model, params: Params, pairs: Sequence[tuple[Ids, Ids]], tell: Tell = quiet
+    model: Model, params: Params, pairs: Sequence[tuple[Ids, Ids]], progress: ProgressCallback = no_progress
 ) -> list[Score]:
     """The score of each (context, continuation), in their order; each cut from the left to the model's context.
 
@@ -104,7 +106,7 @@ def score_continuations(
     places = {place for group in shared for place in group}
     alone = {place: row for place, row in enumerate(rows) if place not in places}
     batches = itertools.chain(_shared_batches(model, params, shared), _plain_batches(model, params, alone))
-    return _collect(batches, len(rows), tell)
+    return _collect(batches, len(rows), progress)
 
 
 # --- Rows by themselves -------------------------------------------------------------------------------------
@@ -218,14 +220,14 @@ class _Pending(NamedTuple):
     result: tuple[Any, Any]
 
 
-def _collect(batches: Iterable[_Pending], count: int, tell: Tell) -> list[Score]:
+def _collect(batches: Iterable[_Pending], count: int, progress: ProgressCallback) -> list[Score]:
     """Scores in the request's order; fetched one batch behind, so that the device has work while the host prepares."""
     scores: dict[int, Score] = {}
     waiting: list[_Pending] = []
     for batch in itertools.chain(batches, [None]):
         for before in waiting:
             scores |= _fetch(before)
-            tell(len(scores), count)
+            progress(len(scores), count)
         waiting = [batch]
     return [scores[place] for place in range(count)]
 

@@ -1,4 +1,4 @@
-"""What a model can be evaluated by, as configuration: the menu of `polygpt eval` and of `training.evaluations`."""
+"""What a model can be evaluated by, as configuration: the registry of `polygpt eval` and of `training.evaluations`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from polygpt.config import PartConfig
 from polygpt.evaluation.harness import metrics_of, run_harness, samples_of, task_manager
 from polygpt.evaluation.hellaswag import Choice, Question, choose_endings, encode_questions, read_questions
 from polygpt.evaluation.perplexity import check_windows, encode_text, perplexity, read_text
-from polygpt.evaluation.scoring import Tell
+from polygpt.evaluation.scoring import ProgressCallback
 from polygpt.language_model import LanguageModel
 from polygpt.tokenizers import Tokenizer
 
@@ -36,7 +36,7 @@ class Outcome:
 
 
 # An evaluation whose data is read and found in order.
-Ready = Callable[[LanguageModel, Tell], Outcome]
+Ready = Callable[[LanguageModel, ProgressCallback], Outcome]
 
 
 class EvaluationConfig(PartConfig):
@@ -76,10 +76,12 @@ class PerplexityConfig(EvaluationConfig):
     """Perplexity and bits per byte of a UTF-8 text.
 
     Attributes:
-        path: the text's file (.gz and .zst are decompressed).
+        path: the text's file, or a .jsonl file of documents (.gz and .zst are decompressed).
         context: input tokens a window; None is the model's context_length.
         stride: tokens between windows, each scored once; None is half of the window.
-        start: put the end-of-text token before the text, if there is one.
+        start: put the end-of-text token before each document, if there is one.
+        documents: `<|endoftext|>` in a text file divides documents, as in training; otherwise it is ordinary text.
+        text_key: the key of a .jsonl object that holds the text.
     """
 
     kind: Literal["perplexity"] = "perplexity"
@@ -87,10 +89,12 @@ class PerplexityConfig(EvaluationConfig):
     context: PositiveInt | None = None
     stride: PositiveInt | None = None
     start: bool = True
+    documents: bool = False
+    text_key: str = "text"
 
     @cached_property
-    def _text(self) -> str:
-        return read_text(_path(self.path))
+    def _text(self) -> list[str]:
+        return read_text(_path(self.path), self.documents, self.text_key)
 
     def check(self) -> None:
         _ = self._text
@@ -99,8 +103,8 @@ class PerplexityConfig(EvaluationConfig):
         windows = check_windows(self.context, self.stride, context_length)
         text = encode_text(self._text, tokenizer, self.path, self.start)
 
-        def run(lm: LanguageModel, tell: Tell) -> Outcome:
-            result = dataclasses.asdict(perplexity(lm, text, *windows, tell))
+        def run(lm: LanguageModel, progress: ProgressCallback) -> Outcome:
+            result = dataclasses.asdict(perplexity(lm, text, *windows, progress))
             return _outcome(result, ("nats_per_token", "perplexity", "bits_per_byte"))
 
         return run
@@ -129,8 +133,8 @@ class HellaSwagConfig(EvaluationConfig):
         questions = self._questions
         pairs = encode_questions(questions, tokenizer, context_length, _path(self.path))
 
-        def run(lm: LanguageModel, tell: Tell) -> Outcome:
-            result, choices = choose_endings(lm, questions, pairs, tell)
+        def run(lm: LanguageModel, progress: ProgressCallback) -> Outcome:
+            result, choices = choose_endings(lm, questions, pairs, progress)
             names = ("acc", "acc_norm", "acc_stderr", "acc_norm_stderr")
             return _outcome(dataclasses.asdict(result), names, choices)
 
@@ -163,9 +167,11 @@ class HarnessConfig(EvaluationConfig):
     def prepare(self, tokenizer: Tokenizer, context_length: int) -> Ready:
         manager = task_manager(self.task, self.include_path)
 
-        def run(lm: LanguageModel, tell: Tell) -> Outcome:
+        def run(lm: LanguageModel, progress: ProgressCallback) -> Outcome:
             started = time.perf_counter()
-            results = run_harness(lm, self.task, manager, limit=self.limit, num_fewshot=self.num_fewshot, tell=tell)
+            results = run_harness(
+                lm, self.task, manager, limit=self.limit, num_fewshot=self.num_fewshot, progress=progress
+            )
             count = sum(counts["effective"] for counts in results["n-samples"].values())
             facts = {"n": count, "num_fewshot": results["n-shot"], "seconds": time.perf_counter() - started}
             return Outcome(metrics_of(results, self.task), facts, samples_of(results))

@@ -1,6 +1,24 @@
-"""Generation: samplers and the compiled decode loop."""
+"""Generation: how tokens are sampled, the compiled loop that decodes them, and the stream from ids to text."""
 
-from polygpt.generation.engine import FinishReason, generate_tokens
-from polygpt.generation.samplers import Sampler
+from polygpt.generation.continuation import Continuation, continue_all
+from polygpt.generation.engine import Chunk, FinishReason, Piece, Request, generate_tokens
+from polygpt.generation.prompts import Prompt, as_ids, as_prompts, as_seeds, as_stop_strings
+from polygpt.generation.sampling import Sampler
+from polygpt.generation.text import TextStream
 
-__all__ = ["FinishReason", "Sampler", "generate_tokens"]
+__all__ = [
+    "Chunk",
+    "Continuation",
+    "FinishReason",
+    "Piece",
+    "Prompt",
+    "Request",
+    "Sampler",
+    "TextStream",
+    "as_ids",
+    "as_prompts",
+    "as_seeds",
+    "as_stop_strings",
+    "continue_all",
+    "generate_tokens",
+]

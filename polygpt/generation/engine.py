@@ -1,163 +1,177 @@
-"""Generation: the prompt in one pass, then a compiled loop that decodes token by token over a preallocated cache.
+"""Generation: prompts are read in one pass, then continued token by token with a preallocated decoding state.
 
-Knows token ids, a model and a sampler; nothing of text.
+Knows token ids and a model; nothing of text.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
-from functools import lru_cache, partial
+from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
-from polygpt.errors import RequestError
-from polygpt.generation.samplers import Sampler
+from polygpt.errors import PolygptError, RequestError
+from polygpt.generation.programs import CHUNK, Progress, Settings, programs_of
+from polygpt.generation.sampling import NOT_FINITE, Sampler, stack_samplers
 from polygpt.model import Model, ModelConfig, Params
 
 FinishReason = Literal["length", "stop", "context_length"]
-# Tokens decoded between two looks from outside (streaming, stop strings). Compiled once for this size.
-CHUNK = 16
+# Stop tokens a row has room for; more double it, and each such width is compiled.
+STOP_TOKENS = 8
 
 
-class Progress(NamedTuple):
-    """Where a batch of sequences stands, on the device.
+@dataclass(frozen=True)
+class Request:
+    """One sequence to be continued.
 
     Attributes:
-        token: the last token of each row, not yet seen by the model; int32 [B].
-        position: its index in the sequence; int32 [B].
-        state: the decoding state after everything before it.
-        done: rows that have met the stop token; bool [B].
-        count: tokens sampled so far, int32; each has its own key.
+        prompt: its ids so far.
+        max_new_tokens: how many are added at most.
+        sampler: how each is chosen.
+        seed: of its random numbers, 0 to 2^32 - 1. The key of a token is a function of the seed and of the token's
+            position in the sequence alone, so a request's text does not depend on those it is decoded with.
+        stop_tokens: ids that end it.
     """
 
-    token: Int[Array, "B"]
-    position: Int[Array, "B"]
-    state: PyTree
-    done: Int[Array, "B"]
-    count: Int[Array, ""]
+    prompt: Sequence[int]
+    max_new_tokens: int
+    sampler: Sampler = field(default_factory=Sampler)
+    seed: int = 0
+    stop_tokens: tuple[int, ...] = ()
 
 
-def generate_tokens(
-    model: Model,
-    params: Params,
-    prompts: Sequence[Sequence[int]],
-    sampler: Sampler,
-    *,
-    max_new_tokens: int,
-    seed: int = 0,
-    stop_tokens: tuple[int, ...] = (),
-) -> Iterator[list[tuple[list[int], FinishReason | None]]]:
-    """Continues each prompt; yields, chunk by chunk, each row's new tokens and, when it ends, the reason.
+class Piece(NamedTuple):
+    """The new tokens of one row, and why it ended, if it did; the stop token that ends a row is left out."""
 
-    The stop token that ends a row is not given. A row whose sequence fills the context ends with `context_length`.
+    tokens: list[int]
+    finish_reason: FinishReason | None
+
+
+class Chunk(NamedTuple):
+    """A piece for each row, and the seconds that decoding them took; None for the first tokens, which prefill gives."""
+
+    pieces: list[Piece]
+    seconds: float | None
+
+
+def generate_tokens(model: Model, params: Params, requests: Sequence[Request]) -> Iterator[Chunk]:
+    """Continues the prompts of all requests together, a chunk of tokens at a time.
 
     Raises:
-        RequestError: a prompt is empty or longer than the context, or max_new_tokens is not positive.
+        RequestError: a prompt is empty or longer than the context, or a number is out of its range.
+        PolygptError: logits are not finite numbers.
     """
-    _check(model.config, prompts, max_new_tokens)
-    lengths = np.array([len(prompt) for prompt in prompts])
+    check_requests(model.config, requests)
     context = model.config.context_length
-    budget = np.minimum(max_new_tokens, context - lengths)
-    reasons: list[FinishReason] = ["length" if n == max_new_tokens else "context_length" for n in budget]
-    if budget.max() == 0:
-        yield [([], reason) for reason in reasons]
+    rows = [_Row(request, context) for request in requests]
+    if not any(row.budget for row in rows):
+        yield Chunk([row.take([]) for row in rows], None)
         return
-    programs = _programs(model.config, sampler, stop_tokens)
-    padded = np.zeros((len(prompts), _bucket(int(lengths.max()), context)), np.int32)
-    for row, prompt in enumerate(prompts):
-        padded[row, : len(prompt)] = prompt
-    state = model.init_state(len(prompts), _slots(int((lengths + budget).max()), context))
-    key = jax.random.key(seed)
-    progress = programs.prefill(params, padded, jnp.asarray(lengths, jnp.int32), state, key)
-    first = np.asarray(progress.token)[:, None]
-    ended = np.zeros(len(prompts), bool)
-    produced = 0
-    while True:
-        chunk: list[tuple[list[int], FinishReason | None]] = []
-        for row, tokens in enumerate(first.tolist()):
-            left = int(budget[row]) - produced
-            at = next((i for i, token in enumerate(tokens[:left]) if token in stop_tokens), None)
-            stopped = at is not None
-            kept = [] if ended[row] else tokens[: at if stopped else left]
-            finish = None
-            if not ended[row] and (stopped or left <= len(tokens)):
-                finish, ended[row] = ("stop" if stopped else reasons[row]), True
-            chunk.append((kept, finish))
-        yield chunk
-        produced += first.shape[1]
-        if ended.all():
-            return
-        progress, tokens = programs.decode(params, progress, key)
-        first = np.asarray(tokens)
+    programs, settings = programs_of(model.config), settings_of(requests, context)
+    progress = _prefill(model, params, requests, settings)
+    yield Chunk([row.take([token]) for row, token in zip(rows, progress.token.tolist(), strict=True)], None)
+    if all(row.ended for row in rows):
+        return
+    # Compiled before the clock starts; does nothing if it was compiled for these shapes before.
+    programs.decode.lower(params, progress, settings).compile()
+    while not all(row.ended for row in rows):
+        started = time.perf_counter()
+        progress, tokens = programs.decode(params, progress, settings)
+        new = np.asarray(tokens).tolist()
+        seconds = time.perf_counter() - started
+        yield Chunk([row.take(tokens) for row, tokens in zip(rows, new, strict=True)], seconds)
 
 
-class _Programs(NamedTuple):
-    prefill: jax.stages.Wrapped
-    decode: jax.stages.Wrapped
+class _Row:
+    """What the host knows of one sequence: how many tokens may still come, and whether it has ended."""
+
+    def __init__(self, request: Request, context: int):
+        self.request = request
+        self.budget = _limit(request, context) - len(request.prompt)
+        self.taken, self.ended = 0, False
+
+    def take(self, tokens: list[int]) -> Piece:
+        """What belongs to the row of the tokens that were decoded for it."""
+        if self.ended:
+            return Piece([], None)
+        tokens = tokens[: self.budget - self.taken]
+        at = next((i for i, token in enumerate(tokens) if token in self.request.stop_tokens), None)
+        if at is not None:
+            self.ended = True
+            return Piece(tokens[:at], "stop")
+        if NOT_FINITE in tokens:
+            raise PolygptError(
+                "the model's logits are not finite numbers (NaN or infinity), so no token can be chosen: "
+                "its weights are damaged, or its numbers exceed the range of compute_dtype"
+            )
+        self.taken += len(tokens)
+        self.ended = self.taken == self.budget
+        reason = "length" if self.budget == self.request.max_new_tokens else "context_length"
+        return Piece(tokens, reason if self.ended else None)
 
 
-@lru_cache(maxsize=16)
-def _programs(config: ModelConfig, sampler: Sampler, stop_tokens: tuple[int, ...]) -> _Programs:
-    """The two compiled functions, shared by all calls with the same model, sampler and stop tokens."""
-    model = Model(config)
-
-    def choose(hidden: Array, decoder, count: Array, key: PRNGKeyArray, done: Array) -> tuple[Array, Array]:
-        token = sampler.sample(decoder.logits(hidden), jax.random.fold_in(key, count))
-        return token, done | jnp.isin(token, jnp.asarray(stop_tokens, jnp.int32))
-
-    @partial(jax.jit, donate_argnums=3)
-    def prefill(params: Params, tokens: Array, lengths: Array, state: PyTree, key: PRNGKeyArray) -> Progress:
-        decoder = model.module(params)
-        real = jnp.arange(tokens.shape[1]) < lengths[:, None]
-        output = decoder(tokens, state=state, valid=real, fresh=True)
-        last = jnp.take_along_axis(output.hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        token, done = choose(last, decoder, jnp.int32(0), key, jnp.zeros(tokens.shape[0], bool))
-        return Progress(token, lengths, output.state, done, jnp.int32(1))
-
-    @partial(jax.jit, donate_argnums=1)
-    def decode(params: Params, progress: Progress, key: PRNGKeyArray) -> tuple[Progress, Array]:
-        decoder = model.module(params)
-        empty = jnp.zeros((progress.token.shape[0], CHUNK), jnp.int32)
-
-        def going(carry: tuple[Array, Array, Progress]) -> Array:
-            index, _, progress = carry
-            return (index < CHUNK) & ~progress.done.all()
-
-        def one(carry: tuple[Array, Array, Progress]) -> tuple[Array, Array, Progress]:
-            index, tokens, (token, position, state, done, count) = carry
-            output = decoder(token[:, None], positions=position[:, None], state=state)
-            token, done = choose(output.hidden[:, 0], decoder, count, key, done)
-            progress = Progress(token, position + 1, output.state, done, count + 1)
-            return index + 1, tokens.at[:, index].set(token), progress
-
-        _, tokens, progress = jax.lax.while_loop(going, one, (jnp.int32(0), empty, progress))
-        return progress, tokens
-
-    return _Programs(prefill, decode)
+def settings_of(requests: Sequence[Request], context: int) -> Settings:
+    """What the requests ask for, as arrays; sequences end at `context` tokens."""
+    width = _power_of_two(max(len(request.stop_tokens) for request in requests), STOP_TOKENS)
+    stops = np.full((len(requests), width), NOT_FINITE)
+    for row, request in zip(stops, requests, strict=True):
+        row[: len(request.stop_tokens)] = request.stop_tokens
+    return Settings(
+        stack_samplers([request.sampler for request in requests]),
+        np.array([request.seed for request in requests], np.uint32),
+        np.array([_limit(request, context) for request in requests], np.int32),
+        stops.astype(np.int32),
+    )
 
 
-def _bucket(length: int, context: int) -> int:
-    """`length` rounded up to one of a few sizes, so that few programs are compiled."""
-    size = CHUNK
-    while size < length:
-        size *= 2
-    return min(size, context)
+def _limit(request: Request, context: int) -> int:
+    return min(len(request.prompt) + request.max_new_tokens, context)
+
+
+def _prefill(model: Model, params: Params, requests: Sequence[Request], settings: Settings) -> Progress:
+    context = model.config.context_length
+    prompts = [request.prompt for request in requests]
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    tokens = np.zeros((len(prompts), min(_power_of_two(int(lengths.max()), CHUNK), context)), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    # Of new tokens the last one is never read.
+    most = max(lengths.max(), settings.limit.max() - 1)
+    state = model.init_state(len(prompts), _slots(int(most), context))
+    return programs_of(model.config).prefill(params, tokens, jnp.asarray(lengths), settings, state)
+
+
+def _power_of_two(count: int, least: int) -> int:
+    """`least` doubled until it holds `count`: few shapes, so few programs to compile."""
+    while least < count:
+        least *= 2
+    return least
 
 
 def _slots(length: int, context: int) -> int:
-    """`length` rounded up to a quarter of a power of two: every token passes over all slots, the empty ones too."""
-    quarter = max(_bucket(length, 2 * length) // 8, CHUNK)
+    """The slots of a decoding state that holds `length` tokens: rounded up to a quarter of a power of two, since each
+    token attends over all slots, empty or not."""
+    quarter = max(_power_of_two(length, CHUNK) // 8, CHUNK)
     return min(-(-length // quarter) * quarter, context)
 
 
-def _check(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    if max_new_tokens < 1:
-        raise RequestError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-    for prompt in prompts:
+def check_requests(config: ModelConfig, requests: Sequence[Request]) -> None:
+    """Refuses requests that the model cannot continue.
+
+    Raises:
+        RequestError: a prompt is empty, longer than the context or not in the vocabulary, or a number is out of its
+            range.
+    """
+    for request in requests:
+        prompt, most = request.prompt, request.max_new_tokens
+        if isinstance(most, bool) or not isinstance(most, Integral) or most < 1:
+            raise RequestError(f"max_new_tokens must be a whole number of at least 1, not {most!r:.40}")
+        if not isinstance(request.seed, Integral) or not 0 <= request.seed < 2**32:
+            raise RequestError(f"seed must be a whole number in 0..{2**32 - 1}, not {request.seed!r:.40}")
         if not len(prompt):
             raise RequestError("the prompt is empty and the tokenizer has no end-of-text token to start from")
         if len(prompt) > config.context_length:

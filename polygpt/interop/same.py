@@ -32,7 +32,7 @@ def resolved_parts(
     parts = {name: fields(getattr(layer, name)) for name in ("block", "attention", "feedforward", "norm")}
     attention = layer.attention
     if hasattr(attention, "num_heads"):
-        parts["attention"] |= {"num_kv_heads": attention.kv_heads, "head_dim": attention.size(model)}
+        parts["attention"] |= {"num_kv_heads": attention.kv_heads, "head_dim": attention.head_size(model)}
     if hasattr(attention, "rule"):
         parts["attention"]["scale"] = attention.rule(model).scale
     return parts

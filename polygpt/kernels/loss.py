@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from polygpt.kernels.weights import weight_gradient
+
 # The logit of padding ids: a probability of exactly 0, and no infinity in the gradient.
 PADDING_LOGIT = -1e30
 
@@ -110,7 +112,7 @@ def _loss_and_gradients(
     if rule.cap is not None:
         d_logits = d_logits * (1 - jnp.square(capped / rule.cap))
     d_logits = d_logits.astype(hidden.dtype)
-    d_weight = jnp.matmul(hidden.T, d_logits, preferred_element_type=jnp.float32)
+    d_weight = weight_gradient(hidden, d_logits, jnp.float32)
     return (nll * token_weights).sum(), d_logits @ weight.T, d_weight
 
 

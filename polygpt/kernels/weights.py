@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 
@@ -42,8 +45,35 @@ def matmul(x: Float[Array, "B T ..."], weight: Array | Weight, inputs: int = 1) 
         outputs, y = weight.outputs, weight.times(flat).astype(x.dtype)
     else:
         outputs = weight.shape[inputs:]
-        y = flat @ weight.astype(x.dtype).reshape(math.prod(weight.shape[:inputs]), -1)
+        y = _product(flat, weight.astype(x.dtype).reshape(math.prod(weight.shape[:inputs]), -1))
     return y.reshape(*x.shape[:2], *outputs)
+
+
+@jax.custom_vjp
+def _product(x: Float[Array, "M I"], weight: Float[Array, "I O"]) -> Float[Array, "M O"]:
+    return x @ weight
+
+
+_product.defvjp(
+    lambda x, weight: (x @ weight, (x, weight)),
+    lambda saved, d_y: (d_y @ saved[1].T, weight_gradient(saved[0], d_y)),
+)
+
+
+def weight_gradient(
+    x: Float[Array, "M I"], d_y: Float[Array, "M O"], dtype: DTypeLike | None = None
+) -> Float[Array, "I O"]:
+    """x.T @ d_y, accumulated in `dtype` or else in that of `x`.
+
+    XLA's fast library for CPUs takes no product whose left side is transposed. With the smaller side transposed in
+    memory before (the barriers keep XLA from folding that into the product) two cores reach 163 to 191 GFLOP/s in
+    float32; without it 74 to 153.
+    """
+    if jax.default_backend() != "cpu":
+        return jnp.matmul(x.T, d_y, preferred_element_type=dtype)
+    if x.shape[1] > d_y.shape[1]:
+        return lax.optimization_barrier(weight_gradient(d_y, x, dtype)).T
+    return jnp.matmul(lax.optimization_barrier(x.T), d_y, preferred_element_type=dtype)
 
 
 def project_to_vocabulary(

@@ -134,7 +134,7 @@ class Parallel(Block):
         return x + attention(normed) + feedforward(normed)
 
 
-MENU: dict[str, type[BlockConfig]] = {
+REGISTRY: dict[str, type[BlockConfig]] = {
     "pre_norm": PreNormConfig,
     "post_norm": PostNormConfig,
     "sandwich": SandwichConfig,

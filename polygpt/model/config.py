@@ -18,11 +18,11 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 
-AttentionSlot = slot(AttentionConfig, attention.MENU)
-FeedForwardSlot = slot(FeedForwardConfig, feedforward.MENU)
-NormSlot = slot(NormConfig, norms.MENU)
-PositionSlot = slot(PositionConfig, positions.MENU)
-BlockSlot = slot(BlockConfig, block.MENU)
+AttentionSlot = slot(AttentionConfig, attention.REGISTRY)
+FeedForwardSlot = slot(FeedForwardConfig, feedforward.REGISTRY)
+NormSlot = slot(NormConfig, norms.REGISTRY)
+PositionSlot = slot(PositionConfig, positions.REGISTRY)
+BlockSlot = slot(BlockConfig, block.REGISTRY)
 
 
 class LayerConfig(Config):

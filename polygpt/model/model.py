@@ -190,7 +190,7 @@ class Model:
             changes = self.config.layers[entry].feedforward.updates(own_loads)
             moved = {name: own[name] + change.astype(own[name].dtype) for name, change in changes.items()}
             blocks[entry] = {**blocks[entry], "feedforward": {**own, **moved}}
-        return {**params, "blocks": blocks}
+        return {**params, "blocks": blocks} if loads else params
 
     def init_state(self, batch: int, length: int) -> PyTree:
         """An empty decoding state for `batch` sequences of at most `length` tokens."""

@@ -112,7 +112,7 @@ class NoNorm(nnx.Module):
         return x
 
 
-MENU: dict[str, type[NormConfig]] = {
+REGISTRY: dict[str, type[NormConfig]] = {
     "layernorm": LayerNormConfig,
     "rmsnorm": RMSNormConfig,
     "scalenorm": ScaleNormConfig,

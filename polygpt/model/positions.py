@@ -110,7 +110,7 @@ def _alibi_slopes(num_heads: int) -> list[float]:
     return slopes
 
 
-MENU: dict[str, type[PositionConfig]] = {
+REGISTRY: dict[str, type[PositionConfig]] = {
     "learned": LearnedPositionConfig,
     "sinusoidal": SinusoidalPositionConfig,
     "rope": RopeConfig,

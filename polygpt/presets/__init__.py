@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from polygpt.config import dotted_to_nested, merge, validate
 from polygpt.errors import RequestError, suggest
-from polygpt.presets import core, experts, gpt2, small
+from polygpt.presets import core, experts, gpt2, names, small
 
 if TYPE_CHECKING:
     from polygpt.model import ModelConfig
 
 Fields = dict[str, Any]
 
-# What an open vocabulary is counted with where no tokenizer is at hand: GPT-2's.
+# The size that stands for an open vocabulary where there is no tokenizer: GPT-2's.
 PRESET_VOCAB = 50257
 PRESETS: dict[str, Callable[[], Fields]] = {
     "gpt": core.gpt,
@@ -45,6 +45,15 @@ PRESETS: dict[str, Callable[[], Fields]] = {
 }
 
 
+def check_model_name(name: str) -> None:
+    """Refuses a MODEL that is no file or folder, no preset, and not of the Hugging Face Hub.
+
+    Raises:
+        RequestError: names the nearest preset or model in the same folder.
+    """
+    names.check_model_name(name, PRESETS)
+
+
 def preset_fields(name: str) -> Fields:
     """The plain fields of a preset, ready for overrides.
 
@@ -69,4 +78,4 @@ def preset(name: str, **overrides: Any) -> ModelConfig:
     return validate(ModelConfig, merge(preset_fields(name), dotted_to_nested(overrides)), name)
 
 
-__all__ = ["PRESETS", "PRESET_VOCAB", "preset", "preset_fields"]
+__all__ = ["PRESETS", "PRESET_VOCAB", "check_model_name", "preset", "preset_fields"]

@@ -22,7 +22,7 @@ def gpt() -> dict[str, Any]:
 
 
 def vgpt() -> dict[str, Any]:
-    """GPT-2 as Hugging Face checkpoints have it: 50257 tokens, dropout 0.1, fan-in initialisation."""
+    """GPT-2 as in Hugging Face checkpoints: 50257 tokens, dropout 0.1; fan-in initialisation."""
     return merge(
         gpt(),
         {
@@ -36,12 +36,12 @@ def vgpt() -> dict[str, Any]:
 
 
 def nope_gpt() -> dict[str, Any]:
-    """No position at all."""
+    """No position embedding."""
     return merge(gpt(), {"position": {"kind": "none"}})
 
 
 def glu_gpt() -> dict[str, Any]:
-    """A gated feed-forward of the same hidden size."""
+    """A gated feed-forward with the same hidden size."""
     return merge(gpt(), {"feedforward": {"kind": "glu", "mlp_dim": 3072, "activation": "silu"}})
 
 
@@ -56,12 +56,12 @@ def glu_rope_gpt() -> dict[str, Any]:
 
 
 def gqa_gpt() -> dict[str, Any]:
-    """Grouped queries, narrower."""
+    """Grouped-query attention in a narrower model."""
     return merge(gpt(), {"embed_dim": 576, "attention": {"num_heads": 9, "num_kv_heads": 3, "bias": False}})
 
 
 def gqa_glu_rope_gpt() -> dict[str, Any]:
-    """Grouped queries, gated feed-forward, rotary position."""
+    """Grouped-query attention, gated feed-forward, rotary position."""
     return merge(glu_rope_gpt(), {"attention": {"num_kv_heads": 4, "bias": False}})
 
 

@@ -11,7 +11,7 @@ ROUTED = {**EXPERTS, "kind": "moe", "top_k": 2, "load_balance_loss": 1e-2}
 
 
 def _narrow() -> dict[str, Any]:
-    """32 narrow layers, odd ones with a gated feed-forward; what the even ones have is each preset's own."""
+    """32 narrow layers; odd ones have a gated feed-forward, even ones what each preset says."""
     return {
         "vocab_size": 50304,
         "context_length": 2048,
@@ -26,19 +26,19 @@ def _narrow() -> dict[str, Any]:
 
 
 def tiny_moe() -> dict[str, Any]:
-    """Every other layer has 8 experts of which a token uses 2; tokens claim slots by their router's confidence."""
+    """Every other layer has 8 experts, of which a token uses 2; tokens claim slots in order of their routing weight."""
     experts = {**ROUTED, "capacity_factor": 1.1, "claim_order": "weight", "z_loss": 1e-3}
     return merge(_narrow(), {"pattern": [{"feedforward": experts}, {}]})
 
 
 def tiny_moe_2() -> dict[str, Any]:
-    """Every layer has 8 experts without biases; slots are claimed in order of position."""
+    """Every layer has 8 experts without biases; tokens claim slots in order of position."""
     own = {"mlp_dim": 2048, "bias": False, "capacity_factor": 1.25, "claim_order": "choice", "z_loss": 1e-4}
     changes = {"embed_dim": 672, "num_layers": 30, "norm": {"eps": 1e-5}, "feedforward": {**ROUTED, **own}}
     return merge(_narrow(), changes)
 
 
 def tiny_moe_3() -> dict[str, Any]:
-    """Every other layer is a soft mixture: 8 experts on 256 slots each, every slot a mean of tokens."""
+    """Every other layer is a soft mixture: 8 experts with 256 slots each; a slot is a weighted mean of tokens."""
     experts = {"kind": "soft_moe", **EXPERTS, "slots_per_expert": 256}
     return merge(_narrow(), {"pattern": [{"feedforward": experts}, {}]})

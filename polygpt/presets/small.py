@@ -1,4 +1,4 @@
-"""Small and educational models; their vocabulary is the tokenizer's."""
+"""Small and educational models; most leave the vocabulary to the tokenizer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def giant() -> dict[str, Any]:
-    """Two layers of multi-query attention with a third-width gated feed-forward."""
+    """Two layers of multi-query attention and a gated feed-forward of a third of the usual hidden size."""
     return {
         "context_length": 257,
         "embed_dim": 256,
@@ -20,7 +20,7 @@ def giant() -> dict[str, Any]:
 
 
 def modular() -> dict[str, Any]:
-    """Sinusoidal positions, RMSNorm, SwiGLU; untied head, dropout 0.1."""
+    """Sinusoidal positions, RMSNorm, SwiGLU, untied head, dropout 0.1."""
     return {
         "context_length": 256,
         "embed_dim": 256,
@@ -50,7 +50,7 @@ def small() -> dict[str, Any]:
 
 
 def charformer() -> dict[str, Any]:
-    """30 layers on bytes (256 of them and 3 special tokens), ReLU, bfloat16 throughout."""
+    """30 layers on 256 bytes and 3 special tokens; ReLU, bfloat16 throughout."""
     return {
         "vocab_size": 259,
         "context_length": 1024,
@@ -79,7 +79,7 @@ def tiny_large() -> dict[str, Any]:
 
 
 def bigram() -> dict[str, Any]:
-    """A table of logits: row i holds those of the token after token i. The baseline of every report."""
+    """A table of logits: row i holds the logits of the token that follows token i. A baseline."""
     return {
         "context_length": 1024,
         "embed_dim": None,

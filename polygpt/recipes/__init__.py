@@ -25,16 +25,17 @@ def recipe_names() -> list[str]:
 
 
 def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> RunConfig:
-    """The run that a recipe or a YAML file describes, with dotted `overrides` laid over it.
+    """The run that a recipe or a YAML file describes, with dotted `overrides` applied.
 
-    `model.preset` names a preset whose fields the rest of `model` changes. With `training.initial` they change that
-    model, whose tokenizer is taken as well.
+    `model.preset` names a preset; the other fields of `model` change it. With `training.initial` they change that
+    model, and its tokenizer is used.
 
     Raises:
         RequestError: no such recipe or file, a mistake in it or in an override, or shapes that do not fit.
     """
     from polygpt.training import RunConfig
 
+    _check_placeholders(_read(name), dotted_to_nested(overrides or {}), name)
     fields = recipe_fields(name, overrides)
     training = fields.get("training")
     initial = training.get("initial") if isinstance(training, Mapping) else None
@@ -56,8 +57,29 @@ def recipe_fields(name: str, overrides: Mapping[str, Any] | None = None) -> dict
     return fields
 
 
+# What recipes leave to the user: the word that stands for it, and what it is.
+_PLACEHOLDERS = {
+    "training.initial": (
+        "MODEL",
+        "the model to start from: a run's folder, a Hugging Face folder, hf:owner/name, a .gguf",
+    ),
+    "data.path": ("FILE", "the text to train on: a .txt or .jsonl file, a folder, a glob"),
+}
+
+
+def _check_placeholders(recipe: Mapping[str, Any], changes: Mapping[str, Any], name: str) -> None:
+    def value(fields: Mapping[str, Any], section: str, field: str) -> Any:
+        inner = fields.get(section)
+        return inner.get(field) if isinstance(inner, Mapping) else None
+
+    for key, (placeholder, meaning) in _PLACEHOLDERS.items():
+        path = key.split(".")
+        if value(recipe, *path) == placeholder and value(changes, *path) is None:
+            raise RequestError(f"{name}: {key} is required ({meaning}); add {key}={placeholder}")
+
+
 def resume_config(run: Path, name: str | None, overrides: Mapping[str, Any]) -> RunConfig:
-    """The configuration under which the run in folder `run` goes on: its own, or a recipe's, with overrides.
+    """The configuration to resume the run in folder `run` with: its own, or a recipe's, with overrides.
 
     Raises:
         RequestError: there is no run in the folder, or as `load_recipe`.
@@ -112,7 +134,7 @@ def model_changes(overrides: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def model_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """`fields` of a model laid over the preset that `preset` names, if it is there.
+    """A model's fields, applied to the preset that `preset` names if there is one.
 
     Raises:
         RequestError: there is no such preset.

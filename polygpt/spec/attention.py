@@ -47,7 +47,7 @@ def softmax_weights(config: Any, model: ModelConfig, params: Params, query: Name
         key = rms(key, "head_dim", config.qk_norm_eps) * params["key_norm"]
     position = POSITION[model.position.kind]
     query, key = (position.turn(model.position, x, at) for x in (query, key))
-    scale = config.size(model) ** -0.5 if config.scale is None else config.scale
+    scale = config.head_size(model) ** -0.5 if config.scale is None else config.scale
     scores = scale * contract(query, as_keys(key), "head_dim")
     if config.softcap is not None:
         scores = config.softcap * elementwise(jnp.tanh)(scores / config.softcap)

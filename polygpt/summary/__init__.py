@@ -1,4 +1,4 @@
-"""What a model is and costs, for tables, trees, pages and JSON; computed from shapes, nothing allocated."""
+"""What a model is and what it costs, for tables, trees, pages and JSON; computed from shapes without allocating."""
 
 from polygpt.summary.models import Resolved, resolve_model, shown, summary
 from polygpt.summary.page import model_page

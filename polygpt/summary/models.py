@@ -1,4 +1,4 @@
-"""Which model a name stands for, and what it costs, as plain data for tables and JSON."""
+"""Which model or run a name refers to, and what the model costs, as plain data for tables and JSON."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from polygpt.presets import PRESET_VOCAB
 from polygpt.recipes import load_recipe, model_changes, named_fields
 from polygpt.summary.tree import model_tree
 from polygpt.tokenizers import load_tokenizer
-from polygpt.training import OptimizerConfig, RunConfig, TrainingConfig, read_config
+from polygpt.training import OptimizerConfig, RunConfig, TrainingConfig
 
-# A text of more bytes is not read only to count its characters.
+# A larger text (in bytes) is not read just to count its characters.
 LARGEST_TEXT = 2**26
 DEFAULT_OPTIMIZER: OptimizerConfig = TrainingConfig.model_fields["optimizer"].default
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """What a name stands for.
+    """What a name refers to.
 
     Attributes:
-        model: with its vocabulary filled in.
-        run: the run it is the model of, the vocabulary as the run has it; None for a model alone.
-        vocabulary: how an open vocabulary was filled in; None where it was not open.
-        repeatable: whether all of it follows from the name, polygpt's own files and the YAML file that is named.
+        model: the model, its vocabulary filled in.
+        run: the run it belongs to, the vocabulary as configured; None for a model alone.
+        vocabulary: how an open vocabulary was filled in; None if it was not open.
+        repeatable: whether the result depends on nothing but the name, polygpt's own files and the named YAML file.
     """
 
     model: ModelConfig
@@ -58,16 +58,17 @@ def resolve_model(name: str, overrides: Mapping[str, Any] | None = None) -> Reso
         model = validate(ModelConfig, fields, name)
         counted = None if model.vocab_size else f"counted with GPT-2's {PRESET_VOCAB:,} ids"
         return Resolved(model.with_vocab(PRESET_VOCAB), None, counted)
-    folder = Path(name).expanduser()
-    run = read_config(folder).replace(**overrides or {}) if folder.is_dir() else load_recipe(name, overrides)
+    initial = fields["training"].get("initial") if isinstance(fields["training"], Mapping) else None
+    derived = initial is not None and not Path(name).expanduser().is_dir()  # a run's folder has all of its model
+    run = load_recipe(name, overrides) if derived else validate(RunConfig, fields)
     if run.model.vocab_size is not None:
         return Resolved(run.model, run, repeatable=run.training.initial is None)
-    size, told, repeatable = _vocabulary(run)
-    return Resolved(run.model.with_vocab(size), run, told, repeatable)
+    size, source, repeatable = _vocabulary(run)
+    return Resolved(run.model.with_vocab(size), run, source, repeatable)
 
 
 def _vocabulary(run: RunConfig) -> tuple[int, str, bool]:
-    """The size that the run's tokenizer will have, how it is known, and whether no file had to be read for it."""
+    """The size of the run's vocabulary, how it is known, and whether no file had to be read for it."""
     tokenizer = run.tokenizer
     try:
         if is_prepared(run.data):
@@ -83,14 +84,14 @@ def _vocabulary(run: RunConfig) -> tuple[int, str, bool]:
         if sum(Path(file).stat().st_size for file in source.files) <= LARGEST_TEXT:
             alphabet = set().union(*(document.text for document in source))
             return len(alphabet) + len(tokenizer.specials), "the characters of the text", False
-    except (PolygptError, OSError):  # what is wrong with it, training says
+    except (PolygptError, OSError):  # training reports what is wrong
         pass
     size = len(string.printable)
-    return size, f"counted with {size} characters: it is that of the text, once it is read", False
+    return size, "assumed; it will be the number of characters in the text", False
 
 
 def shown(name: str, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """All that `polygpt show` says of what `name` stands for, ready for JSON.
+    """Everything that `polygpt show` prints for `name`, ready for JSON.
 
     `yaml` is the configuration to be printed, of the whole run where there is one; `facts` is what `summary` gives, and
     the run's other settings under `run`; `tree` holds the parts; `vocabulary` and `repeatable` are those of `Resolved`.
@@ -104,7 +105,7 @@ def shown(name: str, overrides: Mapping[str, Any] | None = None) -> dict[str, An
     if run is not None:
         facts["run"] = {key: value for key, value in run.to_dict().items() if key != "model"}
     text = to_yaml(resolved.model if run is None else {"model": resolved.model.to_dict(), **facts["run"]})
-    own = any(":" in kind for kind in _kinds(facts))  # a user's own part may change
+    own = any(":" in kind for kind in _kinds(facts))  # the code of a user's own part may change
     return {
         "yaml": text,
         "facts": facts,
@@ -125,10 +126,10 @@ def _kinds(value: Any) -> list[str]:
 def summary(config: ModelConfig, optimizer: OptimizerConfig | None = None) -> dict[str, Any]:
     """The resolved configuration and what it costs.
 
-    Bytes of the state are of one sequence's decoding, FLOPs of training on a token at full context. `training_bytes`
-    counts parameters, gradients and the state of `optimizer` (AdamW's by default), not activations.
-    `attention_implementation` is None where the one that was asked for cannot run on this machine; `notes` says so,
-    and what else is to be known before training.
+    The state's bytes are those of decoding one sequence, FLOPs those of training on one token at full context.
+    `training_bytes` counts parameters, gradients and the state of `optimizer` (default: AdamW), not activations.
+    `attention_implementation` is None if the requested one cannot run on this machine; `notes` says so, along with
+    anything else worth knowing before training.
     """
     model = model_of(config)
     implementation, refusal = None, None

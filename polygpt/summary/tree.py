@@ -1,4 +1,4 @@
-"""A model as a tree of its parts: what fills each slot, in which layers, and every parameter."""
+"""A model as a tree: which part is in each slot of which layers, and every parameter."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Node:
     """A part, or a parameter.
 
     Attributes:
-        name: where it stands: `attention`, `query`, or the layers that a pattern entry serves.
-        note: of a part: its kind and the settings that are not its defaults.
-        info: of a parameter: shape (with a leading `layers` axis in blocks), logical axes.
-        children: what a part is made of.
+        name: `attention`, `query`, or the layers that a pattern entry is for.
+        note: for a part, its kind and the settings that differ from their defaults.
+        info: for a parameter, its shape (with a leading `layers` axis in blocks) and logical axes.
+        children: the parts and parameters in it.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Node:
 
     @property
     def size(self) -> int:
-        """Numbers in it, and in all below it."""
+        """The number of parameters in it and below it."""
         return self.info.size if self.info is not None else sum(child.size for child in self.children)
 
     def to_dict(self) -> dict[str, Any]:
@@ -47,9 +47,9 @@ class Node:
 
 
 def model_tree(model: Model) -> Node:
-    """The model's parts in the order in which a token meets them, with a branch for each entry of the pattern."""
+    """The model's parts in the order in which a token passes them, with a branch for each entry of the pattern."""
     config, parameters = model.config, model.parameters
-    # The structure with what is known of each parameter in its place: parts without parameters are in it, too.
+    # The module with a ParameterInfo in place of each parameter; parts without parameters are in it, too.
     module = model.module(parameters)
     period = len(config.pattern)
     blocks = [
@@ -72,13 +72,13 @@ def model_tree(model: Model) -> Node:
             children.append(Node("head", "tied to the embedding"))
         case "none":
             children.append(Node("head", "none: the last hidden states are the logits"))
-    shape = f"{config.num_layers} layers, width {config.width:,}, vocabulary {config.vocab_size:,}"
+    shape = f"{config.num_layers} layers, embed_dim {config.width:,}, vocabulary {config.vocab_size:,}"
     dtypes = f"computed in {config.compute_dtype}, stored in {config.param_dtype}"
     return Node("model", f"{shape}, context {config.context_length:,}, {dtypes}", children=tuple(children))
 
 
 def served_layers(entry: int, period: int, num_layers: int) -> str:
-    """The layers that entry `entry` of a pattern of `period` entries serves: `layers 0, 2, …, 30 (16 layers)`."""
+    """The layers that use entry `entry` of a pattern of `period` entries: `layers 0, 2, …, 30 (16 layers)`."""
     served = range(entry, num_layers, period)
     if len(served) == num_layers and num_layers > 1:
         return f"all {num_layers} layers"
@@ -100,7 +100,7 @@ def _block(layer: LayerConfig, module: nnx.Module, parameters: Mapping[str, Any]
 
 
 def _reading_order(name: str) -> tuple[bool, str, int]:
-    """A norm for all, then what belongs to attention, then to the feed-forward; norms around what they serve."""
+    """First a shared norm, then attention, then the feed-forward, each between its own norms."""
     part, _, role = name.partition("_")
     return part != "norm", part, {"norm": 0, "": 1}.get(role, 2)
 
@@ -117,7 +117,7 @@ def _inside(parameters: Mapping[str, Any]) -> tuple[Node, ...]:
 
 
 def _describe(part: PartConfig) -> str:
-    """Its kind and the settings that differ from their defaults, as they are written on a command line."""
+    """The part's kind and the settings that differ from their defaults, as written on a command line."""
     salient = {
         name: getattr(part, name)
         for name, field in type(part).model_fields.items()
@@ -129,6 +129,6 @@ def _describe(part: PartConfig) -> str:
 def _value(value: Any) -> str:
     if isinstance(value, PartConfig):
         return f"({_describe(value)})"
-    if value is None or isinstance(value, bool):  # 1 equals True and is a number all the same
+    if value is None or isinstance(value, bool):
         return {True: "true", False: "false", None: "null"}[value]
     return str(value)

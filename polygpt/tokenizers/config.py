@@ -34,7 +34,9 @@ class TokenizerConfig(Config):
             if self.path is None:
                 raise ValueError("kind 'file' needs path: a tokenizer.json, or the folder of a tokenizer")
         elif self.path is not None:
-            raise ValueError(f"path is for kind 'file', not for kind '{self.kind}'; say kind=file, or leave path out")
+            raise ValueError(
+                f"path is for kind 'file', not for kind '{self.kind}'; set kind to file, or leave path out"
+            )
         if self.kind in ("file", "initial") and self.special_tokens is not None:
             raise ValueError(f"special_tokens: a tokenizer of kind '{self.kind}' has its own; leave them out")
         specials = self.specials

@@ -24,8 +24,7 @@ class Decoder:
         spec = {} if decoder is None else json.loads(decoder.__getstate__())
         steps = {step["type"]: step for step in [spec, *spec.get("decoders", [])] if "type" in step}
         self._byte_fallback = "ByteFallback" in steps
-        metaspace = steps.get("Metaspace", {})
-        self._space = metaspace["replacement"] if metaspace.get("prepend_scheme", "never") != "never" else None
+        self._space = steps.get("Metaspace", {}).get("replacement")
 
     def decode(self, tokens: Sequence[str]) -> str:
         """The text of `tokens`; U+FFFD for bytes that are not UTF-8."""

@@ -14,6 +14,7 @@ from polygpt.settings import Settings
 from polygpt.tokenizers.pretokenizers import PRE_TOKENIZERS, PreTokenizer
 from polygpt.tokenizers.sentencepiece import PieceKind, add_tokens, put_before, score_bpe
 from polygpt.tokenizers.tokenizer import Tokenizer
+from polygpt.tokenizers.train import character_tokenizer
 
 PREFIX = "tokenizer.ggml."
 # llama.cpp requires at least one merge. This one never applies: no token is called that.
@@ -132,7 +133,7 @@ def _byte_level(settings: Settings, vocabulary: _Vocabulary) -> hf.Tokenizer:
     merges = [_pair(settings, merge) for merge in _list(settings, "merges", str) if merge != NO_MERGE]
     characters = _characters(vocabulary)
     try:
-        made = characters_only(characters) if characters else _bpe(vocabulary, merges, pre)
+        made = character_tokenizer(characters) if characters else _bpe(vocabulary, merges, pre)
     except Exception as error:  # the library raises plain Exceptions
         raise settings.error(f"'merges' do not fit the tokens ({str(error).splitlines()[0]})") from None
     add_tokens(made, *vocabulary)
@@ -174,13 +175,6 @@ def _characters(vocabulary: _Vocabulary) -> dict[str, int] | None:
     found = {decoder.decode([token]): i for token, i in spelled.items()}
     exact = all(len(char) == 1 and spell(char) in spelled for char in found) and len(found) == len(spelled)
     return found if exact else None
-
-
-def characters_only(vocab: Mapping[str, int]) -> hf.Tokenizer:
-    """A tokenizer of single characters: kind `char`."""
-    made = hf.Tokenizer(hf.models.BPE(vocab=dict(vocab), merges=[]))
-    made.decoder = hf.decoders.Fuse()
-    return made
 
 
 def spell(text: str) -> str:

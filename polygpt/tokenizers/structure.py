@@ -1,4 +1,4 @@
-"""What a `tokenizer.json` is made of, as far as encoding and decoding depend on it."""
+"""The properties of a `tokenizer.json` that encoding and decoding depend on."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from polygpt.tokenizers.bytelevel import BYTE_TO_CHAR
 
 @dataclass(frozen=True)
 class Structure:
-    """Facts read off a tokenizer, whoever wrote it."""
+    """What is known of a tokenizer, whoever made it."""
 
     kind: str
     """`char`, `byte`, or the library's name of the model in lower case."""
     byte_level: bool
     """Every byte has a token, written in GPT-2's alphabet."""
     added: frozenset[str]
-    """Tokens beside the model's vocabulary, special ones included; their text stands for itself."""
+    """Tokens beside the model's vocabulary, special ones included; they are spelled as they are written."""
     cuts: str | None
-    """Where a text may be cut without changing its ids: `anywhere`, `words`, or None for nowhere known."""
+    """Where a text may be cut without changing its ids: `anywhere`, `words`, or None if nowhere."""
     lossless: bool
     """Encoding keeps every character, or fails."""
     lost_at_start: tuple[str, ...]
-    """Characters that the pre-tokenizer loses where a text begins with one."""
+    """Characters that the pre-tokenizer drops from the beginning of a text."""
 
     @property
     def exact(self) -> bool:

@@ -36,10 +36,10 @@ class Tokenizer:
     """Encodes and decodes. Make one with `train_tokenizer` or `load_tokenizer`.
 
     Attributes:
-        kind: `char`, `byte`, or the library's name of the model (`bpe`, `unigram`, `wordpiece`, ...).
+        kind: `char`, `byte`, or the library's name for the model (`bpe`, `unigram`, `wordpiece`, ...).
         vocab_size: the largest id plus one.
         end_of_text: the id of the token that ends a text, if there is one.
-        start: the ids that the file puts before a text (a start token, mostly); `encode` leaves them out.
+        start: the ids that the tokenizer.json puts before a text (mostly one start token); `encode` leaves them out.
         special_tokens: the special tokens with their ids.
         roles: the text of the token for each role that is known (`bos_token`, `eos_token`, `pad_token`, ...).
         fingerprint: SHA-256, in hexadecimal, of everything that decides the ids.
@@ -111,7 +111,7 @@ class Tokenizer:
         return {i: t.encode() if t in added else to_bytes(t) for i, t in self._tokens.items()}
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
-        """The ids of `text`. Special tokens written in it are ordinary text, or themselves where `special`.
+        """The ids of `text`. Special tokens written in it are ordinary text unless `special` is set.
 
         Raises:
             RequestError: the text holds a lone surrogate, or a character that the tokenizer has no token for.
@@ -161,7 +161,7 @@ class Tokenizer:
             RequestError: this tokenizer has no token for some bytes (it is not byte-level).
         """
         if not self._structure.byte_level:
-            raise RequestError(f"a tokenizer of kind '{self.kind}' holds text, not any bytes; use 'byte' or 'bpe'")
+            raise RequestError(f"a tokenizer of kind '{self.kind}' encodes text, not bytes; use 'byte' or 'bpe'")
         # Python's surrogateescape marks each byte that is not UTF-8 as one character of U+DC80..U+DCFF.
         runs = re.split("([\udc80-\udcff])", data.decode("utf-8", "surrogateescape"))
         encoded = iter(self.encode_batch(runs[::2]))
@@ -172,10 +172,10 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`, special tokens shown; U+FFFD for bytes that are no UTF-8 and ids without token.
+        """The text of `ids`, special tokens shown; U+FFFD for invalid UTF-8 and for ids without a token.
 
-        A model may have more ids than its tokenizer (a vocabulary padded to a round number), so such an id is
-        shown and not refused.
+        A model may have more ids than its tokenizer (a vocabulary padded to a round number), so an id without a token
+        is not an error.
         """
         if self._structure.exact:
             return self.decode_bytes(ids).decode("utf-8", errors="replace")
@@ -254,17 +254,3 @@ def _start(post_processor: Any) -> tuple[int, ...]:
     probe.post_processor = post_processor
     encoding = probe.encode("x", add_special_tokens=True)
     return tuple(encoding.ids[: encoding.special_tokens_mask.index(0)])
-
-
-def _copy(tokenizer: hf.Tokenizer) -> hf.Tokenizer:
-    made = hf.Tokenizer.from_str(tokenizer.to_str())
-    made.encode_special_tokens = tokenizer.encode_special_tokens
-    return made
-
-
-def _can_encode(encoder: hf.Tokenizer, text: str) -> bool:
-    try:
-        encoder.encode(text, add_special_tokens=False)
-    except Exception:  # the library raises plain Exceptions
-        return False
-    return True

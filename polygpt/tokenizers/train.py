@@ -1,4 +1,4 @@
-"""Making a tokenizer from text."""
+"""Training a tokenizer on text."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from polygpt.tokenizers.tokenizer import Tokenizer
 
 
 def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
-    """The tokenizer `config` asks for; the same texts in the same order give the same one.
+    """The tokenizer that `config` describes; the same texts in the same order give the same one.
 
-    Ids: the characters in order of code point (`char`), the 256 byte values (`byte`), or the byte alphabet
-    and then the merges in the order learnt (`bpe`); the special tokens always come last. `texts` are not read
-    for `byte` and `file`.
+    The ids are the characters in order of code point (`char`), the 256 byte values (`byte`), or the byte alphabet
+    followed by the merges in the order they were learned (`bpe`). Special tokens come last. Kinds `byte` and `file` do
+    not read `texts`.
 
     Raises:
-        RequestError: there is no text to train on, or the file of kind `file` is not a tokenizer.
+        RequestError: there is no text to train on, or the file is not a tokenizer.
     """
     if config.kind == "file":
         return load_tokenizer(config.path)
@@ -37,10 +37,14 @@ def _char(config: TokenizerConfig, texts: Iterable[str]) -> hf.Tokenizer:
     alphabet: set[str] = set()
     for text in _some(texts):
         alphabet.update(text)
+    return character_tokenizer({char: i for i, char in enumerate(sorted(alphabet))})
+
+
+def character_tokenizer(ids: dict[str, int]) -> hf.Tokenizer:
+    """The tokenizer of kind `char` in which each character has its id."""
     # BPE without merges looks up one character at a time; WordLevel behind a split into characters gives the
     # same ids five to eight times slower.
-    vocab = {char: i for i, char in enumerate(sorted(alphabet))}
-    made = hf.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    made = hf.Tokenizer(models.BPE(vocab=ids, merges=[]))
     made.decoder = decoders.Fuse()
     return made
 
@@ -68,11 +72,11 @@ def _bpe(config: TokenizerConfig, texts: Iterable[str]) -> hf.Tokenizer:
 
 
 def _some(texts: Iterable[str]) -> Iterator[str]:
-    """`texts`, which must hold a character among them."""
+    """`texts`, which must hold at least one character."""
     empty = True
     for text in texts:
         refuse_surrogates(text)
         empty = empty and not text
         yield text
     if empty:
-        raise RequestError("a tokenizer cannot be trained on no text: the texts given hold no character")
+        raise RequestError("there is no text to train a tokenizer on: the texts are empty")

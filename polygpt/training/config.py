@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, NamedTuple
+from collections.abc import Iterator
+from typing import Annotated, Any, NamedTuple
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from polygpt.config import Config, Seed, Tuple, slot
 from polygpt.data import DataConfig
@@ -18,14 +19,18 @@ from polygpt.training.optimizers import (
     CosineConfig,
     OptimizerConfig,
     ScheduleConfig,
+    StepCount,
 )
 
 
 class SamplingConfig(Config):
-    """Samples generated during training: every `every` steps and at the end (0: never), one for each of `prompts`."""
+    """Samples generated during training: every `every` steps and at the end (0: never), one for each of `prompts`.
 
-    every: NonNegativeInt = 0
-    prompts: Annotated[tuple[str, ...], Field(strict=False)] = ("\n",)
+    Without prompts (null), they are beginnings of lines of the held-out text.
+    """
+
+    every: StepCount = 0
+    prompts: Annotated[tuple[str, ...], Field(strict=False)] | None = ("\n",)
     max_new_tokens: PositiveInt = 100
     temperature: Annotated[float, Field(ge=0)] = 0.8
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
@@ -43,6 +48,9 @@ class Seeds(NamedTuple):
 class TrainingConfig(Config):
     """How a model is trained.
 
+    Numbers of steps (`eval_every`, `save_every`, `samples.every`, a schedule's `warmup_steps`) that are below 1 are a
+    share of the run's.
+
     Attributes:
         initial: a MODEL whose weights training starts from; None draws new ones.
         steps: optimizer steps.
@@ -52,6 +60,7 @@ class TrainingConfig(Config):
         seed: of dropout, and of initial values and batches unless they have their own.
         init_seed: of initial values; None is `seed`.
         data_seed: of the order of batches; None is `seed`.
+        eval_every, save_every, samples.every: below 1 they are a share of `steps`, as is a schedule's `warmup_steps`.
         eval_every: steps between evaluations on the fixed validation windows; 0 evaluates at the end only.
         eval_batches: how many batches of validation windows, evenly spaced, an evaluation during training reads; None
             reads all. The evaluation at the end always reads all.
@@ -71,9 +80,9 @@ class TrainingConfig(Config):
     seed: Seed = 0
     init_seed: Seed | None = None
     data_seed: Seed | None = None
-    eval_every: NonNegativeInt = 0
+    eval_every: StepCount = 0
     eval_batches: PositiveInt | None = None
-    save_every: NonNegativeInt = 0
+    save_every: StepCount = 0
     keep: PositiveInt = 2
     log_every: PositiveInt = 10
     samples: SamplingConfig = SamplingConfig()
@@ -116,3 +125,15 @@ class RunConfig(Config):
                 "recipe finetune)"
             )
         return self
+
+
+def differences(mine: Any, theirs: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
+    """The dotted keys at which two plain configurations differ, with both values."""
+    if isinstance(mine, dict) and isinstance(theirs, dict) and set(mine) == set(theirs):
+        for name in mine:
+            yield from differences(mine[name], theirs[name], f"{key}.{name}")
+    elif isinstance(mine, list) and isinstance(theirs, list) and len(mine) == len(theirs):
+        for index, (had, asked) in enumerate(zip(mine, theirs, strict=True)):
+            yield from differences(had, asked, f"{key}.{index}")
+    elif mine != theirs:
+        yield key, mine, theirs

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from pathlib import Path
 
+from polygpt.checkpoint import NotFiniteError, check_finite
 from polygpt.data import open_shards
 from polygpt.errors import RequestError
 from polygpt.interop import StoredModel
@@ -12,7 +13,7 @@ from polygpt.language_model import Origin
 from polygpt.loading import check_shapes, find
 from polygpt.model import Params
 from polygpt.tokenizers import Tokenizer
-from polygpt.training.config import RunConfig
+from polygpt.training.config import RunConfig, differences
 
 
 @lru_cache(maxsize=1)
@@ -35,11 +36,22 @@ def initial_params(config: RunConfig) -> Params:
     """The weights of `training.initial` for the run's model.
 
     Raises:
-        RequestError: it cannot be read, or it does not fit the run's model; the first difference is named.
+        RequestError: it cannot be read, it does not fit the run's model, or its values are not finite numbers.
     """
-    found = _found(config.training.initial)
-    check_shapes(found.config, config.model, f"training.initial={config.training.initial}")
-    return found.read(config.model, int)
+    found, name = _found(config.training.initial), f"training.initial={config.training.initial}"
+    check_shapes(found.config, config.model, name)
+    try:
+        params = found.read(config.model, int)
+        check_finite(name, params)
+    except NotFiniteError as error:
+        raise RequestError(f"{error}; start from a model that is whole") from None
+    return params
+
+
+def initial_changes(config: RunConfig) -> list[str]:
+    """What the run's model computes differently from `training.initial`: `model.context_length 2048 → 256`."""
+    theirs, ours = _found(config.training.initial).config.architecture(), config.model.architecture()
+    return [f"{key} {had} → {asked}" for key, had, asked in differences(theirs, ours, "model")]
 
 
 def initial_tokenizer(config: RunConfig) -> Tokenizer:

@@ -20,6 +20,8 @@ from polygpt.loading import CHECKPOINTS, read_origin
 from polygpt.model import Params, model_of
 from polygpt.training.events import Evaluated, Listener, Measured, Sampled, Saved
 from polygpt.training.meter import Meter
+from polygpt.training.optimizers import in_steps
+from polygpt.training.prompts import prompts_of
 from polygpt.training.run_folder import Run
 from polygpt.training.step import Batch, TrainState, nll_sums
 
@@ -43,8 +45,9 @@ class Validation:
     """Loss on the validation windows: during training on some of them, the same every time; at the end on all."""
 
     def __init__(self, run: Run, emit: Listener):
-        self.every, self.emit, self.loader = run.config.training.eval_every, emit, run.validation_loader
-        self.batches = run.config.training.eval_batches or self.loader.num_batches
+        training, self.emit, self.loader = run.config.training, emit, run.validation_loader
+        self.every = in_steps(training.eval_every, training.steps)
+        self.batches = training.eval_batches or self.loader.num_batches
         self.tokens_per_byte = run.shards.validation.tokens / run.shards.validation.bytes
         model = model_of(run.config.model)
         self.sums = jax.jit(lambda params, batch: nll_sums(model, params, batch))
@@ -77,16 +80,18 @@ class Evaluation:
 
 
 class Samples:
-    """Text continued from each of `training.samples.prompts`."""
+    """Text that continues each of the prompts."""
 
     def __init__(self, run: Run, lm: Callable[[Params], LanguageModel], emit: Listener):
         self.settings, self.lm, self.emit = run.config.training.samples, lm, emit
-        self.every = self.settings.every
-        self.max_new_tokens = min(self.settings.max_new_tokens, run.config.model.context_length)
+        self.every = in_steps(self.settings.every, run.config.training.steps)
+        context = run.config.model.context_length
+        self.prompts = prompts_of(self.settings, run.tokenizer, run.shards, context) if self.every else ()
+        self.max_new_tokens = min(self.settings.max_new_tokens, context)
 
     def run(self, state: TrainState, last: bool) -> None:
         lm = self.lm(state.params)
-        for prompt in self.settings.prompts if self.every else ():
+        for prompt in self.prompts:
             text = lm.generate(
                 prompt,
                 max_new_tokens=self.max_new_tokens,
@@ -101,7 +106,8 @@ class Saving:
     """A checkpoint."""
 
     def __init__(self, run: Run, meter: Meter, emit: Listener):
-        self.every, self.keep = run.config.training.save_every, run.config.training.keep
+        training = run.config.training
+        self.every, self.keep = in_steps(training.save_every, training.steps), training.keep
         self.root, self.data = run.folder / CHECKPOINTS, run.train_loader.fingerprint
         self.meter, self.emit = meter, emit
         self.saved_step: int | None = None

@@ -17,13 +17,15 @@ from polygpt.checkpoint import NotFiniteError
 from polygpt.errors import PolygptError, RequestError
 from polygpt.loading import CHECKPOINTS
 from polygpt.model import Model, model_of
+from polygpt.process import memory_not_kept
 from polygpt.training.config import RunConfig
 from polygpt.training.events import Compiled, Ended, Event, Finished, Listener, Note, RunResult, Started
-from polygpt.training.initial import initial_params
+from polygpt.training.initial import initial_changes, initial_params
 from polygpt.training.interrupt import Interrupted, InterruptFlag
 from polygpt.training.jobs import Evaluation, Job, Samples, Saving, Validation, is_due, language_models
 from polygpt.training.listeners import standard_listeners
 from polygpt.training.meter import Meter
+from polygpt.training.optimizers import in_steps
 from polygpt.training.resume import with_changes
 from polygpt.training.run_folder import Run, create_run, naming_evaluation, open_run, write_config
 from polygpt.training.step import Batch, Trainer, TrainState
@@ -181,7 +183,8 @@ class _Loop:
         """The state before the first step: new weights, or those of `training.initial`."""
         if self.training.initial is None:
             return self.trainer.init()
-        self.emit(Note(f"weights: from {self.training.initial}"))
+        changes = initial_changes(self.config)
+        self.emit(Note(f"weights: from {self.training.initial}" + (f", with {', '.join(changes)}" if changes else "")))
         return self.trainer.init(initial_params(self.config))
 
     def _restore(self) -> TrainState:
@@ -230,7 +233,7 @@ def _warnings(config: RunConfig, model: Model, ids: int) -> list[str]:
     """What may not be as the user meant it."""
     found = []
     vocab, steps, devices = config.model.vocab_size, config.training.steps, jax.local_devices()
-    warmup = getattr(config.training.schedule, "warmup_steps", 0)
+    warmup = in_steps(getattr(config.training.schedule, "warmup_steps", 0), steps)
     if vocab > 1.5 * ids:  # padding to a round number is usual
         found.append(
             f"model.vocab_size={vocab} is far more than the tokenizer's {ids} ids: the rest is never seen; "
@@ -243,4 +246,6 @@ def _warnings(config: RunConfig, model: Model, ids: int) -> list[str]:
         )
     if len(devices) > 1:
         found.append(f"{len(devices)} {devices[0].platform} devices are here; training uses one, the first")
+    if devices[0].platform == "cpu" and (reason := memory_not_kept()):
+        found.append(f"freed memory is given back in every step, which makes training slower: {reason}")
     return found + ([model.training_caveat] if model.training_caveat else [])

@@ -14,7 +14,14 @@ from polygpt.config import PartConfig
 from polygpt.model import Model, ParameterInfo
 
 Positive = Annotated[float, Field(gt=0)]
+StepCount = NonNegativeInt | Annotated[float, Field(gt=0, lt=1)]
+"""A number of steps, or (below 1) a share of the run's."""
 Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+def in_steps(count: int | float, steps: int) -> int:
+    """A `StepCount` as a number of steps, for a run of `steps`; a share is at least one step."""
+    return count if isinstance(count, int) else max(round(count * steps), 1)
 
 
 class ScheduleConfig(PartConfig):
@@ -31,11 +38,11 @@ class CosineConfig(ScheduleConfig):
     """Linear warm-up over `warmup_steps`, then a half cosine down to `final_fraction` of the peak (as GPT-3's)."""
 
     kind: Literal["cosine"] = "cosine"
-    warmup_steps: NonNegativeInt = 0
+    warmup_steps: StepCount = 0
     final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
 
     def build(self, peak: float, steps: int) -> optax.Schedule:
-        warmup = min(self.warmup_steps, steps)
+        warmup = min(in_steps(self.warmup_steps, steps), steps)
         # The warm-up starts at peak/warmup: an update with learning rate 0 would be a wasted step.
         start = peak / max(warmup, 1)
         return optax.warmup_cosine_decay_schedule(
@@ -50,11 +57,11 @@ class TrapezoidConfig(ScheduleConfig):
     """
 
     kind: Literal["trapezoid"] = "trapezoid"
-    warmup_steps: NonNegativeInt = 0
+    warmup_steps: StepCount = 0
     decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
 
     def build(self, peak: float, steps: int) -> optax.Schedule:
-        warmup = min(self.warmup_steps, steps)
+        warmup = min(in_steps(self.warmup_steps, steps), steps)
         decay = max(min(int(steps * self.decay_fraction), steps - warmup), 1)
         rise = optax.linear_schedule(peak / max(warmup, 1), peak, warmup)
         fall = optax.linear_schedule(peak, 0.0, decay)

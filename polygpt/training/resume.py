@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from typing import Any
 
 from polygpt.errors import RequestError
-from polygpt.training.config import RunConfig
-from polygpt.training.run_folder import Run, check_prompts
+from polygpt.training.config import RunConfig, differences
+from polygpt.training.prompts import check_prompts
+from polygpt.training.run_folder import Run
 
 
 def with_changes(run: Run, config: RunConfig) -> tuple[Run, list[str]]:
@@ -27,25 +26,13 @@ def with_changes(run: Run, config: RunConfig) -> tuple[Run, list[str]]:
         "data": (own.data.to_dict(), config.data.to_dict()),
     }
     for name, (mine, theirs) in compared.items():
-        for key, had, asked in _differences(mine, theirs, name):
+        for key, had, asked in differences(mine, theirs, name):
             raise RequestError(
                 f"{run.folder}: this run has {key}={had}, not {asked}; "
                 "resume without changing it, or start a new run with another --out"
             )
     changed = dataclasses.replace(run, config=own.model_copy(update={"model": model, "training": config.training}))
-    check_prompts(changed)
-    found = [*_differences(own.model.to_dict(), model.to_dict(), "model")]
-    found += _differences(own.training.to_dict(), config.training.to_dict(), "training")
+    check_prompts(config.training.samples, run.tokenizer, model.context_length)
+    found = [*differences(own.model.to_dict(), model.to_dict(), "model")]
+    found += differences(own.training.to_dict(), config.training.to_dict(), "training")
     return changed, [f"{key} {had} → {asked}" for key, had, asked in found]
-
-
-def _differences(mine: Any, theirs: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
-    """The dotted keys at which two plain configurations differ, with both values."""
-    if isinstance(mine, dict) and isinstance(theirs, dict) and set(mine) == set(theirs):
-        for name in mine:
-            yield from _differences(mine[name], theirs[name], f"{key}.{name}")
-    elif isinstance(mine, list) and isinstance(theirs, list) and len(mine) == len(theirs):
-        for index, (had, asked) in enumerate(zip(mine, theirs, strict=True)):
-            yield from _differences(had, asked, f"{key}.{index}")
-    elif mine != theirs:
-        yield key, mine, theirs

@@ -22,7 +22,7 @@ from typing import Any
 
 from polygpt import checkpoint
 from polygpt.config import read_yaml, to_yaml, validate
-from polygpt.data import Loader, Shards, is_prepared, open_shards, open_source, prepare, training_texts
+from polygpt.data import Loader, Shards, TokenSplit, is_prepared, open_shards, open_source, prepare, training_texts
 from polygpt.errors import PolygptError, RequestError
 from polygpt.evaluation import EvaluationConfig, Ready
 from polygpt.files import check_checkpoint_path, new_folder, remove_folder, write_text
@@ -32,10 +32,10 @@ from polygpt.process import command_line
 from polygpt.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
 from polygpt.training.config import RunConfig
 from polygpt.training.initial import check_initial, check_prepared, initial_origin, initial_tokenizer
+from polygpt.training.prompts import check_prompts
 
 DATA = "data"
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
-Note = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def naming_evaluation(index: int) -> Iterator[None]:
         raise RequestError(f"training.evaluations.{index}: {error}") from None
 
 
-def create_run(config: RunConfig, folder: Path, note: Note, check: Callable[[Run], None]) -> Run:
+def create_run(config: RunConfig, folder: Path, note: Callable[[str], None], check: Callable[[Run], None]) -> Run:
     """Trains the tokenizer, prepares the shards and writes the folder, unless `check` refuses the run.
 
     Raises:
@@ -109,7 +109,7 @@ def create_run(config: RunConfig, folder: Path, note: Note, check: Callable[[Run
         model = resolve_vocabulary(config.model, tokenizer)
         # The shards stay mapped when the folder gets its name.
         run = Run(folder, config.model_copy(update={"model": model}), tokenizer, shards)
-        check_prompts(run)
+        check_prompts(config.training.samples, tokenizer, model.context_length)
         check(run)
         if config.training.initial is not None:
             write_origin(partial, initial_origin(config))
@@ -118,7 +118,7 @@ def create_run(config: RunConfig, folder: Path, note: Note, check: Callable[[Run
     return run
 
 
-def open_run(folder: Path, note: Note | None = None) -> Run:
+def open_run(folder: Path, note: Callable[[str], None] | None = None) -> Run:
     """The run in `folder`, its shards verified.
 
     Args:
@@ -141,7 +141,7 @@ def open_run(folder: Path, note: Note | None = None) -> Run:
     return _prepare_again(Run(folder, config, tokenizer, None), note)
 
 
-def _prepare_again(run: Run, note: Note) -> Run:
+def _prepare_again(run: Run, note: Callable[[str], None]) -> Run:
     """The run with its missing shards, prepared as they were; other ones are refused and removed."""
     own, path = run.folder / DATA, run.config.data.path
     note(f"data: {own} is missing; preparing it again from {path}")
@@ -219,26 +219,7 @@ def resolve_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
     return model
 
 
-def check_prompts(run: Run) -> None:
-    """Refuses prompts that cannot be sampled from, before hours of training.
-
-    Raises:
-        RequestError: a prompt cannot be encoded, is too long, or is empty and there is no token to start from.
-    """
-    samples, context = run.config.training.samples, run.config.model.context_length
-    for index, prompt in enumerate(samples.prompts if samples.every else ()):
-        where = f"training.samples.prompts.{index}"
-        try:
-            tokens = len(run.tokenizer.encode(prompt))
-        except RequestError as error:
-            raise RequestError(f"{where}: {error}") from None
-        if tokens > context:
-            raise RequestError(f"{where}: has {tokens} tokens, model.context_length is {context}; shorten it")
-        if not tokens and run.tokenizer.end_of_text is None:
-            raise RequestError(f"{where}: is empty, and the tokenizer has no end-of-text token to start from")
-
-
-def _prepare(config: RunConfig, partial: Path, note: Note) -> tuple[Tokenizer, Shards]:
+def _prepare(config: RunConfig, partial: Path, note: Callable[[str], None]) -> tuple[Tokenizer, Shards]:
     if is_prepared(config.data):
         folder = Path(config.data.paths[0]).expanduser()
         wanted = config.tokenizer
@@ -259,11 +240,21 @@ def _prepare(config: RunConfig, partial: Path, note: Note) -> tuple[Tokenizer, S
     return tokenizer, _write_shards(config, tokenizer, partial / DATA, note)
 
 
-def _write_shards(config: RunConfig, tokenizer: Tokenizer, folder: Path, note: Note) -> Shards:
+def _write_shards(config: RunConfig, tokenizer: Tokenizer, folder: Path, note: Callable[[str], None]) -> Shards:
     source = open_source(config.data)
     shards = prepare(source, tokenizer, folder, config.data)
     if source.invalid.documents:
         note(f"data: {source.invalid.documents} documents were not UTF-8 ({config.data.invalid_utf8})")
+    lost = shards.manifest.validation.lost_bytes
+    if lost:
+        note(f"data: the tokenizer has no tokens for {lost:,} bytes of held-out text; bits per byte leave them out")
     train, validation = shards.train, shards.validation
-    note(f"shards: {train.tokens:,} tokens to train on, {validation.tokens:,} held out ({validation.bytes:,} bytes)")
+    note(
+        f"shards: {train.tokens:,} tokens of {_documents(train)} to train on, {validation.tokens:,} of "
+        f"{_documents(validation)} held out ({validation.bytes:,} bytes)"
+    )
     return shards
+
+
+def _documents(split: TokenSplit) -> str:
+    return f"{split.documents:,} document{'s' * (split.documents > 1)}"

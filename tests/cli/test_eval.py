@@ -27,13 +27,27 @@ def test_perplexity_is_one_object_that_says_what_was_done(files, program):
     result = json.loads(done.out)
     assert set(result) == {
         *("model", "task", "data", "parameters", "nats_per_token", "perplexity", "bits_per_byte", "tokens", "bytes"),
-        *("context", "stride", "start_token", "seconds", "weights"),
+        *("lost_bytes", "context", "stride", "start_token", "documents", "seconds", "weights"),
     }
     assert (result["task"], result["data"], result["bytes"], result["tokens"]) == ("perplexity", "book.txt", 59, 58)
     assert (result["context"], result["stride"]) == (16, 4)
     assert result["start_token"] is None  # characters: this tokenizer has no end of text
+    assert result["documents"] == 1
     shorter = json.loads(program(*ASK, "perplexity", "--data", "book.txt", "--no-start", "--context", 8).out)
     assert (shorter["start_token"], shorter["context"], shorter["stride"]) == (None, 8, 4)
+
+
+def test_documents_are_those_of_lines_or_between_marks(files, program):
+    with open("rows.jsonl", "w") as stream:
+        stream.write('{"body": "the cat"}\n{"body": "and then"}\n')
+    with open("marked.txt", "w") as stream:
+        stream.write("the cat\n<|endoftext|>\nand then")
+    found = [
+        json.loads(program(*ASK, "perplexity", "--data", *words).out)
+        for words in (["rows.jsonl", "--text-key", "body"], ["marked.txt", "--documents"])
+    ]
+    assert [(result["documents"], result["bytes"]) for result in found] == [(2, 15)] * 2
+    assert found[0]["nats_per_token"] == found[1]["nats_per_token"]
 
 
 def test_hellaswag_is_one_object_and_its_choices_are_lines(files, program):
@@ -93,7 +107,10 @@ MISTAKES = {
     "a text as questions": (["hellaswag", "--data", "book.txt"], "book.txt line 1: not JSON"),
     "rows of a text": (["perplexity", "--data", "book.txt", "--out", "x"], "--out does not go with --task perplexity"),
     "an out that is there": (["hellaswag", "--data", "questions.jsonl", "--out", "book.txt"], "exists already"),
-    "a folder as data": (["perplexity", "--data", "."], ".: "),
+    "a folder as data": (["perplexity", "--data", "."], ".: is a folder; give a file of text"),
+    "a folder as questions": (["hellaswag", "--data", "."], ".: is a folder; give HellaSwag's .jsonl file"),
+    "documents of questions": (["hellaswag", "--data", "questions.jsonl", "--documents"], "it is of perplexity"),
+    "documents without their key": (["perplexity", "--data", "questions.jsonl"], "line 1: no key 'text'"),
 }
 
 
@@ -104,7 +121,7 @@ def test_a_mistake_is_told_in_one_to_three_lines(files, program, name):
         with open(path, "wb") as stream:
             stream.write(data)
     done = program(*ASK, *words)
-    assert (done.code, done.out) == (1 if name == "a folder as data" else 2, "")
+    assert (done.code, done.out) == (2, "")
     assert complaint in done.err
     assert 1 <= len(done.complaint) <= 3, done.err
 

@@ -48,13 +48,23 @@ def test_the_prompt_and_its_continuation_stream_to_standard_output(run, program,
     assert done.err.endswith("finished: length\n")
 
 
+def test_every_prompt_is_continued(run, program, text):
+    other = json.loads(program("generate", run, "--prompt", "a cat", *GREEDY, "--json").out)["text"]
+    done = program("generate", run, "--prompt", "the ", "--prompt", "a cat", *GREEDY)
+    assert (done.code, done.out) == (0, f"the {text}\na cat{other}\n")
+    assert done.err.count("finished: length\n") == 2
+    done = program("generate", run, "--prompt", "the ", "--prompt", "a cat", *GREEDY, "--json")
+    lines = [json.loads(line) for line in done.out.splitlines()]
+    assert [(line["prompt"], line["text"]) for line in lines] == [("the ", text), ("a cat", other)]
+
+
 def test_a_full_context_is_a_stated_reason(run, program):
     done = program("generate", run, "--prompt", "the cat sat on a", "--json")
-    assert json.loads(done.out) | {"tokens_per_second": 0} == {
+    assert json.loads(done.out) == {
         "text": "",
         "tokens": [],
         "finish_reason": "context_length",
-        "tokens_per_second": 0,
+        "tokens_per_second": None,
     }
     done = program("generate", run, "--prompt", "the cat sat on a")
     assert done.out == "the cat sat on a\n"

@@ -7,12 +7,13 @@ import os
 
 import numpy as np
 import pytest
+import tokenizers as hf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from polygpt.data import DataConfig, is_prepared, open_shards, open_source, prepare
 from polygpt.errors import PolygptError, RequestError
-from polygpt.tokenizers import TokenizerConfig, train_tokenizer
+from polygpt.tokenizers import Tokenizer, TokenizerConfig, train_tokenizer
 
 CASES = itertools.count()
 TEXTS = [f"document number {i} é" for i in range(60)]
@@ -84,10 +85,19 @@ def test_tiny_shakespeare_divides_as_nanogpt_does(shared_data, tmp_path):
     assert shards.manifest.vocab_size == 65
 
 
+@pytest.mark.parametrize(("count", "split"), [(1, "fraction"), (99, "fraction"), (100, "document"), (101, "document")])
+def test_few_documents_are_split_by_fraction_where_it_is_left_open(prepared, byte_tokenizer, count, split):
+    texts = [f"the text of document {n}" for n in range(count)]
+    found, wanted = (prepared(texts, name=name, split=name, validation_fraction=0.2) for name in ("auto", split))
+    for side in ("train", "validation"):
+        texts = [decoded(getattr(shards, side), byte_tokenizer) for shards in (found, wanted)]
+        assert texts[0] == texts[1]
+
+
 def test_a_side_without_text_is_refused_with_a_mend(prepared, tmp_path):
     with pytest.raises(RequestError, match=r"set data\.split to 'fraction'"):
         prepared(["only one"])
-    with pytest.raises(RequestError, match="no text falls on the train side"):
+    with pytest.raises(RequestError, match="no text is on the train side"):
         prepared(["x"], split="fraction")
     assert [p.name for p in tmp_path.iterdir()] == ["shards.jsonl"]  # nothing half-made is left
 
@@ -139,6 +149,15 @@ def test_a_document_the_tokenizer_cannot_hold_is_named(prepared):
         prepared(["abc", "adc", "cba"], tokenizer)
 
 
+def test_bytes_that_no_token_stands_for_are_counted_apart(prepared):
+    made = hf.Tokenizer(hf.models.WordLevel({"[UNK]": 0, "a": 1, "b": 2}, unk_token="[UNK]"))
+    made.pre_tokenizer = hf.pre_tokenizers.Whitespace()
+    shards = prepared(["a b  a é", "b a b a "] * 20, Tokenizer(made), split="fraction", validation_fraction=0.5)
+    validation = shards.manifest.validation
+    assert (validation.bytes, validation.lost_bytes) == (10 * 3 + 10 * 4, 10 * 6 + 10 * 4)
+    assert shards.validation.bytes == validation.bytes
+
+
 def test_a_large_vocabulary_takes_four_bytes(prepared):
     letters = "".join(chr(c) for c in range(0x4E00, 0x4E00 + 70_000) if not 0xD800 <= c < 0xE000)
     tokenizer = train_tokenizer(TokenizerConfig(kind="char"), [letters])
@@ -177,7 +196,7 @@ def test_a_changed_file_is_refused_by_name(prepared, tmp_path, name):
     data = path.read_bytes()
     flipped = bytes([data[0] ^ 1]) + data[1:]
     for content, message in [
-        (data[:-1], "cut short"),
+        (data[:-1], "truncated or changed"),
         (data + b"\0", "changed"),
         (flipped, "changed"),
         (None, "missing"),
@@ -221,9 +240,9 @@ def test_a_manifest_that_is_not_in_order_is_refused(prepared, tmp_path):
         (changed(extra=1), "extra"),
         (changed(train__tokens=5), "train.tokens is not the sum"),
         (changed(validation__documents=500), "validation.documents is not the sum"),
-        (changed(train__shards__0__tokens_file__name="../a.tokens"), "plain name"),
-        (changed(train__shards__0__tokens_file__name="/etc/passwd"), "plain name"),
-        (changed(train__shards__0__offsets_file__name=".."), "plain name"),
+        (changed(train__shards__0__tokens_file__name="../a.tokens"), "is not the name of a file in the same folder"),
+        (changed(train__shards__0__tokens_file__name="/etc/passwd"), "is not the name of a file in the same folder"),
+        (changed(train__shards__0__offsets_file__name=".."), "is not the name of a file in the same folder"),
         (changed(train__shards=[]), "shards"),
     ]:
         path.write_text(content)

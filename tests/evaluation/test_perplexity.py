@@ -1,9 +1,11 @@
 """Perplexity against a computation of its own, and that every token is scored exactly once."""
 
+import json
 import math
 
 import numpy as np
 import pytest
+import tokenizers as hf
 from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy.special import log_softmax
@@ -13,7 +15,7 @@ from polygpt.evaluation import PerplexityConfig, encode_text, perplexity, read_t
 from polygpt.evaluation.perplexity import windows
 from polygpt.loading import build, load
 from polygpt.presets import preset
-from polygpt.tokenizers import TokenizerConfig, train_tokenizer
+from polygpt.tokenizers import Tokenizer, TokenizerConfig, train_tokenizer
 
 TEXT = "to see what was there, o yes! ROMEO: speak again, the cat sat on a mat"
 
@@ -105,6 +107,17 @@ def test_an_end_of_text_written_in_the_file_is_ordinary_text(byte_lm):
     assert len(written.ids) == len("a<|endoftext|>b")
 
 
+def test_bytes_that_the_tokenizer_drops_do_not_lower_bits_per_byte(byte_lm):
+    made = hf.Tokenizer(hf.models.WordLevel({"[UNK]": 0, "cat": 1, "sat": 2}, unk_token="[UNK]"))
+    made.pre_tokenizer = hf.pre_tokenizers.Whitespace()
+    words = Tokenizer(made)
+    lm = build(byte_lm.config, tokenizer=words)
+    kept, lossy = (perplexity(lm, encode_text(text, words, "text")) for text in ("cat sat", "cat   zebra   sat"))
+    assert (kept.bytes, kept.lost_bytes, lossy.bytes, lossy.lost_bytes) == (6, 1, 6, 11)
+    assert lossy.bits_per_byte == pytest.approx(2 * kept.bits_per_byte, rel=1e-3)  # two tokens scored instead of one
+    assert perplexity(lm, encode_text("zebra zebra", words, "text")).bytes == 1
+
+
 def test_a_model_that_knows_nothing_takes_the_log_of_its_vocabulary(byte_lm):
     result = perplexity(byte_lm, encode_text("äö" * 30, byte_lm.tokenizer, "text"))
     assert result.perplexity == pytest.approx(byte_lm.config.vocab_size, rel=1e-4)
@@ -140,6 +153,63 @@ def test_windows_that_do_not_fit_are_refused(lm, tmp_path, settings, complaint):
 
 
 def test_one_token_alone_cannot_be_predicted(lm, byte_lm):
-    with pytest.raises(RequestError, match="one token and nothing stands before it"):
+    with pytest.raises(RequestError, match="one token and nothing comes before it"):
         encode_text("a", lm.tokenizer, "text")
     assert len(encode_text("a", byte_lm.tokenizer, "text").ids) == 2
+
+
+MARK = "\N{ZERO WIDTH NO-BREAK SPACE}"
+
+
+def write_jsonl(path, texts, key="text"):
+    path.write_text("".join(json.dumps({key: text, "id": 0}) + "\n\n" for text in texts), encoding="utf-8")
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_text(MARK + TEXT, encoding="utf-8")
+    assert read_text(tmp_path / "a.txt") == read_text(tmp_path / "a.txt", documents=True) == [TEXT]
+    (tmp_path / "a.jsonl").write_text(MARK + json.dumps({"text": TEXT}), encoding="utf-8")
+    assert read_text(tmp_path / "a.jsonl") == [TEXT]
+    (tmp_path / "b.txt").write_text(MARK, encoding="utf-8")
+    with pytest.raises(RequestError, match="is empty"):
+        read_text(tmp_path / "b.txt")
+
+
+def test_documents_are_read_as_training_reads_them(tmp_path, byte_lm):
+    (tmp_path / "a.txt").write_text("one\n<|endoftext|>\ntwo<|endoftext|>")
+    write_jsonl(tmp_path / "a.jsonl", ["one", "two"])
+    write_jsonl(tmp_path / "b.jsonl", ["one", "two"], key="content")
+    ways = [("a.txt", {"documents": True}), ("a.jsonl", {}), ("b.jsonl", {"text_key": "content"})]
+    for name, how in ways:
+        assert read_text(tmp_path / name, **how) == ["one", "two"]
+    assert read_text(tmp_path / "a.txt") == ["one\n<|endoftext|>\ntwo<|endoftext|>"]
+
+    end = byte_lm.tokenizer.end_of_text
+    text = encode_text(["one", "two"], byte_lm.tokenizer, "text")
+    assert text.ids.tolist() == [end, *b"one", end, *b"two"]
+    result = perplexity(byte_lm, text)
+    assert (result.documents, result.tokens, result.bytes, result.start_token) == (2, 7, 6, end)
+    bare = encode_text(["one", "two"], byte_lm.tokenizer, "text", start=False)
+    assert (bare.ids.tolist(), bare.start_token) == (list(b"onetwo"), None)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "complaint"),
+    [
+        ("a.jsonl", b'{"text": 5}', "line 1: 'text' must be text"),
+        ("a.jsonl", b'{"body": "a"}', r"line 1: no key 'text'; its keys are: body \(choose one with --text-key\)"),
+        ("a.jsonl", b"{", "line 1: not JSON"),
+        ("a.jsonl", b"\n", "no text in it"),
+        ("a.jsonl", b'{"text": "\xff"}', "not UTF-8"),
+    ],
+)
+def test_malformed_documents_are_named(tmp_path, name, data, complaint):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(RequestError, match=complaint) as caught:
+        read_text(tmp_path / name)
+    assert "data." not in str(caught.value)
+
+
+def test_a_folder_is_no_text(tmp_path):
+    with pytest.raises(RequestError, match="is a folder"):
+        read_text(tmp_path)

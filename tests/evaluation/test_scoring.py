@@ -12,7 +12,7 @@ from scipy.special import log_softmax
 from polygpt.errors import PolygptError
 from polygpt.evaluation import Row, score_continuations, score_rows, scoring, shapes
 from polygpt.model import Model
-from polygpt.model.attention import MENU as ATTENTION
+from polygpt.model.attention import REGISTRY as ATTENTION
 
 # Every kind of state, and of positions that go on where a state ends. (Decoding is tested for every model.)
 CASES = [

@@ -1,16 +1,17 @@
-"""Samplers against their definitions; the decode loop against decoding without a cache."""
+"""The decode loop against decoding without a cache; what it depends on, and what is compiled for it."""
+
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from polygpt.config import validate
-from polygpt.errors import RequestError
-from polygpt.generation import Sampler, generate_tokens
-from polygpt.generation.engine import CHUNK
+from polygpt.errors import PolygptError, RequestError
+from polygpt.generation import Request, Sampler, engine, generate_tokens
+from polygpt.generation.engine import _slots
+from polygpt.generation.programs import CHUNK, programs_of
 from polygpt.model import Model, ModelConfig
 
 FIELDS = {
@@ -42,9 +43,13 @@ def params(model):
 
 
 def run(model, params, prompts, sampler=GREEDY, **settings):
-    rows, reasons = [[] for _ in prompts], [None] * len(prompts)
-    for chunk in generate_tokens(model, params, prompts, sampler, **settings):
-        for i, (tokens, reason) in enumerate(chunk):
+    return run_requests(model, params, [Request(prompt, sampler=sampler, **settings) for prompt in prompts])
+
+
+def run_requests(model, params, requests):
+    rows, reasons = [[] for _ in requests], [None] * len(requests)
+    for chunk in generate_tokens(model, params, requests):
+        for i, (tokens, reason) in enumerate(chunk.pieces):
             assert reasons[i] is None or not tokens, "tokens after the end"
             rows[i] += tokens
             reasons[i] = reason or reasons[i]
@@ -94,12 +99,112 @@ def test_the_stop_token_ends_a_row_and_is_not_given(model, params, uncached):
     assert reasons == ["stop"]
 
 
-def test_sampling_repeats_by_seed_and_differs_between_seeds_and_rows(model, params):
-    sampler = Sampler(temperature=1.0)
-    first, again, other = (run(model, params, [[1], [1]], sampler, max_new_tokens=20, seed=s)[0] for s in (1, 1, 2))
-    assert first == again
-    assert first != other
-    assert first[0] != first[1]
+def test_the_slots_of_a_state_follow_from_the_longest_sequence(model, params):
+    for length, slots in ((33, 32), (34, 48)):
+        requests = [Request([1, 2, 3], length - 3)]
+        progress = engine._prefill(model, params, requests, engine.settings_of(requests, 48))
+        assert progress.state[0].attention.slots == slots
+
+
+def test_a_state_has_as_many_slots_as_tokens_are_read(model, params):
+    """The last of 17 tokens is never read, so 16 slots hold everything, and each of them is needed."""
+    assert (_slots(16, 48), _slots(17, 48), _slots(33, 48)) == (16, 32, 48)
+    prompts = np.random.default_rng(0).integers(0, 29, (64, 15))
+    rows, _ = run(model, params, prompts.tolist(), max_new_tokens=2)
+    seen = jnp.asarray(np.concatenate([prompts, np.array(rows)[:, :1]], axis=1), jnp.int32)
+    assert [row[1] for row in rows] == model.logits(params, seen)[:, -1].argmax(-1).tolist()
+
+
+def test_rows_are_decoded_up_to_their_limit(model, params):
+    """And stand still there, while others go on."""
+    requests = [Request([1], 3, GREEDY), Request([1, 2], 9, GREEDY)]
+    settings = engine.settings_of(requests, 48)
+    progress = engine._prefill(model, params, requests, settings)
+    progress, tokens = programs_of(model.config).decode(params, progress, settings)
+    assert progress.done.all()
+    assert progress.position.tolist() == [3, 10]
+    assert not tokens[:, 8:].any()
+
+
+def test_a_prompt_may_be_padded_to_more_than_the_state_holds(model, params, uncached):
+    prompts = [list(range(17)), [3] * 47]  # read as 32 and 48 tokens
+    assert run(model, params, prompts[:1], max_new_tokens=1)[0] == [uncached(prompts[0], 1)]
+    assert run(model, params, prompts, max_new_tokens=1)[0] == [uncached(prompt, 1) for prompt in prompts]
+
+
+MIXED = [
+    Request([1, 2, 3], 24, Sampler(), seed=5),
+    Request([9], 30, Sampler(temperature=0.7, top_k=5), seed=6),
+    Request(list(range(17)), 9, Sampler(temperature=1.3, top_p=0.8), seed=5),
+    Request([4, 4], 20, GREEDY, seed=7, stop_tokens=(3, 11)),
+]
+
+
+def test_the_tokens_of_a_request_do_not_depend_on_its_neighbours_or_its_row(model, params):
+    alone = [run_requests(model, params, [request])[0][0] for request in MIXED]
+    for shift in range(4):
+        order = [(row + shift) % 4 for row in range(4)]
+        rows, _ = run_requests(model, params, [MIXED[number] for number in order])
+        assert rows == [alone[number] for number in order]
+
+
+def test_sampling_repeats_by_seed_and_differs_between_seeds(model, params):
+    requests = [Request([1], 20, Sampler(), seed=seed) for seed in (1, 1, 2, 2**32 - 1)]
+    rows, _ = run_requests(model, params, requests)
+    assert rows[0] == rows[1]
+    assert len({tuple(row) for row in rows}) == 3
+
+
+def test_a_longer_generation_goes_on_as_a_shorter_one(model, params):
+    """The key of a token is that of its position, wherever the prompt ends."""
+    whole = run(model, params, [[1, 2]], Sampler(), max_new_tokens=20, seed=3)[0][0]
+    for cut in (1, 7, 18):
+        rest = run(model, params, [[1, 2, *whole[:cut]]], Sampler(), max_new_tokens=20 - cut, seed=3)[0][0]
+        assert rest == whole[cut:]
+
+
+def test_every_token_has_a_random_key_of_its_own():
+    """Of a model whose logits are all equal, tokens are as different as their keys are."""
+    model = Model(validate(ModelConfig, FIELDS | {"context_length": 128, "num_layers": 0}))
+    params = jax.tree.map(jnp.zeros_like, model.init(0))
+    tokens = run(model, params, [[1]], Sampler(), max_new_tokens=120, seed=0)[0][0]
+    assert max(map(tokens.count, tokens)) < 20
+    follows = set(itertools.pairwise(tokens))
+    assert len(follows) > 80
+
+
+def test_settings_are_data(model, params):
+    """No new setting, seed, stop token or limit compiles anything."""
+    run_requests(model, params, MIXED[:1])
+    programs = programs_of(model.config)
+    compiled = programs.prefill._cache_size(), programs.decode._cache_size()
+    for sampler in (GREEDY, Sampler(temperature=0.31), Sampler(top_k=7), Sampler(top_p=0.5, min_p=0.02)):
+        for stops, seed, count in (((), 0, 24), ((5,), 1, 23), ((1, 2, 3), 2, 20)):
+            run_requests(model, params, [Request([3, 2, 1], count, sampler, seed, stops)])
+    assert (programs.prefill._cache_size(), programs.decode._cache_size()) == compiled
+
+
+def test_more_stop_tokens_than_there_is_room_for(model, params, uncached):
+    expected = uncached([1, 2, 3], 30)
+    stops = [token for token in range(29) if token not in expected[:6]]
+    rows, reasons = run(model, params, [[1, 2, 3]], max_new_tokens=30, stop_tokens=tuple(stops))
+    length = next(i for i, token in enumerate(expected) if token in stops)
+    assert (rows[0], reasons) == (expected[:length], ["stop"])
+
+
+@pytest.mark.parametrize("row", [0, 2])
+def test_numbers_that_are_not_finite_are_an_error(model, params, row):
+    """A NaN in the table of the tokens' embeddings, and of the head, which is tied to it."""
+    broken = params | {"embedding": params["embedding"].at[row, 0].set(jnp.nan)}
+    with pytest.raises(PolygptError, match="not finite"):
+        run(model, broken, [[1, 3]], max_new_tokens=4)
+
+
+def test_decoding_is_timed_and_prefill_is_not(model, params):
+    chunks = list(generate_tokens(model, params, [Request([1], CHUNK + 5, GREEDY)]))
+    assert [len(chunk.pieces[0].tokens) for chunk in chunks] == [1, CHUNK, 4]
+    assert chunks[0].seconds is None
+    assert all(chunk.seconds > 0 for chunk in chunks[1:])
 
 
 @pytest.mark.parametrize(
@@ -108,55 +213,3 @@ def test_sampling_repeats_by_seed_and_differs_between_seeds_and_rows(model, para
 def test_impossible_prompts_are_refused(model, params, prompt, count, word):
     with pytest.raises(RequestError, match=word):
         run(model, params, [prompt], max_new_tokens=count)
-
-
-@pytest.mark.parametrize(
-    "field",
-    [
-        {"temperature": -1.0},
-        {"top_p": 0.0},
-        {"top_p": 1.5},
-        {"top_k": 0},
-        {"min_p": 1.0},
-        {"temperature": float("nan")},
-    ],
-)
-def test_impossible_sampler_settings_are_refused(field):
-    with pytest.raises(RequestError, match=next(iter(field))):
-        validate(Sampler, field)
-
-
-logit_rows = st.lists(st.floats(-8, 8, width=32, allow_subnormal=False), min_size=6, max_size=6)
-
-
-@given(logit_rows, st.integers(1, 8), st.floats(0.05, 1), st.floats(0, 0.9))
-@settings(max_examples=60, deadline=None)
-def test_filters_keep_what_their_definitions_say(row, k, p, min_p):
-    logits = np.asarray(row, np.float32)
-    order = np.argsort(-logits, kind="stable")
-    probabilities = np.exp(logits - logits.max())
-    probabilities /= probabilities.sum()
-
-    kept = np.isfinite(Sampler(top_k=k).filter(jnp.asarray(logits)[None])[0])
-    assert kept[order[:k]].all()
-    assert (logits[kept] >= logits[order[min(k, 6) - 1]]).all()
-
-    kept = np.isfinite(Sampler(top_p=p).filter(jnp.asarray(logits)[None])[0])
-    mass = probabilities[kept].sum()
-    assert mass >= p - 1e-5
-    least = probabilities[kept].min()
-    assert mass - least * (probabilities[kept] == least).sum() < p + 1e-5, "the set is not the smallest"
-
-    kept = np.isfinite(Sampler(min_p=min_p).filter(jnp.asarray(logits)[None])[0])
-    clear = np.abs(probabilities - min_p * probabilities.max()) > 1e-6
-    assert (kept == (probabilities >= min_p * probabilities.max()))[clear].all()
-
-
-def test_sampled_frequencies_are_the_probabilities():
-    logits = jnp.log(jnp.asarray([0.5, 0.3, 0.15, 0.05]))[None].repeat(20000, 0)
-    drawn = Sampler(temperature=1.0).sample(logits, jax.random.key(0))
-    np.testing.assert_allclose(np.bincount(drawn, minlength=4) / 20000, [0.5, 0.3, 0.15, 0.05], atol=0.012)
-    sharp = Sampler(temperature=0.5, top_p=0.9).sample(logits, jax.random.key(0))
-    weights = np.asarray([0.25, 0.09, 0.0225, 0.0025]) / 0.365  # squared, as temperature 1/2 does
-    assert set(np.unique(sharp)) == {0, 1}
-    np.testing.assert_allclose((sharp == 0).mean(), weights[0] / (weights[0] + weights[1]), atol=0.012)

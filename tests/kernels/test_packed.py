@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import polygpt
 from polygpt.config import merge, validate
 from polygpt.errors import RequestError
-from polygpt.generation import Sampler, engine, generate_tokens
+from polygpt.generation import Request, Sampler, engine, generate_tokens, programs
 from polygpt.kernels import WEIGHT_TYPES, layer_view, pack, packed
 from polygpt.language_model import LanguageModel
 from polygpt.loading import save
@@ -66,8 +66,8 @@ def test_float32_computes_the_same(name):
 @pytest.mark.parametrize(("name", "rows"), [("plain", 7), ("pattern", 2), ("learned", 1)])
 def test_the_same_text(name, rows):
     def text(lm):
-        chunks = generate_tokens(lm.model, lm.params, tokens(rows).tolist(), Sampler(temperature=0), max_new_tokens=8)
-        return [row for chunk in chunks for row in chunk]
+        requests = [Request(prompt, 8, Sampler(temperature=0)) for prompt in tokens(rows).tolist()]
+        return [piece for chunk in generate_tokens(lm.model, lm.params, requests) for piece in chunk.pieces]
 
     plain, own = both(tiny(name), "float32")
     assert text(own) == text(plain)
@@ -150,10 +150,11 @@ def test_no_weights_are_converted_in_memory_while_decoding_a_row(dtype):
     model = Model(config)
     params = model.pack(model.init(0), dtype)
     state = model.init_state(1, 16)
-    row, key = jnp.zeros(1, jnp.int32), jax.random.key(0)
-    progress = engine.Progress(row, row, state, jnp.zeros(1, bool), jnp.int32(1))
-    decode = engine._programs(config, Sampler(temperature=0), ()).decode
-    compiled = decode.lower(params, progress, key).compile(compiler_options=xla.OPTIMIZED)
+    row = jnp.zeros(1, jnp.int32)
+    progress = programs.Progress(row, row, state, jnp.zeros(1, bool))
+    settings = engine.settings_of([Request([1], 8, Sampler(temperature=0))], 16)
+    decode = programs.programs_of(config).decode
+    compiled = decode.lower(params, progress, settings).compile(compiler_options=xla.OPTIMIZED)
     one_matrix = 4 * 64 * wide["mlp_dim"]  # bytes in 32 bits, of a layer; the head has a few more
     assert compiled.memory_analysis().temp_size_in_bytes < one_matrix / 4
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from gguf_zoo import MODELS, TEXT, lively, model, tokenizer
 
-from polygpt.generation import Sampler, generate_tokens
+from polygpt.generation import Request, Sampler, generate_tokens
 from polygpt.interop import export_gguf, open_gguf, open_llama2c
 from polygpt.model import Model
 
@@ -78,8 +78,8 @@ def test_logits_and_greedy_text_are_ours(opened, name):
     error = np.abs(ours - theirs).max() / np.abs(ours).max()
     print(f"{name}: {error:.1e}")
     assert error < (1e-3 if config.feedforward.kind == "mlp" else 1e-4)  # its table of GELU is in 16 bits
-    chunks = generate_tokens(Model(config), params, [ids[:8]], Sampler(temperature=0.0), max_new_tokens=24)
-    text = [token for chunk in chunks for token in chunk[0][0]]
+    chunks = generate_tokens(Model(config), params, [Request(ids[:8], 24, Sampler(temperature=0.0))])
+    text = [token for chunk in chunks for token in chunk.pieces[0].tokens]
     found = []
     for token in engine.generate(ids[:8], temp=0.0, top_k=1, reset=True):
         found.append(int(token))
@@ -121,7 +121,7 @@ def test_a_published_model_tells_the_same_story(opened, shared_data):
     for text in [*TEXTS, "Once upon a time"]:
         ids = engine.tokenize(text.encode(), add_bos=True, special=False)
         assert ids == [*found.tokenizer.start, *found.tokenizer.encode(text)], repr(text)
-    chunks = generate_tokens(Model(found.config), params, [ids], Sampler(temperature=0.0), max_new_tokens=56)
-    story = found.tokenizer.decode(ids[1:] + [token for chunk in chunks for token in chunk[0][0]])
+    chunks = generate_tokens(Model(found.config), params, [Request(ids, 56, Sampler(temperature=0.0))])
+    story = found.tokenizer.decode(ids[1:] + [token for chunk in chunks for token in chunk.pieces[0].tokens])
     out = engine.create_completion("Once upon a time", max_tokens=56, temperature=0.0)
     assert "Once upon a time" + out["choices"][0]["text"] == story

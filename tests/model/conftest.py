@@ -1,4 +1,4 @@
-"""Tiny models of every shape the menus allow."""
+"""Tiny models of every shape the registries allow."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -1,4 +1,4 @@
-"""No token's output depends on a later token: proved by gradients, and by changing later tokens, over all menus.
+"""No token's output depends on a later token: proved by gradients, and by changing later tokens, over all registries.
 
 Gradients do not see through choices (who gets a slot), changed tokens do; both are asked.
 """

@@ -1,4 +1,4 @@
-"""Prefill and decoding equal the full pass, over all menus, with prompts of unequal length in one batch."""
+"""Prefill and decoding equal the full pass, over all registries, with prompts of unequal length in one batch."""
 
 import jax
 import jax.numpy as jnp

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from polygpt.generation import Sampler, generate_tokens
+from polygpt.generation import Request, Sampler, generate_tokens
 from polygpt.interop import open_gguf
 from polygpt.model import Model
 
@@ -97,9 +97,10 @@ def test_greedy_text_is_that_of_transformers(ours, theirs):
     found, params = ours
     prompts = [found.tokenizer.encode(text) for text in PROMPTS]
     rows: list[list[int]] = [[] for _ in prompts]
-    for chunk in generate_tokens(Model(found.config), params, prompts, Sampler(temperature=0.0), max_new_tokens=64):
-        for row, (tokens, _) in zip(rows, chunk, strict=True):
-            row += tokens
+    requests = [Request(prompt, 64, Sampler(temperature=0.0)) for prompt in prompts]
+    for chunk in generate_tokens(Model(found.config), params, requests):
+        for row, piece in zip(rows, chunk.pieces, strict=True):
+            row += piece.tokens
     assert found.tokenizer.decode(rows[0]).startswith(" Paris.")
     for prompt, row in zip(prompts, rows, strict=True):
         out = theirs[0].generate(

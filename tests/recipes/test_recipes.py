@@ -8,9 +8,11 @@ import pytest
 from polygpt.errors import RequestError
 from polygpt.presets import preset
 from polygpt.recipes import load_recipe, recipe_names, resume_config
+from polygpt.training import Evaluated, Note, Sampled, Stepped, train
 
-RECIPES = ["demo", "shakespeare_char_cpu", "shakespeare_char_gpu"]
+RECIPES = ["demo", "own_text", "shakespeare_char_cpu", "shakespeare_char_gpu"]
 FINETUNE = "finetune"  # its model is the one it is given
+REQUIRED = {"own_text": {"data.path": "text.txt"}}  # what a recipe leaves to the user
 EVERY = pytest.mark.parametrize("name", RECIPES)
 
 
@@ -26,17 +28,45 @@ def opening(name):
 
 @EVERY
 def test_a_recipe_is_valid_as_it_stands(name):
-    config = load_recipe(name)
+    config = load_recipe(name, REQUIRED.get(name))
     assert config.model.vocab_size is None
     assert config.training.steps > 0
 
 
 def test_finetuning_takes_the_model_it_is_given():
-    config = load_recipe(FINETUNE, {"training.initial": "smollm", "model.context_length": 64})
+    given = {"training.initial": "smollm", "data.path": "text.txt"}
+    config = load_recipe(FINETUNE, {**given, "model.context_length": 64})
     assert config.model == preset("smollm", context_length=64, param_dtype="float32", compute_dtype="float32")
     assert config.tokenizer.kind == "initial"
     with pytest.raises(RequestError, match=r"brings its own tokenizer; give tokenizer\.kind=initial"):
-        load_recipe(FINETUNE, {"training.initial": "smollm", "tokenizer.kind": "byte"})
+        load_recipe(FINETUNE, {**given, "tokenizer.kind": "byte"})
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        (
+            FINETUNE,
+            {},
+            r"^finetune: training\.initial is required \(the model to start from: .*\); add training.initial=MODEL$",
+        ),
+        (FINETUNE, {"data.path": "a.txt"}, r"^finetune: training\.initial is required"),
+        (
+            FINETUNE,
+            {"training.initial": "smollm"},
+            r"^finetune: data\.path is required \(the text to train on: .*\); add data.path=FILE$",
+        ),
+        ("own_text", {"training.steps": 3}, r"^own_text: data\.path is required"),
+    ],
+)
+def test_what_a_recipe_leaves_to_the_user_is_named_where_it_is_missing(name, given, message):
+    with pytest.raises(RequestError, match=message):
+        load_recipe(name, given)
+
+
+def test_a_model_that_is_called_like_the_placeholder_can_be_named():
+    with pytest.raises(RequestError, match="no model 'MODEL'"):
+        load_recipe(FINETUNE, {"training.initial": "MODEL", "data.path": "FILE"})
 
 
 @pytest.mark.parametrize("name", [*RECIPES, FINETUNE])
@@ -51,7 +81,31 @@ def test_a_recipe_opens_with_its_command_which_fits_the_program(name):
     polygpt.get_command(None, verb).make_context(verb, words)
 
 
-@pytest.mark.parametrize("name", RECIPES[1:])
+def test_the_recipe_for_a_text_of_ones_own_scales_with_its_steps(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = [f"Line {n} says that {n} times {n} is {n * n}, and nothing more." for n in range(300)]
+    (tmp_path / "notes.txt").write_text("\n".join(lines))
+    shape = {"model.embed_dim": 16, "model.num_layers": 1, "model.context_length": 32, "model.feedforward.mlp_dim": 16}
+    small = {**shape, "tokenizer.vocab_size": 300, "training.samples.max_new_tokens": 4, "training.log_every": 1}
+    events = []
+    train(
+        load_recipe("own_text", {"data.path": "notes.txt", "training.steps": 8, **small}),
+        "run",
+        listeners=[events.append],
+    )
+    assert [event.step for event in events if isinstance(event, Evaluated)] == [2, 4, 6, 8]
+    assert sorted({event.step for event in events if isinstance(event, Sampled)}) == [2, 4, 6, 8]
+    rates = [event.learning_rate for event in events if isinstance(event, Stepped)]
+    assert rates.index(max(rates)) in (0, 1)
+    notes = " ".join(event.text for event in events if isinstance(event, Note))
+    assert "of 1 document to train on" in notes
+    held_out = "\n".join(lines)[-len("\n".join(lines)) // 10 :]
+    prompts = {event.prompt for event in events if isinstance(event, Sampled)}
+    assert len(prompts) == 2
+    assert [prompt for prompt in prompts if prompt not in held_out or not prompt.startswith("Line ")] == []
+
+
+@pytest.mark.parametrize("name", RECIPES[2:])
 def test_a_published_recipe_states_time_and_score(name):
     text = " ".join(opening(name))
     assert "minute" in text
@@ -117,3 +171,9 @@ def test_a_run_goes_on_under_its_own_configuration_or_a_recipes(tiny_run, tiny_f
     assert resume_config(tiny_run, str(tiny_files / "tiny.yaml"), {"training.steps": 8}).training.steps == 8
     with pytest.raises(RequestError, match="no run here"):
         resume_config(tiny_files, None, {})
+
+
+@pytest.mark.parametrize("name", ["demo", "own_text"])
+def test_a_tokenizers_path_takes_the_place_of_the_recipes_tokenizer(name):
+    tokenizer = load_recipe(name, {"tokenizer.path": "folder", "data.path": "x"}).tokenizer
+    assert (tokenizer.kind, tokenizer.path) == ("file", "folder")

@@ -1,4 +1,4 @@
-"""The decoder against its specification: logits, auxiliary losses and every parameter's gradient, over all menus."""
+"""The decoder against its specification: logits, auxiliary losses, every parameter's gradient, for every kind."""
 
 import ast
 import functools
@@ -14,12 +14,12 @@ import zoo
 from polygpt import spec
 from polygpt.config import validate
 from polygpt.model import Model, ModelConfig
-from polygpt.model.attention import MENU as ATTENTION
-from polygpt.model.block import MENU as BLOCK
+from polygpt.model.attention import REGISTRY as ATTENTION
+from polygpt.model.block import REGISTRY as BLOCK
 from polygpt.model.feedforward import ACTIVATIONS
-from polygpt.model.feedforward import MENU as FEEDFORWARD
-from polygpt.model.norms import MENU as NORM
-from polygpt.model.positions import MENU as POSITION
+from polygpt.model.feedforward import REGISTRY as FEEDFORWARD
+from polygpt.model.norms import REGISTRY as NORM
+from polygpt.model.positions import REGISTRY as POSITION
 from polygpt.model.rope import SCALINGS
 from polygpt.presets import PRESETS
 

@@ -144,5 +144,5 @@ def test_a_model_brought_in_or_elsewhere_can_be_shown(tmp_path):
     assert resolve_model(str(tmp_path / "own")).model == lm.config
     model = resolve_model(str(tmp_path / "theirs"), {"model.num_layers": 1}).model
     assert (model.num_layers, model.attention.kv_heads) == (1, 1)
-    with pytest.raises(RequestError, match="no model 'MODEL'; name a run's folder"):
+    with pytest.raises(RequestError, match=r"training\.initial is required"):
         resolve_model("finetune")

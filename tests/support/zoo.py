@@ -1,4 +1,4 @@
-"""Tiny models of every entry of every menu and of every option that changes what a model computes.
+"""Tiny models of every entry of every registry and of every option that changes what a model computes.
 
 Shared by the tests of parity with the specification, of causality and of decoding, so that a new entry meets all three.
 """
@@ -12,12 +12,12 @@ import numpy as np
 
 from polygpt.config import merge, validate
 from polygpt.model import Model, ModelConfig
-from polygpt.model.attention import MENU as ATTENTION
-from polygpt.model.block import MENU as BLOCK
+from polygpt.model.attention import REGISTRY as ATTENTION
+from polygpt.model.block import REGISTRY as BLOCK
 from polygpt.model.feedforward import ACTIVATIONS, MoEConfig
-from polygpt.model.feedforward import MENU as FEEDFORWARD
-from polygpt.model.norms import MENU as NORM
-from polygpt.model.positions import MENU as POSITION
+from polygpt.model.feedforward import REGISTRY as FEEDFORWARD
+from polygpt.model.norms import REGISTRY as NORM
+from polygpt.model.positions import REGISTRY as POSITION
 from polygpt.model.rope import SCALINGS
 from polygpt.presets import PRESETS, preset_fields
 
@@ -81,7 +81,7 @@ def scaled(kind: str, **changes: Any) -> Case:
 
 
 CASES: dict[str, Case] = {
-    # Every entry of every menu, as it comes.
+    # Every entry of every registry, as it comes.
     **{f"attention-{kind}": attending(ATTENTIONS[kind], "rope") for kind in ATTENTION},
     **{f"position-{kind}": Case({"position": {"kind": kind}}) for kind in POSITION},
     **{f"scaling-{kind}": scaled(kind) for kind in SCALINGS},

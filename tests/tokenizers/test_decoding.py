@@ -74,6 +74,8 @@ def test_a_continuation_is_the_text_of_its_own_ids():
     assert SP.decode_after(prompt, byte_ids("語".encode())) == "語"
     assert SP.decode_after(prompt, SP.encode("b")) == " b"
     assert SP.decode_after(byte_ids("日".encode())[:-1], byte_ids("語".encode())) == "語"
+    # New ids do not finish a character that the prompt left unfinished.
+    assert SP.decode_after(byte_ids(b"\xe8"), byte_ids(b"\xaa")) == "\ufffd"
     # As the first word of a text it has no space before it.
     assert SP.decode_after([], SP.encode("b")) == SP.decode_after(SP.start, SP.encode("b")) == "b"
 

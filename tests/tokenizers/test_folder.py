@@ -57,6 +57,8 @@ def test_roles_are_read_from_the_files_beside(folder, files):
         assert (tokenizer.end_of_text, tokenizer.roles["eos_token"]) == (257, "<|end|>")
         assert tokenizer.role("mask_token") is None
     assert load_tokenizer(path).fingerprint == BYTES.fingerprint
+    BYTES.save(path / "other.json")
+    assert load_tokenizer(path / "other.json").roles == {}  # the files beside belong to tokenizer.json
 
 
 def test_roles_known_from_elsewhere_fill_in(folder):

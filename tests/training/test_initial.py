@@ -1,6 +1,7 @@
 """Training that goes on from a model made elsewhere: its weights, tokenizer and origin; what does not fit is told."""
 
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -14,7 +15,7 @@ from make_references import REFERENCES
 import polygpt
 from polygpt.errors import RequestError
 from polygpt.recipes import load_recipe
-from polygpt.training import Interrupted, Stepped, train
+from polygpt.training import Interrupted, Note, Stepped, train
 from polygpt.training.listeners import standard_listeners
 
 SHORT = {
@@ -53,6 +54,17 @@ def test_training_begins_with_the_models_own_weights_and_tokenizer(theirs):
     assert after.origin.chat_template == before.origin.chat_template
     assert after.origin.stop_tokens == before.origin.stop_tokens
     assert after.origin.facts["source"] == "theirs"
+
+
+def test_what_is_computed_differently_from_the_initial_model_is_said(theirs):
+    events = []
+    finetune(
+        "one", listeners=[events.append], **{"model.norm.eps": 1e-3, "model.dropout": 0.1, "model.scan_layers": True}
+    )
+    (told,) = (event.text for event in events if isinstance(event, Note) and event.text.startswith("weights: "))
+    assert re.fullmatch(
+        r"weights: from theirs, with model\.context_length \d+ → 16, model\.norm\.eps \S+ → 0\.001", told
+    )
 
 
 def test_two_steps_change_the_weights_and_a_resumed_run_comes_to_the_same(theirs):

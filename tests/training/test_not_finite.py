@@ -69,7 +69,7 @@ def spoil(run, monkeypatch):
     found = checkpoint.restore(saved, like.params, like.optimizer)
     params = jax.tree.map(lambda leaf: leaf * jnp.nan, found.params)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_check_finite", lambda *_: None)
+        patch.setattr(checkpoint, "check_finite", lambda *_: None)
         checkpoint.save(run / "checkpoints", dataclasses.replace(found, params=params))
 
 
@@ -85,6 +85,17 @@ def test_a_checkpoint_that_is_not_finite_is_not_resumed_from(run, program, monke
         [line["loss"] for line in lines if "loss" in line] for lines in (before, read_lines(run / "metrics.jsonl"))
     ]
     assert losses[0] == losses[1]
+
+
+def test_a_model_that_is_not_finite_is_no_place_to_start(run, workdir, monkeypatch, program):
+    spoil(run, monkeypatch)
+    done = program(
+        "train", "finetune", "training.initial=run", "data.path=text.txt", "model.context_length=16", "--out", "out"
+    )
+    assert (done.code, len(done.complaint)) == (2, 1)
+    assert "step_00000006/params: " in done.complaint[0]
+    assert "not finite (NaN or infinity); start from a model that is whole" in done.complaint[0]
+    assert "diverged" not in done.err
 
 
 def test_a_checkpoint_that_is_not_finite_is_not_loaded(run, monkeypatch):

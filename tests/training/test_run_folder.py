@@ -1,6 +1,8 @@
 """A run's folder: whole or not there, and what is read back from it."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -54,6 +56,52 @@ def test_a_folder_that_cannot_be_made_is_named(workdir, snapshot, out):
         start(out)
     assert error.value.exit_code == 1
     assert snapshot(workdir) == before
+
+
+def numbers(run):
+    lines = read_lines(run / "metrics.jsonl")
+    return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in lines]
+
+
+def test_data_that_was_removed_is_prepared_again(run, workdir, program, snapshot):
+    start(workdir / "whole", **{"training.steps": 8})
+    before = snapshot(run / "data")
+    shutil.rmtree(run / "data")
+    with pytest.raises(
+        RequestError, match=r"run/data: the prepared data is missing; .* continue with: polygpt train --resume"
+    ):
+        open_run(run)
+    done = program("train", "--resume", "training.steps=8", "--out", run)
+    assert done.code == 0, done.err
+    assert "run/data is missing; preparing it again from " in done.err
+    assert snapshot(run / "data") == before
+    assert numbers(run)[-1]["step"] == 8
+
+
+def test_data_that_was_removed_and_whose_source_has_changed_is_refused(run, workdir, program, snapshot):
+    source = Path(read_config(run).data.path)
+    changed = workdir / "changed.txt"
+    changed.write_text(source.read_text() + "the cat sat\n")
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace(str(source), str(changed)))
+    shutil.rmtree(run / "data")
+    before = snapshot(run)
+    done = program("train", "--resume", "--out", run)
+    assert (done.code, len(done.complaint)) == (2, 1)
+    assert "run/data: is missing, and cannot be prepared again" in done.complaint[0]
+    assert "now gives other tokens than those of step_00000006" in done.complaint[0]
+    assert snapshot(run) == before
+
+
+def test_data_that_was_removed_with_its_source_names_the_source(run, workdir, program, snapshot):
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace(read_config(run).data.path, "gone.txt"))
+    shutil.rmtree(run / "data")
+    before = snapshot(run)
+    done = program("train", "--resume", "--out", run)
+    assert done.code == 2
+    assert "gone.txt: no such file" in done.complaint[0]
+    assert snapshot(run) == before
 
 
 @pytest.mark.parametrize("make", [lambda path: path.mkdir(), lambda path: path.write_text("x")], ids=["folder", "file"])

@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from polygpt.config import validate
@@ -100,17 +101,16 @@ def test_the_training_loss_is_the_mean_over_what_counts(model, step, state):
     assert float(empty.loss) == 0
 
 
-def test_clipping_bounds_the_global_norm(model, state):
+@pytest.mark.parametrize("clip_norm", [0.01, 100.0, None])
+def test_clipping_bounds_the_global_norm_and_leaves_smaller_gradients(model, state, clip_norm):
     """With plain descent in place of AdamW a step's length shows the clipped norm."""
-    import optax
-
-    trainer = trainer_of(model, clip_norm=0.01)
+    trainer = trainer_of(model, clip_norm=clip_norm)
     trainer.optimizer = optax.sgd(1.0)
     start = TrainState(state.params, trainer.optimizer.init(state.params), state.step)
     after, metrics = jax.jit(trainer.step)(start, batch_of(3))
     length = optax.tree.norm(jax.tree.map(jnp.subtract, after.params, start.params))
-    assert float(metrics.grad_norm) > 0.01, "the metric is the norm before clipping"
-    assert float(length) == pytest.approx(0.01, rel=1e-3)
+    assert 0.01 < float(metrics.grad_norm) < 100, "the metric is the norm before clipping"
+    assert float(length) == pytest.approx(0.01 if clip_norm == 0.01 else float(metrics.grad_norm), rel=1e-3)
 
 
 def test_a_step_is_its_gradients_applied(trainer, state):
@@ -186,3 +186,24 @@ def test_the_compiled_step_takes_the_old_states_memory(trainer):
     function = trainer.compile_step(state, batch_of(0))
     function(state, batch_of(0))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+
+
+def test_updates_without_gradients_are_computed_once_from_the_mean_load(model):
+    experts = {
+        "kind": "moe",
+        "num_experts": 4,
+        "top_k": 1,
+        "mlp_dim": 8,
+        "balance_rate": 0.25,
+        "load_balance_loss": 0.0,
+    }
+    trainer = trainer_of(Model(validate(ModelConfig, FIELDS | {"feedforward": experts, "dropout": 0.0})))
+    state = trainer.init()
+    gradients, _, one = jax.jit(trainer.gradients)(state, batch_of(0))
+    _, _, two = jax.jit(trainer.gradients)(state, batch_of(1))
+    loads = jax.tree.map(lambda a, b: (a + b) / 2, one.loads, two.loads)
+    after, *_ = jax.jit(trainer.apply)(state, gradients, one._replace(loads=loads))
+    (mean,) = (np.asarray(leaf).reshape(-1, 4) for leaf in jax.tree.leaves(loads))
+    balance = after.params["blocks"][0]["feedforward"]["balance"]
+    np.testing.assert_allclose(balance, 0.25 * np.sign(0.25 - mean))
+    assert np.abs(mean - 0.25).max() > 0.01

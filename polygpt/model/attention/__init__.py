@@ -5,10 +5,10 @@ from polygpt.model.attention.local import LocalAttentionConfig
 from polygpt.model.attention.softmax import SoftmaxAttentionConfig
 from polygpt.model.parts import AttentionConfig
 
-MENU: dict[str, type[AttentionConfig]] = {
+REGISTRY: dict[str, type[AttentionConfig]] = {
     "softmax": SoftmaxAttentionConfig,
     "local": LocalAttentionConfig,
     "linear": LinearAttentionConfig,
 }
 
-__all__ = ["MENU", "LinearAttentionConfig", "LocalAttentionConfig", "SoftmaxAttentionConfig"]
+__all__ = ["REGISTRY", "LinearAttentionConfig", "LocalAttentionConfig", "SoftmaxAttentionConfig"]

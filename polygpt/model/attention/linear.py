@@ -59,13 +59,13 @@ class LinearAttentionConfig(HeadsConfig):
 
     def flops_per_token(self, model: ModelConfig) -> int:
         # Within the chunk as softmax over `chunk` positions; then the query's product with the state and its update.
-        return 4 * self.num_heads * self.size(model) * (self.chunk + self.size(model))
+        return 4 * self.num_heads * self.head_size(model) * (self.chunk + self.head_size(model))
 
     def build(self, model: ModelConfig, init: Initializer) -> LinearAttention:
         return LinearAttention(self, model, init)
 
     def init_state(self, model: ModelConfig, batch: int, length: int) -> LinearState:
-        heads, size = self.kv_heads, self.size(model)
+        heads, size = self.kv_heads, self.head_size(model)
         return LinearState(
             jnp.zeros((batch, heads, size, size), jnp.float32), jnp.zeros((batch, heads, size), jnp.float32)
         )

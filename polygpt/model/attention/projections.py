@@ -33,12 +33,12 @@ class HeadsConfig(AttentionConfig):
     def kv_heads(self) -> int:
         return self.num_kv_heads or self.num_heads
 
-    def size(self, model: ModelConfig) -> int:
+    def head_size(self, model: ModelConfig) -> int:
         """The head size H."""
         return self.head_dim or model.width // self.num_heads
 
     def rotation_size(self, model: ModelConfig) -> int:
-        return self.size(model)
+        return self.head_size(model)
 
     def check(self, model: ModelConfig) -> None:
         if self.head_dim is None and model.width % self.num_heads:
@@ -57,7 +57,7 @@ class Projections(nnx.Module):
     """The four projections; a kind of attention derives from it and says what happens between them."""
 
     def __init__(self, config: HeadsConfig, model: ModelConfig, init: Initializer):
-        width, size = model.width, config.size(model)
+        width, size = model.width, config.head_size(model)
         heads, kv_heads = config.num_heads, config.kv_heads
         self.query = init.weight((width, heads, size), ("embed", "heads", "head_dim"))
         self.key = init.weight((width, kv_heads, size), ("embed", "kv_heads", "head_dim"))

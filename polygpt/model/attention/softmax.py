@@ -59,12 +59,14 @@ class SoftmaxAttentionConfig(HeadsConfig):
     def rule(self, model: ModelConfig) -> ScoreRule:
         """How scores become probabilities. A window that spans the whole context is dropped."""
         window = self.window if self.window is not None and self.window < model.context_length else None
-        return ScoreRule(self.scale or self.size(model) ** -0.5, window, self.softcap, self.dropout)
+        return ScoreRule(self.scale or self.head_size(model) ** -0.5, window, self.softcap, self.dropout)
 
     def spec(self, model: ModelConfig) -> AttentionSpec:
         """What is asked of the kernel at full context."""
         extras = {"sinks": self.sinks, "alibi": model.position.kind == "alibi"}
-        return AttentionSpec.of(self.rule(model), model.compute_dtype, model.context_length, self.size(model), **extras)
+        return AttentionSpec.of(
+            self.rule(model), model.compute_dtype, model.context_length, self.head_size(model), **extras
+        )
 
     def check(self, model: ModelConfig) -> None:
         super().check(model)
@@ -77,21 +79,21 @@ class SoftmaxAttentionConfig(HeadsConfig):
 
     def flops_per_token(self, model: ModelConfig) -> int:
         # q·kᵀ and p·v, 2 FLOPs a product, over the whole context as is the custom (PaLM, appendix B).
-        return 4 * self.num_heads * self.size(model) * (self.rule(model).window or model.context_length)
+        return 4 * self.num_heads * self.head_size(model) * (self.rule(model).window or model.context_length)
 
     def build(self, model: ModelConfig, init: Initializer) -> SoftmaxAttention:
         return SoftmaxAttention(self, model, init)
 
     def init_state(self, model: ModelConfig, batch: int, length: int) -> KVCache:
         slots = min(length, self.rule(model).window or length)
-        return KVCache.empty(batch, self.kv_heads, slots, self.size(model), model.compute_dtype)
+        return KVCache.empty(batch, self.kv_heads, slots, self.head_size(model), model.compute_dtype)
 
 
 class SoftmaxAttention(Projections):
     def __init__(self, config: SoftmaxAttentionConfig, model: ModelConfig, init: Initializer):
         self.config, self.rule = config, config.rule(model)
         super().__init__(config, model, init)
-        size = (config.size(model),)
+        size = (config.head_size(model),)
         self.query_norm = init.constant(1.0, size, ("head_dim",)) if config.qk_norm else None
         self.key_norm = init.constant(1.0, size, ("head_dim",)) if config.qk_norm else None
         self.sinks = init.constant(0.0, (config.num_heads,), ("heads",)) if config.sinks else None

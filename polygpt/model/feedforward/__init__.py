@@ -7,7 +7,7 @@ from polygpt.model.feedforward.moe import MoEConfig
 from polygpt.model.feedforward.soft_moe import CausalSoftMoEConfig, SoftMoEConfig
 from polygpt.model.parts import FeedForwardConfig
 
-MENU: dict[str, type[FeedForwardConfig]] = {
+REGISTRY: dict[str, type[FeedForwardConfig]] = {
     "mlp": MLPConfig,
     "glu": GLUConfig,
     "moe": MoEConfig,
@@ -17,7 +17,7 @@ MENU: dict[str, type[FeedForwardConfig]] = {
 
 __all__ = [
     "ACTIVATIONS",
-    "MENU",
+    "REGISTRY",
     "Activation",
     "CausalSoftMoEConfig",
     "GLUConfig",

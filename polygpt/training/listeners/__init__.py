@@ -1,4 +1,4 @@
-"""Listeners of a run's events: what a person watches, and the files that stay."""
+"""Listeners of a run's events: the progress display, and the files that a run leaves."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from polygpt.training.listeners.report import Baseline, write_report
 
 
 def standard_listeners(quiet: bool = False) -> list[Listener]:
-    """What `polygpt train` listens with: the run's files and report, and unless `quiet` the progress bar."""
+    """The listeners of `polygpt train`: the run's files and report and, unless `quiet`, the progress bar."""
     return [RunFiles()] if quiet else [RunFiles(), progress_listener()]
 
 

@@ -1,6 +1,6 @@
-"""`report.html` and `loss.png`: a run to look at, built from the run's own files.
+"""`report.html` and `loss.png`: a finished run at a glance, built from the files in its folder.
 
-The page is self-contained: plots are inline SVG, and it loads nothing.
+The page is self-contained: plots are inline SVG, and nothing is loaded.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from dataclasses import dataclass, fields
 from importlib import metadata, resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from polygpt.config import read_yaml, to_yaml
 from polygpt.files import write_text
@@ -30,7 +32,7 @@ BLUE, ORANGE, GREY = "#2563eb", "#ea580c", "#94a3b8"
 
 @dataclass(frozen=True)
 class Baseline:
-    """Another way to predict or compress the same held-out text."""
+    """Another predictor or compressor of the same held-out text."""
 
     name: str
     bits_per_byte: float
@@ -38,7 +40,7 @@ class Baseline:
 
 
 def write_report(run: Path, baselines: Sequence[Baseline] = ()) -> Path:
-    """Writes `report.html` and `loss.png` into the finished run's folder; gives the page's path."""
+    """Writes `report.html` and `loss.png` into a finished run's folder and returns the page's path."""
     lines = read_metrics(run)
     result = json.loads((run / RESULT).read_text(encoding="utf-8"))
     curve = _loss_figure(lines)
@@ -86,8 +88,8 @@ def _versions() -> dict[str, str]:
 
 
 def _figure(height: float = 3.4, rows: int | None = None) -> tuple[Figure, Any]:
-    """A figure with its axes; a list of them, one below the other, where `rows` are asked for."""
-    from matplotlib.figure import Figure  # takes a second to import, which only a report should cost
+    """A figure and its axes; with `rows`, a list of axes below each other."""
+    from matplotlib.figure import Figure  # takes a second to import: only a report should pay for it
 
     figure = Figure(figsize=(8, height), layout="constrained")
     all_axes = list(figure.subplots(rows or 1, squeeze=False)[:, 0])
@@ -101,7 +103,7 @@ def _loss_figure(lines: Sequence[dict[str, Any]]) -> Figure:
     figure, axes = _figure()
     steps = _of(lines, "step")
     x, loss = [line["step"] for line in steps], [line["loss"] for line in steps]
-    axes.plot(x, loss, color=BLUE, alpha=0.25, linewidth=0.8, label="training, each batch")
+    axes.plot(x, loss, color=BLUE, alpha=0.4, linewidth=0.8, label="training, each batch")
     axes.plot(x, _smooth(loss), color=BLUE, linewidth=1.6, label="training, moving average")
     held_out = _of(lines, "validation")
     axes.plot(
@@ -113,7 +115,7 @@ def _loss_figure(lines: Sequence[dict[str, Any]]) -> Figure:
         label="held-out text",
     )
     axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats a token)")
+    axes.set_ylabel("loss (nats per token)")
     axes.legend(frameon=False)
     return figure
 
@@ -139,7 +141,7 @@ def _extra_names(lines: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _parts_figure(lines: Sequence[dict[str, Any]]) -> Figure:
-    """Auxiliary losses and metrics of the model's parts."""
+    """Auxiliary losses and metrics of the model's parts, a panel each."""
 
     def draw(axes: Any, x: list[int], values: list[float]) -> None:
         axes.plot(x, values, color=BLUE, alpha=0.25, linewidth=0.8)
@@ -170,7 +172,7 @@ def _measured_names(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _panels(names: Sequence[str], rows: Sequence[dict[str, Any]], draw: Callable[..., None]) -> Figure:
-    """A panel for each of `names`, one below the other: they differ in size."""
+    """A panel for each of `names`, below each other, since their scales differ."""
     figure, all_axes = _figure(1.8 * len(names), rows=len(names))
     for name, axes in zip(names, all_axes, strict=True):
         known = [row for row in rows if row.get(name) is not None]
@@ -187,25 +189,27 @@ def _baseline_figure(rows: Sequence[Baseline]) -> Figure:
     axes.bar_label(bars, fmt="%.3f", padding=4)
     axes.invert_yaxis()
     axes.grid(visible=False)
-    axes.set_xlabel("bits per byte of the held-out text (less is better)")
+    axes.set_xlabel("bits per byte of the held-out text (lower is better)")
     return figure
 
 
-def _smooth(values: Sequence[float], horizon: float = 20.0) -> list[float]:
-    """Exponential moving average over about `horizon` steps, without a bias towards 0 at the start."""
-    averages, total, weight = [], 0.0, 0.0
-    keep = 1 - 1 / horizon
-    for value in values:
-        total, weight = keep * total + value, keep * weight + 1
-        averages.append(total / weight)
-    return averages
+def _smooth(values: Sequence[float], reach: int = 10) -> np.ndarray:
+    """Moving average over `reach` values before and after each; near the start as many after as there are before.
+
+    An average of the past alone lags behind a loss that falls quickly, as it does at the start.
+    """
+    index = np.arange(len(values))
+    before = np.minimum(index, reach)
+    after = np.minimum(before, index[::-1])
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    return (sums[index + after + 1] - sums[index - before]) / (before + after + 1)
 
 
 def _svg(figure: Figure) -> str:
     from matplotlib import rc_context
 
     stream = io.StringIO()
-    # Without a date and with fixed ids, the same run gives the same page.
+    # Without a date and with fixed ids, a run always gives the same page.
     with rc_context({"svg.hashsalt": "polygpt"}):
         figure.savefig(stream, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = stream.getvalue()

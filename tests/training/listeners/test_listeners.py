@@ -4,13 +4,14 @@ import io
 import json
 import re
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from polygpt.errors import PolygptError
 from polygpt.recipes import load_recipe
 from polygpt.training import Compiled, Ended, Evaluated, Finished, Note, RunResult, Sampled, Saved, Started, Stepped
-from polygpt.training.listeners import Baseline, RunFiles, progress, progress_listener, write_report
+from polygpt.training.listeners import Baseline, RunFiles, progress, progress_listener, report, write_report
 from polygpt.training.run_folder import read_lines, read_metrics
 
 RESULT = RunResult("run", 4, 1.0, 2.0, 3.0, 1234.0, 5.0, 0.5)
@@ -208,6 +209,24 @@ def test_the_report_has_the_runs_figures(run, page):
     for figure in (f"{result['val_loss']:.4f}", f"{result['val_bits_per_byte']:.4f}", "3.2100", "rmsnorm"):
         assert figure in page
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_moving_average_is_unbiased_from_the_start():
+    line = np.linspace(7, 3, 101)
+    np.testing.assert_allclose(report._smooth(line)[:-10], line[:-10])
+    noisy = line + np.where(np.arange(101) % 2, 0.5, -0.5)
+    averages = report._smooth(noisy)
+    assert np.abs(averages - line)[5:-10].max() < 0.06
+    for index, window in {
+        0: slice(0, 1),
+        3: slice(0, 7),
+        50: slice(40, 61),
+        97: slice(87, 101),
+        100: slice(90, 101),
+    }.items():
+        np.testing.assert_allclose(averages[index], noisy[window].mean())
+    assert len(report._smooth([])) == 0
+    np.testing.assert_allclose(report._smooth([2.0]), [2.0])
 
 
 def test_the_same_run_gives_the_same_page(run, page):
