@@ -146,6 +146,12 @@ def test_gpt2_is_found_with_and_without_biases():
     assert choose_architecture(validate(ModelConfig, bare)).name == "gpt2"
 
 
+def test_a_window_that_spans_the_context_is_none():
+    for attention in ({"window": LLAMA["context_length"]}, {"kind": "local", "num_heads": 4, "window": 10**6}):
+        whole = validate(ModelConfig, merge(LLAMA, {"attention": attention}))
+        assert choose_architecture(whole).name == "llama"
+
+
 # What others write
 
 

@@ -146,13 +146,15 @@ def test_roles_of_special_tokens_are_exported(tmp_path):
     roles = dict(zip(("bos_token", "eos_token", "pad_token"), specials, strict=True))
     tokenizer = load_tokenizer(tmp_path / "tokenizer.json", roles)
     ids = {f"{role}_id": tokenizer.special_tokens[token] for role, token in roles.items()}
-    export_huggingface(tmp_path / "out", config, Model(config).init(0), tokenizer)
+    export_huggingface(tmp_path / "out", config, Model(config).init(0), tokenizer, stop_tokens=(5,))
+    stops = [5, ids["eos_token_id"]]
     for name in ("config.json", "generation_config.json"):
-        assert ids.items() <= json.loads((tmp_path / "out" / name).read_text()).items()
+        assert (ids | {"eos_token_id": stops}).items() <= json.loads((tmp_path / "out" / name).read_text()).items()
     assert roles.items() <= json.loads((tmp_path / "out/tokenizer_config.json").read_text()).items()
     found = open_huggingface(tmp_path / "out")
     assert found.tokenizer.roles == roles
-    assert found.stop_tokens == (found.tokenizer.end_of_text,) == (ids["eos_token_id"],)
+    assert found.tokenizer.end_of_text == ids["eos_token_id"]
+    assert found.stop_tokens == tuple(stops)
 
 
 def test_ids_of_the_model_give_roles_that_the_tokenizer_lacks(tmp_path):

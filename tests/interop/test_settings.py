@@ -1,13 +1,17 @@
 """config.json, key by key: what is unknown, of another type, or asks for what there is not here is named."""
 
 import json
+import math
 import shutil
 
 import pytest
 from make_references import REFERENCES
 
+from polygpt.config import validate
 from polygpt.errors import RequestError
 from polygpt.interop import open_huggingface
+from polygpt.interop.huggingface.folder import find_architecture, read_fields
+from polygpt.model import ModelConfig
 from polygpt.settings import LIMIT, Settings, read_json
 
 # reference, changes of its config.json -> what the complaint must say
@@ -236,10 +240,42 @@ def test_old_spellings_mean_the_same(tmp_path):
     assert open_huggingface(tmp_path / "m").config == new
 
 
-def test_yarns_two_scales_decide_its_magnitude(tmp_path):
-    shutil.copytree(REFERENCES / "llama-yarn", tmp_path / "m")
-    path = tmp_path / "m/config.json"
-    values = json.loads(path.read_text())
-    values["rope_parameters"] |= {"mscale": 1.0, "mscale_all_dim": 1.0}
-    path.write_text(json.dumps(values))
-    assert open_huggingface(tmp_path / "m").config.position.scaling.attention_factor == 1.0
+def test_yarns_two_scales_decide_its_magnitude(changed):
+    rope = json.loads((REFERENCES / "llama-yarn/config.json").read_text())["rope_parameters"] | {"factor": 4.0}
+    for scale, expected in ((1.0, 1.0), (2.0, (1 + 0.2 * math.log(4)) / (1 + 0.1 * math.log(4)))):
+        scales = {"mscale": scale, "mscale_all_dim": 1.0}
+        scaling = changed("llama-yarn", {"rope_parameters": rope | scales}).config.position.scaling
+        assert scaling.attention_factor == pytest.approx(expected)
+
+
+def fields_of(name, without=(), **changes):
+    """The configuration of a reference's settings, some of them left out or changed."""
+    values = json.loads((REFERENCES / name / "config.json").read_text()) | changes
+    settings = Settings({key: value for key, value in values.items() if key not in without}, name)
+    return validate(ModelConfig, read_fields(find_architecture(settings), settings))
+
+
+def test_settings_that_are_left_out_have_their_class_defaults():
+    assert fields_of("mixtral", ["rope_theta", "rope_parameters"]).position.theta == 1e6
+    assert fields_of("mixtral", ["rms_norm_eps"]).norm.eps == 1e-5
+    assert fields_of("llama", ["rope_theta", "rope_parameters"]).position.theta == 1e4
+    assert fields_of("llama", ["rms_norm_eps"]).norm.eps == 1e-6
+    assert fields_of("llama", ["max_position_embeddings"]).context_length == 2048
+    assert fields_of("mistral", ["sliding_window"]).attention.window == 4096
+    assert (
+        fields_of(
+            "stablelm", ["partial_rotary_factor", "rope_parameters"], num_attention_heads=2, num_key_value_heads=2
+        ).position.fraction
+        == 0.25
+    )
+    assert fields_of("starcoder2", ["tie_word_embeddings"]).head == "tied"
+    assert fields_of("gpt2", ["n_inner"]).feedforward.mlp_dim == 4 * fields_of("gpt2").embed_dim
+
+
+def test_which_layers_have_a_window_by_default():
+    windows = [layer.attention.window for layer in fields_of("gemma2", ["layer_types"], sliding_window=5).layers]
+    assert windows == [5, None, 5, None][: len(windows)]
+    changes = {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 5, "num_hidden_layers": 3}
+    windows = [layer.attention.window for layer in fields_of("qwen2", ["layer_types"], **changes).layers]
+    assert windows == [None, 5, 5]
+    assert fields_of("qwen2", ["layer_types"], **changes | {"use_sliding_window": False}).attention.window is None
