@@ -54,6 +54,7 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(workdir, optimizer):
     with pytest.raises(Interrupted):
         train(config, "parts", listeners=[RunFiles(), stop_after(3), events.append])
     assert [event for event in events if event == Ended()] == events[-1:]
+    assert checkpoint.newest(workdir / "parts/checkpoints").step == 3, "saved where it was interrupted"
     with pytest.raises(Interrupted):
         train(None, "parts", resume=True, listeners=[RunFiles(), stop_after(5)])
     parts = train(None, "parts", resume=True, listeners=[RunFiles()])
