@@ -37,7 +37,7 @@ NO_TOKENIZER = "this model has no tokenizer: a preset has none, nor has a folder
 
 @dataclass(frozen=True)
 class Generation:
-    """What was generated: the continuation alone.
+    """A generated continuation, without the prompt.
 
     Attributes:
         text: the new tokens as text, up to a stop string; None for a model without tokenizer.
@@ -54,14 +54,14 @@ class Generation:
 
     @classmethod
     def of(cls, done: Continuation) -> Generation:
-        """What a finished continuation gives."""
+        """The result of a finished continuation."""
         text = None if done.stream is None else done.stream.text
         return cls(text, done.tokens, done.finish_reason, done.tokens_per_second)
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What came with a model that was made elsewhere.
+    """What came with an imported model.
 
     Attributes:
         stop_tokens: ids at which generation ends, beside the tokenizer's own.
@@ -108,10 +108,10 @@ class LanguageModel:
         self.packed = packed
 
     def pack(self, dtype: WeightType) -> None:
-        """Keeps the weights from now on in the form that inference reads fastest, in this type.
+        """Converts the weights, for good, to the form and type that inference reads fastest.
 
         Decoding a few rows takes as long as the weights take to read: 16 bits are twice as fast as 32. int8 rounds each
-        weight to one of 255 steps, chosen for each output; activations stay as they are. Cannot be undone.
+        weight to one of 255 steps, chosen for each output; activations stay as they are.
 
         Raises:
             RequestError: they are packed already, or there is no such type.
@@ -243,8 +243,7 @@ class LanguageModel:
             temperature: 0 is greedy.
             top_k, top_p, min_p: keep only likely tokens, as `Sampler` says.
             seed: of the random numbers; for a list of prompts also a list of seeds, one each.
-            stop: strings that end the text, which are not part of it.
-            stop_tokens: ids that do so, besides the model's own end of text.
+            stop, stop_tokens: strings, and ids besides the model's own, that end the text and are not part of it.
             chat: the prompt is a user's message, laid out by the model's chat template.
             on_text: called with each new piece of text as soon as it can no longer change; for a single prompt.
 
@@ -257,19 +256,17 @@ class LanguageModel:
         seeds = as_seeds(seed, None if single else len(prompts))
         if on_text is not None and not single:
             raise RequestError("on_text goes with a single prompt, not with a list of prompts")
-        settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-        sampler = validate(Sampler, settings)
+        sampler = validate(Sampler, {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p})
         stops = as_stop_strings(stop)
         if stops or chat or on_text is not None:
             _ = self.tokenizer  # refuses a model that has none
         ends = tuple(dict.fromkeys([*self.stop_tokens, *as_ids(stop_tokens, "stop_tokens")]))
-        continuations = []
-        for each, row_seed in zip(prompts, seeds, strict=True):
-            ids = self._ids_of(each, chat)
-            stream = TextStream(self.tokenizer.decode_after, ids, stops) if self.has_tokenizer else None
-            continuations.append(Continuation(Request(ids, max_new_tokens, sampler, row_seed, ends), stream))
+        ids = [self._ids_of(each, chat) for each in prompts]
+        streams = [TextStream(self.tokenizer.decode_after, row, stops) if self.has_tokenizer else None for row in ids]
+        requests = [Request(row, max_new_tokens, sampler, own, ends) for row, own in zip(ids, seeds, strict=True)]
+        continuations = list(map(Continuation, requests, streams))
         continue_all(self.model, self.params, continuations, on_text)
-        generations = [Generation.of(continuation) for continuation in continuations]
+        generations = list(map(Generation.of, continuations))
         return generations[0] if single else generations
 
     def _ids_of(self, prompt: Prompt, chat: bool) -> list[int]:

@@ -116,3 +116,14 @@ def test_the_page_of_installing_names_what_there_is():
     assert SETTING in text
     targets = set(re.findall(r"`make (\w+)`", text))
     assert targets <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+def test_the_blocks_of_the_python_page_run_and_name_every_public_function(tmp_path, monkeypatch):
+    import polygpt
+
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/python-api.md").read_text(encoding="utf-8"), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    namespace: dict = {}
+    for code in blocks:
+        exec(compile(code, "docs/python-api.md", "exec"), namespace)
+    assert [name for name in polygpt.__all__ if f"polygpt.{name}" not in "".join(blocks)] == []

@@ -11,7 +11,7 @@ import click
 from polygpt.cli.output import dtype_option, json_option, print_json, print_result, reading, weights_option
 
 OWN = ("perplexity", "hellaswag")  # any other task is one of lm-evaluation-harness
-# What each takes beside the model.
+# The settings of each.
 SETTINGS = {
     "perplexity": ("data", "stride", "context", "start", "documents", "text_key"),
     "hellaswag": ("data", "limit"),
@@ -82,7 +82,7 @@ def eval(
 
 
 def _configured(task: str, settings: dict[str, Any]) -> Any:
-    """The evaluation that the options describe; one that the task does not know is refused rather than left out."""
+    """The evaluation that the options describe; an option that the task does not have is refused, not ignored."""
     from polygpt.config import validate
     from polygpt.errors import RequestError, suggest
     from polygpt.evaluation import EVALUATIONS
@@ -109,7 +109,7 @@ def _takers(name: str) -> str:
 
 
 def _check_out(out: Path | None, task: str, kind: str) -> None:
-    """Refuses an --out that cannot be given or taken, before hours have gone into scoring."""
+    """Refuses an --out that cannot be written, before hours have gone into scoring."""
     from polygpt.errors import RequestError
 
     if out is not None and kind == "perplexity":

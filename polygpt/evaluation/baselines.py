@@ -1,4 +1,4 @@
-"""What a model has to beat: the bigram model and two compressors, in bits per byte of the same held-out text."""
+"""Baselines: a bigram model and two compressors, in bits per byte of the same held-out text."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """lm-evaluation-harness (Gao et al. 2021), an optional package: its tasks on a polygpt model.
 
-The model it sees is in `harness_lm.py`, which imports the package and is imported only where it is there.
+Its view of a model is in `harness_lm.py`, which imports the package and is imported only where that is installed.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def _index(include_path: str | None) -> TaskManager:
 
 
 def _nearest(task: str, names: list[str]) -> str:
-    told = suggest(task, names)
-    return told if told.startswith("did you mean") else "`lm-eval ls tasks` lists them"
+    hint = suggest(task, names)
+    return hint if hint.startswith("did you mean") else "`lm-eval ls tasks` lists them"
 
 
 def run_harness(
@@ -112,7 +112,7 @@ def run_harness(
             )
     except PolygptError:
         raise
-    except Exception as error:  # tasks are programs of their own, and fail in any way
+    except Exception as error:  # tasks are programs of their own and may raise anything
         reason = (str(error).strip().splitlines() or [""])[0][:200]
         raise PolygptError(f"{task}: lm-evaluation-harness failed: {type(error).__name__}: {reason}") from error
 

@@ -1,6 +1,6 @@
 """A polygpt model as lm-evaluation-harness sees one; agrees with the harness's own `hf` on the same weights.
 
-The only file that imports the package at its top: import it where `harness.require_harness` has been asked.
+The only file that imports the package at its top: import it after calling `harness.require_harness`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from polygpt.evaluation.scoring import ProgressCallback, no_progress, row_of, sc
 from polygpt.generation import Continuation, Request, Sampler, TextStream, continue_all
 from polygpt.language_model import LanguageModel
 
-# What a task may ask of the generation beside greedy decoding; anything else is refused rather than left out.
+# Settings of generation that a task may give; any other is refused rather than ignored.
 _KNOWN = {"do_sample", "temperature", "top_p", "top_k", "min_p"}
 
 
@@ -28,7 +28,7 @@ class HarnessLM(TemplateLM):
     """`loglikelihood`, `loglikelihood_rolling` and `generate_until` of a `LanguageModel`.
 
     Context and continuation are divided by the harness's own `_encode_pair`. As in its `hf`, special tokens written in
-    a text are themselves, an empty context is the end-of-text token, and what is too long is cut from the left.
+    a text count as such, an empty context is the end-of-text token, and what is too long is cut from the left.
     """
 
     def __init__(self, lm: LanguageModel, progress: ProgressCallback = no_progress):
@@ -42,7 +42,7 @@ class HarnessLM(TemplateLM):
 
     @property
     def max_gen_toks(self) -> int:
-        """What is generated where a task does not say; the harness's own."""
+        """The harness's own default."""
         return 256
 
     @property
@@ -59,7 +59,7 @@ class HarnessLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """What names cached requests."""
+        """Identifies the tokenizer in the names of cached requests."""
         return self.lm.tokenizer.fingerprint
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **ignored: Any) -> list[int]:

@@ -127,7 +127,7 @@ def choose_endings(
 
 
 def clean(text: str) -> str:
-    """WikiHow's marks taken out, as lm-evaluation-harness does (its `tasks/hellaswag/utils.py`)."""
+    """`text` without WikiHow's marks, as lm-evaluation-harness cleans it (its `tasks/hellaswag/utils.py`)."""
     text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
     return text.replace("  ", " ")
 

@@ -1,4 +1,4 @@
-"""The compiled functions behind scoring: hidden states of all positions, logits of those alone that are asked for."""
+"""The compiled functions behind scoring: hidden states of all positions, logits of the positions that are scored."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
-from polygpt.model import ModelConfig, Params, model_of
+from polygpt.model import Decoder, ModelConfig, Params, model_of
 
-# Positions whose logits exist at a time, [LOGIT_ROWS, V] float32. On a CPU 64 were a tenth slower, 256 no faster.
+# Positions whose logits are computed at a time, float32 [LOGIT_ROWS, V]. On a CPU 64 were a tenth slower, 256 no faster.
 LOGIT_ROWS = 128
 
 
 class Picks(NamedTuple):
-    """The positions to be judged: `index[i]`, among a batch's hidden states, predicts `target[i]`, for i < count."""
+    """The positions to score: `index[i]`, among a batch's hidden states, predicts `target[i]`, for i < count."""
 
     index: Int[Array, " M"]
     target: Int[Array, " M"]
@@ -83,12 +83,12 @@ def programs_of(config: ModelConfig) -> Programs:
 
 
 def _of_owners(leaf: Shaped[Array, "layers Q ..."], owner: Int[Array, " N"]) -> Shaped[Array, "layers N ..."]:
-    """`leaf[:, owner]`, for which XLA would turn the whole leaf twice (29 MB: 9.9 ms, so 3.7)."""
+    """`leaf[:, owner]`, for which XLA would transpose the whole leaf twice (29 MB: 9.9 ms; like this 3.7 ms)."""
     layers, count, *rest = leaf.shape
     return leaf.reshape(layers * count, *rest)[jnp.arange(layers)[:, None] * count + owner]
 
 
-def _judge(decoder, hidden: Float[Array, "P D"], picks: Picks) -> tuple[Float[Array, " M"], Bool[Array, " M"]]:
+def _judge(decoder: Decoder, hidden: Float[Array, "P D"], picks: Picks) -> tuple[Float[Array, " M"], Bool[Array, " M"]]:
     """`LOGIT_ROWS` positions at a time: [P, V] would not fit where there are many, and most are not asked for."""
 
     def some(number: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:

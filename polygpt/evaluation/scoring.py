@@ -52,7 +52,7 @@ class Score(NamedTuple):
     greedy: bool
 
 
-# Rows of one context, by their places in the request.
+# Rows that share a context, by their places in the request.
 Group = dict[int, Row]
 
 
@@ -100,7 +100,7 @@ def score_continuations(
     for place, row in enumerate(rows):
         together[tuple(row.context)][place] = row
     several = [group for group in together.values() if len(group) > 1]
-    # Padding after a continuation must not stand beyond the last position that the model knows.
+    # Padding after a continuation must stay within the positions that the model knows.
     room = rounded(max((len(row.targets) for group in several for row in group.values()), default=0))
     shared = [group for group in several if len(_context_of(group)) + room <= length]
     places = {place for group in shared for place in group}
@@ -163,7 +163,7 @@ def _shared_batches(model: Model, params: Params, groups: Sequence[Group]) -> It
 def _ending_batches(
     model: Model, params: Params, groups: Sequence[Group], held: _Held, chosen: Sequence[int]
 ) -> Iterator[_Pending]:
-    """The continuations of contexts that were read, without their last ids, which nothing is asked after."""
+    """The continuations of contexts that were read, without their last ids, which predict nothing."""
     programs = programs_of(model.config)
     members = [(number, member) for number, group in enumerate(groups) for member in group.items()]
     members.sort(key=lambda member: -len(member[1][1].targets))
@@ -196,7 +196,7 @@ def _targets_of(group: Group) -> int:
 
 
 class _Picking:
-    """Gathers which hidden states predict which ids."""
+    """Collects which hidden states predict which ids."""
 
     def __init__(self):
         self.index: list[int] = []
@@ -214,7 +214,7 @@ class _Picking:
 
 
 class _Pending(NamedTuple):
-    """A batch under way: its rows with their places in the request, and what the device will give."""
+    """A batch in flight: its rows with their places in the request, and the arrays being computed."""
 
     members: Sequence[tuple[int, Row]]
     result: tuple[Any, Any]
@@ -239,6 +239,6 @@ def _fetch(batch: _Pending) -> dict[int, Score]:
         span = slice(start, start := start + len(row.targets))
         total = float(log_p[span].sum(dtype=np.float64))
         if not math.isfinite(total):
-            raise PolygptError("a log-likelihood is not a finite number: the model's weights are not in order")
+            raise PolygptError("a log-likelihood is not a finite number: the model's weights are damaged or overflow")
         found[place] = Score(total, bool(greedy[span].all()))
     return found

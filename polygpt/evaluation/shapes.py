@@ -1,4 +1,4 @@
-"""Which shapes batches take: every further one is compiled, every lack of one is padding."""
+"""The shapes of batches: each new shape costs a compilation, too few cost padding."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from polygpt.model import Model
 # FLOPs of the time that compiling one more program takes: about 1 s of CPU time on two cores (0.7 s a plain program,
 # 1.1 s one that goes on from a state, at 30 scanned layers). Those of accelerators are guesses, not measured.
 _COMPILING = {"cpu": 1.5e11, "gpu": 5e13, "tpu": 5e13}
-# Tokens a batch, what keeps the device busy; and bytes of decoding state that may be held at a time.
+# Tokens in a batch, enough to keep the device busy; and bytes of decoding state that are held at most.
 _TOKENS = {"cpu": 1024, "gpu": 32768, "tpu": 32768}
 _STATE_BYTES = {"cpu": 2**29, "gpu": 2**32, "tpu": 2**32}
 STEP = 4  # widths are multiples of it
 
 
 def token_budget() -> int:
-    """Tokens that one batch is to have."""
+    """Tokens in a batch."""
     return _TOKENS[jax.default_backend()]
 
 
 def states_held(model: Model, length: int) -> int:
-    """How many sequences' decoding states of `length` tokens may be held at a time, at least 1."""
+    """How many decoding states of `length` tokens are held at a time, at least 1."""
     return max(1, _STATE_BYTES[jax.default_backend()] // max(model.state_bytes(length), 1))
 
 
@@ -71,6 +71,6 @@ def fitting(chosen: Sequence[int], length: int) -> int:
 
 
 def even(count: int, most: int) -> int:
-    """How many a batch takes, at most `most` (or 1), where `count` are dealt out evenly to as few as they need."""
+    """The size of a batch, at most `most` (or 1), when `count` rows are divided evenly among as few as possible."""
     batches = -(-count // max(most, 1))
     return -(-count // batches)

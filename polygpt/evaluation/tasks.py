@@ -22,12 +22,12 @@ from polygpt.tokenizers import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """Of one evaluation.
+    """The result of one evaluation.
 
     Attributes:
         metrics: what training logs, by name; None where a number is not defined.
-        facts: what belongs to them: counts, settings as they were taken, seconds.
-        rows: what was found for each example, if the task keeps it.
+        facts: counts, the settings that were used, and seconds.
+        rows: a record for each example, if the task keeps them.
     """
 
     metrics: dict[str, float | None]
@@ -35,7 +35,7 @@ class Outcome:
     rows: list[dict[str, Any]] | None = None
 
 
-# An evaluation whose data is read and found in order.
+# An evaluation whose data has been read and checked.
 Ready = Callable[[LanguageModel, ProgressCallback], Outcome]
 
 
@@ -53,18 +53,18 @@ class EvaluationConfig(PartConfig):
 
     @property
     def title(self) -> str:
-        """What its metrics are called."""
+        """The name of its metrics."""
         return self.name or self.kind.rpartition(":")[2]
 
     def check(self) -> None:
-        """Finds what can be wrong without a model.
+        """Checks what can be checked without a model.
 
         Raises:
             RequestError: data is missing or malformed, a package is not installed.
         """
 
     def prepare(self, tokenizer: Tokenizer, context_length: int) -> Ready:
-        """Reads the data and finds all that can be wrong with it for such a model.
+        """Reads the data and checks it against the tokenizer and the context.
 
         Raises:
             RequestError: the data is missing, malformed, or does not fit.
