@@ -12,7 +12,8 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from polygpt.model import Decoder, ModelConfig, Params, model_of
 
-# Positions whose logits are computed at once, float32 [LOGIT_ROWS, V]. On a CPU 64 were a tenth slower, 256 no faster.
+# Positions whose logits, float32 [LOGIT_ROWS, V], are computed at a time.
+# On a CPU 64 were a tenth slower and 256 no faster.
 LOGIT_ROWS = 128
 
 

@@ -106,13 +106,14 @@ def test_the_slots_of_a_state_follow_from_the_longest_sequence(model, params):
         assert progress.state[0].attention.slots == slots
 
 
-def test_a_state_has_as_many_slots_as_tokens_are_read(model, params):
-    """The last of 17 tokens is never read, so 16 slots hold everything, and each of them is needed."""
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_state_has_as_many_slots_as_tokens_are_read(model, params, count):
+    """The last of 17 tokens is never read, so 16 slots hold everything, and each of them is needed; 18 need more."""
     assert (_slots(16, 48), _slots(17, 48), _slots(33, 48)) == (16, 32, 48)
     prompts = np.random.default_rng(0).integers(0, 29, (64, 15))
-    rows, _ = run(model, params, prompts.tolist(), max_new_tokens=2)
-    seen = jnp.asarray(np.concatenate([prompts, np.array(rows)[:, :1]], axis=1), jnp.int32)
-    assert [row[1] for row in rows] == model.logits(params, seen)[:, -1].argmax(-1).tolist()
+    rows, _ = run(model, params, prompts.tolist(), max_new_tokens=count)
+    seen = jnp.asarray(np.concatenate([prompts, np.array(rows)[:, :-1]], axis=1), jnp.int32)
+    assert [row[-1] for row in rows] == model.logits(params, seen)[:, -1].argmax(-1).tolist()
 
 
 def test_rows_are_decoded_up_to_their_limit(model, params):
