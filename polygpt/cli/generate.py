@@ -60,7 +60,7 @@ def generate(
             print_json(({"prompt": text} if len(texts) > 1 else {}) | dataclasses.asdict(result))
         else:
             click.echo(("" if settings["chat"] else text) + result.text)
-            _report(result)
+            _report(lm, text, result, settings["chat"])
 
 
 def _stream(lm: LanguageModel, prompt: str, settings: dict) -> None:
@@ -74,12 +74,14 @@ def _stream(lm: LanguageModel, prompt: str, settings: dict) -> None:
 
     result = lm.generate(prompt, on_text=show, **settings)
     show("\n")
-    _report(result)
+    _report(lm, prompt, result, settings["chat"])
 
 
-def _report(result: Generation) -> None:
+def _report(lm: LanguageModel, prompt: str, result: Generation, chat: bool) -> None:
     speed = "" if result.tokens_per_second is None else f" {result.tokens_per_second:,.0f} tokens/s,"
-    click.echo(f"{len(result.tokens)} tokens,{speed} finished: {result.finish_reason}", err=True)
+    whole, context = len(lm.prompt_tokens(prompt, chat)) + len(result.tokens), lm.config.context_length
+    past = f"; {whole - context} of them past the context_length of {context}" if whole > context else ""
+    click.echo(f"{len(result.tokens)} tokens,{speed} finished: {result.finish_reason}{past}", err=True)
 
 
 def _standard_input() -> str:

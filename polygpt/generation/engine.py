@@ -66,12 +66,12 @@ def generate_tokens(model: Model, params: Params, requests: Sequence[Request]) -
         PolygptError: logits are not finite numbers.
     """
     check_requests(model.config, requests)
-    context = model.config.context_length
-    rows = [_Row(request, context) for request in requests]
+    longest = model.longest_sequence
+    rows = [_Row(request, longest) for request in requests]
     if not any(row.budget for row in rows):
         yield Chunk([row.take([]) for row in rows], None)
         return
-    programs, settings = programs_of(model.config), settings_of(requests, context)
+    programs, settings = programs_of(model.config), settings_of(requests, longest)
     progress = _prefill(model, params, requests, settings)
     yield Chunk([row.take([token]) for row, token in zip(rows, progress.token.tolist(), strict=True)], None)
     if all(row.ended for row in rows):
@@ -89,9 +89,9 @@ def generate_tokens(model: Model, params: Params, requests: Sequence[Request]) -
 class _Row:
     """What the host knows of one sequence: how many tokens may still come, and whether it has ended."""
 
-    def __init__(self, request: Request, context: int):
+    def __init__(self, request: Request, longest: int):
         self.request = request
-        self.budget = _limit(request, context) - len(request.prompt)
+        self.budget = _limit(request, longest) - len(request.prompt)
         self.taken, self.ended = 0, False
 
     def take(self, tokens: list[int]) -> Piece:
@@ -114,8 +114,8 @@ class _Row:
         return Piece(tokens, reason if self.ended else None)
 
 
-def settings_of(requests: Sequence[Request], context: int) -> Settings:
-    """What the requests ask for, as arrays; sequences end at `context` tokens."""
+def settings_of(requests: Sequence[Request], longest: int) -> Settings:
+    """What the requests ask for, as arrays; sequences end at `longest` tokens."""
     width = _power_of_two(max(len(request.stop_tokens) for request in requests), STOP_TOKENS)
     stops = np.full((len(requests), width), NOT_FINITE)
     for row, request in zip(stops, requests, strict=True):
@@ -123,13 +123,13 @@ def settings_of(requests: Sequence[Request], context: int) -> Settings:
     return Settings(
         stack_samplers([request.sampler for request in requests]),
         np.array([request.seed for request in requests], np.uint32),
-        np.array([_limit(request, context) for request in requests], np.int32),
+        np.array([_limit(request, longest) for request in requests], np.int32),
         stops.astype(np.int32),
     )
 
 
-def _limit(request: Request, context: int) -> int:
-    return min(len(request.prompt) + request.max_new_tokens, context)
+def _limit(request: Request, longest: int) -> int:
+    return min(len(request.prompt) + request.max_new_tokens, longest)
 
 
 def _prefill(model: Model, params: Params, requests: Sequence[Request], settings: Settings) -> Progress:
@@ -141,7 +141,7 @@ def _prefill(model: Model, params: Params, requests: Sequence[Request], settings
         row[: len(prompt)] = prompt
     # Of new tokens the last one is never read.
     most = max(lengths.max(), settings.limit.max() - 1)
-    state = model.init_state(len(prompts), _slots(int(most), context))
+    state = model.init_state(len(prompts), _slots(int(most), model.longest_sequence))
     return programs_of(model.config).prefill(params, tokens, jnp.asarray(lengths), settings, state)
 
 

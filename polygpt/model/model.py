@@ -249,6 +249,15 @@ class Model:
         return self.state_bytes(context) - self.state_bytes(context - 1) if context > 1 else self.state_bytes(1)
 
     @cached_property
+    def longest_sequence(self) -> int:
+        """How long a generated sequence may become: the context length, or 2^31 - 1 tokens.
+
+        The latter if every layer keeps a state of fixed size (a window, a recurrence) and there are positions for it.
+        """
+        bounded = not self.config.position.unbounded or self.state_bytes_per_token > 0
+        return self.config.context_length if bounded else 2**31 - 1
+
+    @cached_property
     def training_caveat(self) -> str | None:
         """What to know about the training loss if a part's training form is not causal; None if all are."""
         parts = {(name, getattr(layer, name)) for layer in self.config.layers for name in ("attention", "feedforward")}

@@ -257,3 +257,6 @@ class PositionConfig(ModelPart):
 
     Builds a module like `positions.NoPosition`.
     """
+
+    # Whether there are positions beyond the context length, for generation.
+    unbounded: ClassVar[bool] = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import jax.numpy as jnp
 from flax import nnx
@@ -37,6 +37,7 @@ class NoPositionConfig(PositionConfig):
     """No position at all."""
 
     kind: Literal["none"] = "none"
+    unbounded: ClassVar[bool] = True
 
     def build(self, model: ModelConfig, init: Initializer) -> NoPosition:
         return NoPosition()
@@ -63,6 +64,7 @@ class SinusoidalPositionConfig(PositionConfig):
     """sin(p·ω_i) in even and cos(p·ω_i) in odd dimensions, ω_i = theta^(-2i/D) (Vaswani et al. 2017, 3.5)."""
 
     kind: Literal["sinusoidal"] = "sinusoidal"
+    unbounded: ClassVar[bool] = True
     theta: Annotated[float, Field(gt=1)] = 10000.0
 
     def build(self, model: ModelConfig, init: Initializer) -> SinusoidalPosition:
@@ -92,6 +94,7 @@ class AlibiConfig(PositionConfig):
     """
 
     kind: Literal["alibi"] = "alibi"
+    unbounded: ClassVar[bool] = True
 
     def build(self, model: ModelConfig, init: Initializer) -> Alibi:
         return Alibi()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -154,6 +154,7 @@ class RopeConfig(PositionConfig):
     """
 
     kind: Literal["rope"] = "rope"
+    unbounded: ClassVar[bool] = True
     theta: Positive = 10000.0
     fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     scaling: ScalingSlot | None = None

@@ -91,6 +91,28 @@ def test_the_end_of_the_context_is_a_stated_reason(model, params, uncached):
     assert rows[0] == uncached([1] * 40, 8)
 
 
+WINDOWED = {"kind": "local", "num_heads": 2, "window": 6}
+LINEAR = {"kind": "linear", "num_heads": 2}
+
+
+@pytest.mark.parametrize(("attention", "position"), [(WINDOWED, "rope"), (WINDOWED, "alibi"), (LINEAR, "sinusoidal")])
+def test_a_state_of_fixed_size_goes_past_the_context(attention, position):
+    short, long = (
+        Model(validate(ModelConfig, FIELDS | {"attention": attention, "position": position, "context_length": length}))
+        for length in (16, 48)
+    )
+    params = jax.tree.map(lambda leaf: 5 * leaf, short.init(0))
+    rows, reasons = run(short, params, [[1, 2, 3]], max_new_tokens=40)
+    assert reasons == ["length"]
+    assert rows == run(long, params, [[1, 2, 3]], max_new_tokens=40)[0]
+
+
+def test_a_growing_cache_or_learned_positions_end_at_the_context():
+    for changes in ({}, {"attention": WINDOWED, "position": "learned"}):
+        model = Model(validate(ModelConfig, FIELDS | changes))
+        assert model.longest_sequence == 48
+
+
 def test_the_stop_token_ends_a_row_and_is_not_given(model, params, uncached):
     expected = uncached([1, 2, 3], 30)
     stop = expected[5]
