@@ -52,6 +52,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("polygpt")
     if name not in _HOMES:
         raise AttributeError(f"module 'polygpt' has no attribute '{name}'")
     return getattr(importlib.import_module(f"polygpt.{_HOMES[name]}"), name)

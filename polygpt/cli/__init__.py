@@ -78,7 +78,12 @@ def main(argv: list[str] | None = None) -> None:
     # SIGTERM acts like Ctrl-C: half-written files are removed on the way out.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 must not end a run
-    sys.exit(_run([word for word in words if word != "--debug"], debug))
+    code = _run([word for word in words if word != "--debug"], debug)
+    if code == 130:  # XLA may still be compiling in its threads, which crash when the interpreter shuts down
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _run(words: list[str], debug: bool) -> int:

@@ -81,7 +81,8 @@ def _report(lm: LanguageModel, prompt: str, result: Generation, chat: bool) -> N
     speed = "" if result.tokens_per_second is None else f" {result.tokens_per_second:,.0f} tokens/s,"
     whole, context = len(lm.prompt_tokens(prompt, chat)) + len(result.tokens), lm.config.context_length
     past = f"; {whole - context} of them past the context_length of {context}" if whole > context else ""
-    click.echo(f"{len(result.tokens)} tokens,{speed} finished: {result.finish_reason}{past}", err=True)
+    count = f"{len(result.tokens)} token" + ("" if len(result.tokens) == 1 else "s")
+    click.echo(f"{count},{speed} finished: {result.finish_reason}{past}", err=True)
 
 
 def _standard_input() -> str:

@@ -51,8 +51,8 @@ def as_seeds(given: int | Sequence[int], count: int | None) -> list[int]:
     if seeds is None or not all(_is_integer(seed) for seed in seeds):
         raise RequestError(f"seed must be a whole number, or for a list of prompts a list of them, not {_shown(given)}")
     if count is None or len(seeds) != count:
-        prompts = "a single prompt takes a single seed" if count is None else f"there are {count} prompts"
-        raise RequestError(f"{len(seeds)} seeds were given, but {prompts}")
+        prompts = "a single prompt, which takes a single seed" if count is None else f"{count} prompts"
+        raise RequestError(f"seeds and prompts differ in number: {len(seeds)} seeds for {prompts}")
     return list(map(int, seeds))
 
 

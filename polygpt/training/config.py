@@ -60,7 +60,6 @@ class TrainingConfig(Config):
         seed: of dropout, and of initial values and batches unless they have their own.
         init_seed: of initial values; None is `seed`.
         data_seed: of the order of batches; None is `seed`.
-        eval_every, save_every, samples.every: below 1 they are a share of `steps`, as is a schedule's `warmup_steps`.
         eval_every: steps between evaluations on the fixed validation windows; 0 evaluates at the end only.
         eval_batches: how many batches of validation windows, evenly spaced, an evaluation during training reads; None
             reads all. The evaluation at the end always reads all.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from pathlib import Path
@@ -43,4 +44,6 @@ class InterruptFlag:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.raised and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if not self.raised:  # by a system call: a signal may interrupt another write to the stream
+            os.write(2, b"\nstopping: this step is finished and saved first; Ctrl-C again stops at once\n")
         self.raised = True

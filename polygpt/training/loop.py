@@ -68,6 +68,8 @@ def _opened(config: RunConfig | None, out: Path, resume: bool, emit: Listener) -
     """The run in the folder `out`: the existing one, or a new one with its data prepared."""
     if config is None and not resume:
         raise RequestError("a configuration is needed (such as polygpt.load_recipe('demo')), or resume=True")
+    if config is not None and not isinstance(config, RunConfig):
+        raise RequestError(f"train takes a RunConfig, such as polygpt.load_recipe('demo'), not {config!r:.60}")
     # Mistakes in these are found first: preparing the data may take long.
     for index, evaluation in enumerate(config.training.evaluations if config is not None else ()):
         with naming_evaluation(index):
@@ -201,7 +203,10 @@ class _Loop:
             self.meter.speeds.append(snapshot.tokens_per_second)
             step = jax.numpy.int32(snapshot.step)
             return TrainState(self.trainer.place(snapshot.params), snapshot.optimizer, step)
-        self.emit(Note("no checkpoint yet: starting from the first step"))
+        if any((self.folder / CHECKPOINTS).glob("step_*")):
+            self._warn("no checkpoint is usable: training starts again from the first step")
+        else:
+            self.emit(Note("no checkpoint yet: starting from the first step"))
         return self._start()
 
     def _check_resumable(self, saved: checkpoint.Checkpoint) -> None:

@@ -100,7 +100,9 @@ def create_run(config: RunConfig, folder: Path, note: Callable[[str], None], che
         PolygptError: the folder cannot be written.
     """
     if folder.exists():
-        raise RequestError(f"{folder}: exists already; go on with it (--resume), or choose another --out")
+        if (folder / CONFIG).is_file():
+            raise RequestError(f"{folder}: exists already; continue it with --resume, or choose another --out")
+        raise RequestError(f"{folder}: exists and is no run; choose another --out")
     check_checkpoint_path(folder)
     if config.training.initial is not None:
         check_initial(config)
@@ -176,7 +178,8 @@ def read_config(folder: Path) -> RunConfig:
     """
     path = folder / CONFIG
     if not path.is_file():
-        start = command_line("train", "RECIPE", "--out", folder)
+        new = folder.with_name(f"{folder.name}-run") if folder.exists() else folder
+        start = command_line("train", "RECIPE", "--out", new)
         raise RequestError(f"{folder}: no run here (it has no {CONFIG}); start one with: {start}")
     return validate(RunConfig, read_yaml(path), str(path))
 

@@ -117,8 +117,8 @@ REQUESTS = {
     "a run whose tokenizer is gone": (["generate", "run-mute", "--prompt", "a"], "tokenizer.json: no such file"),
     # Folders of runs.
     "an out that is not UTF-8": (["train", "tiny.yaml", "--out", "new/a\udcff"], "not UTF-8, so no checkpoint can be"),
-    "an out that exists": (["train", "tiny.yaml", "--out", "run"], "run: exists already; go on with it (--resume)"),
-    "an out that is a file": (["train", "tiny.yaml", "--out", "text.txt"], "text.txt: exists already"),
+    "an out that exists": (["train", "tiny.yaml", "--out", "run"], "run: exists already; continue it with --resume"),
+    "an out that is a file": (["train", "tiny.yaml", "--out", "text.txt"], "text.txt: exists and is no run"),
     "a demo's out that exists": (["demo", "--short", "--out", "run"], "run: exists already"),
     "shards' out that exists": (
         ["data", "prepare", "text.txt", "--tokenizer", "abc.json", "--out", "run"],

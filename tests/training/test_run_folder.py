@@ -108,7 +108,7 @@ def test_data_that_was_removed_with_its_source_names_the_source(run, workdir, pr
 def test_an_out_that_exists_is_refused(workdir, snapshot, make):
     make(workdir / "run")
     before = snapshot(workdir)
-    with pytest.raises(RequestError, match=r"run: exists already; go on with it \(--resume\), or choose another --out"):
+    with pytest.raises(RequestError, match="run: exists and is no run; choose another --out"):
         start(workdir / "run")
     assert snapshot(workdir) == before
 
