@@ -172,9 +172,11 @@ class LanguageModel:
         tokens = np.asarray(tokens)
         if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
             raise RequestError(f"tokens must be integers [B, T], not {tokens.dtype}{list(tokens.shape)}")
+        if not tokens.size:
+            raise RequestError(f"tokens are empty: {list(tokens.shape)}")
         if tokens.shape[1] > self.config.context_length:
             raise RequestError(f"{tokens.shape[1]} tokens exceed the context_length of {self.config.context_length}")
-        if tokens.size and not (tokens.min() >= 0 and tokens.max() < self.config.vocab_size):
+        if not (tokens.min() >= 0 and tokens.max() < self.config.vocab_size):
             raise RequestError(f"token ids must lie in 0..{self.config.vocab_size - 1}")
         return self._logits(self.params, jnp.asarray(tokens, jnp.int32))
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,8 +28,8 @@ def read_arrays(folder: Path, like: PyTree) -> PyTree:
     import orbax.checkpoint as ocp
 
     wanted = flatten(like)
-    with quiet_orbax(), ocp.StandardCheckpointer() as checkpointer:
-        stored = {name: (tuple(m.shape), np.dtype(m.dtype)) for name, m in _metadata(checkpointer, folder).items()}
+    with quiet_orbax(), _plain(folder) as plain, ocp.StandardCheckpointer() as checkpointer:
+        stored = {name: (tuple(m.shape), np.dtype(m.dtype)) for name, m in _metadata(checkpointer, plain).items()}
         expected = {name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in wanted.items()}
         for name in sorted(stored.keys() | expected.keys()):
             if stored.get(name) != expected.get(name):
@@ -38,13 +40,13 @@ def read_arrays(folder: Path, like: PyTree) -> PyTree:
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or placement)
             for name, leaf in wanted.items()
         }
-        arrays = checkpointer.restore(folder.absolute(), abstract)
+        arrays = checkpointer.restore(plain, abstract)
     check_finite(str(folder), arrays)
     return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted])
 
 
 def _metadata(checkpointer: Any, folder: Path) -> dict[str, Any]:
-    metadata = checkpointer.metadata(folder.absolute())
+    metadata = checkpointer.metadata(folder)
     return dict(getattr(metadata, "item_metadata", metadata))
 
 
@@ -73,8 +75,25 @@ def _is_finite(leaf: jax.Array) -> bool:
 def write_arrays(folder: Path, arrays: dict[str, jax.Array]) -> None:
     import orbax.checkpoint as ocp
 
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder.absolute(), arrays)
+    with _plain(folder) as plain, ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(plain, arrays)
+
+
+@contextmanager
+def _plain(folder: Path) -> Iterator[Path]:
+    """A path of `folder` that Orbax and TensorStore take as it is.
+
+    They search for files by patterns and take addresses like `gs:` apart, so a folder below `run[1]` was saved without
+    a part of its arrays. Such a folder is reached through a link.
+    """
+    folder = folder.absolute()
+    if not re.search(r"[^\w./ -]", str(folder)):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="polygpt-") as temporary:
+        link = Path(temporary) / "link"
+        link.symlink_to(folder.parent, target_is_directory=True)
+        yield link / folder.name
 
 
 class _SaveLoop(asyncio.SelectorEventLoop):

@@ -43,6 +43,11 @@ class Request:
     seed: int = 0
     stop_tokens: tuple[int, ...] = ()
 
+    @property
+    def stops(self) -> list[int]:
+        """The stop tokens that can be sampled; no token has any other number."""
+        return [token for token in self.stop_tokens if 0 <= token < 2**31]
+
 
 class Piece(NamedTuple):
     """The new tokens of one row, and why it ended, if it did; the stop token that ends a row is left out."""
@@ -99,7 +104,7 @@ class _Row:
         if self.ended:
             return Piece([], None)
         tokens = tokens[: self.budget - self.taken]
-        at = next((i for i, token in enumerate(tokens) if token in self.request.stop_tokens), None)
+        at = next((i for i, token in enumerate(tokens) if token in self.request.stops), None)
         if at is not None:
             self.ended = True
             return Piece(tokens[:at], "stop")
@@ -116,10 +121,10 @@ class _Row:
 
 def settings_of(requests: Sequence[Request], longest: int) -> Settings:
     """What the requests ask for, as arrays; sequences end at `longest` tokens."""
-    width = _power_of_two(max(len(request.stop_tokens) for request in requests), STOP_TOKENS)
+    width = _power_of_two(max(len(request.stops) for request in requests), STOP_TOKENS)
     stops = np.full((len(requests), width), NOT_FINITE)
     for row, request in zip(stops, requests, strict=True):
-        row[: len(request.stop_tokens)] = request.stop_tokens
+        row[: len(request.stops)] = request.stops
     return Settings(
         stack_samplers([request.sampler for request in requests]),
         np.array([request.seed for request in requests], np.uint32),

@@ -141,6 +141,8 @@ class Model:
     def init(self, seed: int | PRNGKeyArray, shardings: PyTree | None = None) -> Params:
         """Freshly drawn parameters: those of one path depend on the seed, the path and the shape alone.
 
+        (But for one factor: `init: normal` scales projections to the residual stream by the number of layers.)
+
         Args:
             seed: or a key.
             shardings: where each parameter goes, if not to the default device; it is drawn there.

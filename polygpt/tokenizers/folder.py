@@ -76,7 +76,9 @@ def _read_file(path: Path) -> hf.Tokenizer:
         raise RequestError(f"{path}: not JSON ({error})") from None
     try:
         return hf.Tokenizer.from_str(text)
-    except Exception as error:  # the library raises plain Exceptions
+    except BaseException as error:  # the library raises plain Exceptions, and BaseExceptions where its Rust code panics
+        if isinstance(error, KeyboardInterrupt):
+            raise
         _check_json(text, path)
         raise RequestError(f"{path}: not a {FILE} ({str(error).splitlines()[0]})") from None
 

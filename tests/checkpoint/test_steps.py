@@ -299,3 +299,13 @@ def test_a_first_save_that_fails_claims_no_earlier_checkpoint(tmp_path):
     save(tmp_path, 1)
     with pytest.raises(PolygptError, match="earlier checkpoints are intact"):
         checkpoint.save(tmp_path, Snapshot(2, TREE, tokens_per_second=float("nan")))
+
+
+@pytest.mark.parametrize("name", ["run[1]", "a*b?", "gs:", "back\\slash", "#1 {x}"])
+def test_a_folder_may_have_any_name(tmp_path, name):
+    root = tmp_path / name
+    save(root, 1)
+    optimizer = {"momentum": jnp.zeros(5)}
+    restored = checkpoint.restore(checkpoint.newest(root), TREE, optimizer)
+    np.testing.assert_array_equal(restored.params["matrix"], TREE["matrix"])
+    assert not list(root.glob(".*"))

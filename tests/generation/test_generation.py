@@ -236,3 +236,9 @@ def test_decoding_is_timed_and_prefill_is_not(model, params):
 def test_impossible_prompts_are_refused(model, params, prompt, count, word):
     with pytest.raises(RequestError, match=word):
         run(model, params, [prompt], max_new_tokens=count)
+
+
+def test_stop_tokens_that_no_token_has_stop_nothing(model, params):
+    (plain,), _ = run(model, params, [[1, 2, 3]], max_new_tokens=12)
+    odd = (2**32 + plain[4], 2**64, -1, 2**31)
+    assert run(model, params, [[1, 2, 3]], max_new_tokens=12, stop_tokens=odd)[0] == [plain]
