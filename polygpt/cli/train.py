@@ -17,8 +17,11 @@ from polygpt.process import command_line
 @overrides_argument
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The run's folder.")
 @click.option("--resume", is_flag=True, help="Continue the run in --out; needs no recipe.")
+@click.option("--profile", metavar="START:STOP", help="Trace these steps with JAX's profiler into RUN/profile.")
 @json_option
-def train(recipe: str | None, overrides: tuple[str, ...], out: Path, resume: bool, as_json: bool) -> None:
+def train(
+    recipe: str | None, overrides: tuple[str, ...], out: Path, resume: bool, profile: str | None, as_json: bool
+) -> None:
     """Train a model from a recipe or a YAML file, with settings changed by KEY=VALUE.
 
     polygpt train shakespeare_char_cpu data.path=input.txt training.steps=500 --out runs/try
@@ -33,7 +36,10 @@ def train(recipe: str | None, overrides: tuple[str, ...], out: Path, resume: boo
     if recipe is not None or resume:
         check_names(dotted_to_nested(changes) if recipe is None else recipe_fields(recipe, changes))
 
+    from polygpt.training import Profile
     from polygpt.training import train as run_training
+
+    traced = None if profile is None else Profile.parse(profile)
 
     if resume:
         config = resume_config(out, recipe, changes)
@@ -41,7 +47,7 @@ def train(recipe: str | None, overrides: tuple[str, ...], out: Path, resume: boo
         raise RequestError("name a recipe or a .yaml file, or continue a run with --resume")
     else:
         config = load_recipe(recipe, changes)
-    result = run_training(config, out, resume=resume)
+    result = run_training(config, out, resume=resume, profile=traced)
     if as_json:
         print_json(dataclasses.asdict(result))
         return

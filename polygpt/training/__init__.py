@@ -22,6 +22,7 @@ from polygpt.training.events import (
 from polygpt.training.interrupt import Interrupted
 from polygpt.training.loop import train
 from polygpt.training.optimizers import OptimizerConfig, ScheduleConfig
+from polygpt.training.profiling import Profile
 from polygpt.training.run_folder import Run, open_run, read_config
 from polygpt.training.step import Batch, Trainer, TrainState
 
@@ -37,6 +38,7 @@ __all__ = [
     "Measured",
     "Note",
     "OptimizerConfig",
+    "Profile",
     "RolledBack",
     "Run",
     "RunConfig",

@@ -80,6 +80,8 @@ class TrainingConfig(Config):
         log_every: steps whose metrics are fetched from the device together.
         samples: text sampled during training.
         evaluations: further evaluations, during training and at the end, each chosen by `kind`.
+        trackers: where metrics are also sent: `tensorboard` writes event files into the run's folder; `wandb` and
+            `trackio` need their packages (`pip install 'polygpt[wandb]'`).
     """
 
     initial: str | None = None
@@ -104,6 +106,7 @@ class TrainingConfig(Config):
     log_every: PositiveInt = 10
     samples: SamplingConfig = SamplingConfig()
     evaluations: Tuple[slot(EvaluationConfig, EVALUATIONS)] = ()
+    trackers: Tuple[Literal["tensorboard", "wandb", "trackio"]] = ()
 
     @property
     def seeds(self) -> Seeds:

@@ -44,6 +44,8 @@ class Stepped:
         tokens_per_second: over the last group of steps, compilation excluded; None within a group.
         update_ratio: norm of the update by the norm of the parameters.
         loss_scale: of float16, in this step.
+        flops_utilization: share of the device's peak FLOP/s, from 0 to 1; given where `tokens_per_second` is.
+        memory_bytes: peak of the device where its runtime reports it, otherwise of the process; given likewise.
         extra: auxiliary losses (weighted, not part of `loss`) and metrics of the model's parts, by name.
     """
 
@@ -54,6 +56,8 @@ class Stepped:
     tokens_per_second: float | None = None
     update_ratio: float | None = None
     loss_scale: float | None = None
+    flops_utilization: float | None = None
+    memory_bytes: int | None = None
     extra: dict[str, float] = field(default_factory=dict)
 
 

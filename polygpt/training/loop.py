@@ -19,20 +19,28 @@ from polygpt.loading import CHECKPOINTS
 from polygpt.model import Model, model_of
 from polygpt.process import memory_not_kept
 from polygpt.training.config import RunConfig
+from polygpt.training.devices import Utilization
 from polygpt.training.events import Compiled, Ended, Event, Finished, Listener, Note, RunResult, Started
 from polygpt.training.initial import initial_changes, initial_params
 from polygpt.training.interrupt import Interrupted, InterruptFlag
 from polygpt.training.jobs import Evaluation, Job, Samples, Saving, Validation, is_due, language_models
 from polygpt.training.listeners import standard_listeners
+from polygpt.training.listeners.trackers import check_trackers
 from polygpt.training.meter import Meter
 from polygpt.training.optimizers import in_steps
+from polygpt.training.profiling import Profile
 from polygpt.training.resume import with_changes
 from polygpt.training.run_folder import Run, create_run, naming_evaluation, open_run, write_config
 from polygpt.training.step import Batch, Trainer, TrainState
 
 
 def train(
-    config: RunConfig | None, out: str | Path, *, resume: bool = False, listeners: Iterable[Listener] | None = None
+    config: RunConfig | None,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    listeners: Iterable[Listener] | None = None,
+    profile: Profile | None = None,
 ) -> RunResult:
     """Trains as `config` says into the folder `out`, or continues the run that is there.
 
@@ -44,6 +52,7 @@ def train(
         resume: continue from the newest verified checkpoint.
         listeners: called with each event (see `events.py`); by default those that write the run's metrics, samples
             and report and show a progress bar on standard error.
+        profile: the steps to trace into the run's folder.
 
     Raises:
         RequestError: the folder exists (or, resuming, does not), the data or shapes do not fit, the run differs.
@@ -54,7 +63,9 @@ def train(
     out = Path(out).expanduser()
     emit = _emitter(standard_listeners() if listeners is None else listeners)
     try:
-        return _Loop(_opened(config, out, resume, emit), emit, started).run(resume)
+        if profile is not None and config is not None:
+            profile.check(config.training.steps)
+        return _Loop(_opened(config, out, resume, emit), emit, started, profile).run(resume)
     except NotFiniteError as error:
         kept = checkpoint.describe_saved(out / CHECKPOINTS)
         raise PolygptError(
@@ -74,6 +85,7 @@ def _opened(config: RunConfig | None, out: Path, resume: bool, emit: Listener) -
     for index, evaluation in enumerate(config.training.evaluations if config is not None else ()):
         with naming_evaluation(index):
             evaluation.check()
+    check_trackers(config.training.trackers if config is not None else ())
 
     def note(text: str) -> None:
         emit(Note(text))
@@ -109,13 +121,14 @@ def _check(run: Run) -> None:
 class _Loop:
     """One process's work on one run."""
 
-    def __init__(self, run: Run, emit: Listener, started: float):
+    def __init__(self, run: Run, emit: Listener, started: float, profile: Profile | None = None):
+        self.profile = profile
         self.started, self.folder, self.emit = started, run.folder, emit
         self.config, self.training, self.loader = run.config, run.config.training, run.train_loader
         self.vocabulary = run.tokenizer.vocab_size
         self.model = model_of(run.config.model)
         self.trainer = Trainer(self.model, self.training)
-        self.meter = Meter(emit, self.training.batch_size * run.config.model.context_length)
+        self.meter = Meter(emit, self.training.batch_size * run.config.model.context_length, Utilization(self.model))
         lm = language_models(run, self.trainer.evaluated)
         self.validation, self.saving = Validation(run, self.trainer.evaluated, emit), Saving(run, self.meter, emit)
         samples = Samples(run, lm, emit)
@@ -130,6 +143,8 @@ class _Loop:
         """Trains from the first step, or the newest checkpoint, to the last."""
         with InterruptFlag() as interrupt:
             state = self._restore() if resume else self._start()
+            if self.profile is not None:
+                self.profile.check(self.training.steps, int(state.step))
             write_config(self.folder, self.config)  # settings may have changed on resuming
             for text in _warnings(self.config, self.model, self.vocabulary):
                 self._warn(text)
@@ -158,6 +173,8 @@ class _Loop:
     def _steps(self, state: TrainState, step_function: Callable, interrupt: InterruptFlag) -> TrainState:
         self.meter.restart()
         for step in range(int(state.step) + 1, self.training.steps + 1):
+            if self.profile is not None:
+                self.profile.reach(step, self.folder, state, self.emit)
             state, metrics = step_function(state, Batch.of(self.loader.batch(step - 1)))
             self.meter.add(step, metrics)
             if step == self.training.steps:
@@ -166,9 +183,13 @@ class _Loop:
                 self.meter.flush()
             self._do([job for job in self.jobs if is_due(job, step)], state)
             if interrupt.raised:
+                if self.profile is not None:
+                    self.profile.close(self.folder, state, self.emit)
                 if self.saving.saved_step != step:
                     self._do([self.saving], state)
                 raise Interrupted(step, self.folder)
+        if self.profile is not None:
+            self.profile.close(self.folder, state, self.emit)
         self._do(self.last_jobs, state, last=True)
         return state
 

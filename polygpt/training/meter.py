@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from polygpt.checkpoint import NotFiniteError
+from polygpt.training.devices import Utilization, peak_memory
 from polygpt.training.events import Listener, Stepped
 from polygpt.training.step import Metrics
 
@@ -17,8 +18,8 @@ from polygpt.training.step import Metrics
 class Meter:
     """Keeps metrics on the device and fetches several steps' together, so that no step waits for the one before."""
 
-    def __init__(self, emit: Listener, tokens_per_step: int):
-        self.emit, self.tokens_per_step = emit, tokens_per_step
+    def __init__(self, emit: Listener, tokens_per_step: int, utilization: Utilization | None = None):
+        self.emit, self.tokens_per_step, self.utilization = emit, tokens_per_step, utilization
         self.pending: list[tuple[int, Metrics]] = []
         self.recent: deque[float] = deque(maxlen=20)
         self.speeds: list[float] = []
@@ -40,7 +41,7 @@ class Meter:
         """
         if not self.pending:
             return
-        fetched = [(step, jax.device_get(metrics)) for step, metrics in self.pending]
+        fetched = jax.device_get(self.pending)
         speed = len(fetched) * self.tokens_per_step / (time.perf_counter() - self.clock)
         self.speeds.append(speed)
         self.pending = []
@@ -50,8 +51,13 @@ class Meter:
                 raise NotFiniteError(f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}")
             self.recent.append(values["loss"])
             extra = {name: float(value) for name, value in metrics.extra.items()}
-            timed = speed if step == fetched[-1][0] else None
-            self.emit(Stepped(step, **values, tokens_per_second=timed, extra=extra))
+            more = {
+                name: float(v) for name in ("update_ratio", "loss_scale") if (v := getattr(metrics, name)) is not None
+            }
+            if metrics is fetched[-1][1]:
+                used = self.utilization(speed) if self.utilization else None
+                more |= {"tokens_per_second": speed, "flops_utilization": used, "memory_bytes": peak_memory()}
+            self.emit(Stepped(step, **values, **more, extra=extra))
         self.restart()
 
     @property

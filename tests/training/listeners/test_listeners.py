@@ -67,7 +67,7 @@ def test_the_evaluation_that_a_finished_run_has_is_not_written_twice(tmp_path):
 def test_a_file_that_cannot_be_written_fails_the_run_by_name(tmp_path):
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(PolygptError, match=r"cannot be written \(Is a directory\); no checkpoint has been saved"):
-        tell(RunFiles(), started(tmp_path), Stepped(1, 1.0, 1.0, 0.1))
+        tell(RunFiles(), started(tmp_path), Stepped(1, 1.0, 1.0, 0.1, 99.0))
 
 
 # --- What a person sees -------------------------------------------------------------------------------------
