@@ -24,6 +24,7 @@ COMMANDS = {
     "tokenizer": "Train a tokenizer.",
     "data": "Prepare token shards from text.",
     "train": "Train a model from a recipe or a file.",
+    "report": "Redraw a run's report, or compare several runs in one page.",
     "eval": "Perplexity, HellaSwag, or a task of lm-evaluation-harness.",
     "generate": "Continue a prompt.",
     "import": "Bring in a model from Hugging Face, GGUF or llama2.c.",

@@ -1,4 +1,4 @@
-"""What a device can compute: its peak, from a table or measured, and what share of it and how much memory training uses."""
+"""What a device can compute, from a table or measured; what share of it, and how much memory, training uses."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def _time_products(device: jax.Device, dtype: str) -> float:
 
 
 class Utilization:
-    """The share of the first device's peak that training a model uses; a peak that is exceeded is raised, so at most 1."""
+    """The share of the first device's peak that training uses; a peak that is exceeded is raised, so at most 1."""
 
     def __init__(self, model: Model):
         self.flops_per_token, self.config = model.flops_per_token, model.config
@@ -117,7 +117,7 @@ class Utilization:
 
 
 def peak_memory() -> int:
-    """Bytes: the most that the first device has held, where its runtime reports it; otherwise the most of the process."""
+    """Bytes: the most that the first device has held or, if its runtime does not report that, the process."""
     stats = jax.local_devices()[0].memory_stats() or {}
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return int(stats.get("peak_bytes_in_use", largest))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from polygpt.training.events import Listener, Note
+from polygpt.training.listeners.comparison import compare_runs
 from polygpt.training.listeners.files import RunFiles
 from polygpt.training.listeners.progress import progress_listener
 from polygpt.training.listeners.report import Baseline, write_report
@@ -20,4 +21,12 @@ def standard_listeners(quiet: bool = False) -> list[Listener]:
     return [Trackers(warn), RunFiles(), *shown]
 
 
-__all__ = ["Baseline", "RunFiles", "Trackers", "progress_listener", "standard_listeners", "write_report"]
+__all__ = [
+    "Baseline",
+    "RunFiles",
+    "Trackers",
+    "compare_runs",
+    "progress_listener",
+    "standard_listeners",
+    "write_report",
+]

@@ -200,9 +200,7 @@ def check_trackers(names: tuple[str, ...]) -> None:
     for name in names:
         module, package = NEEDED[name]
         if find_spec(module) is None:
-            raise RequestError(
-                f"training.trackers: {name} needs {module}, which is not installed: pip install {package}"
-            )
+            raise RequestError(f"training.trackers: {module} is not installed: pip install {package}")
 
 
 class Trackers:

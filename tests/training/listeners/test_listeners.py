@@ -11,7 +11,7 @@ from rich.console import Console
 from polygpt.errors import PolygptError
 from polygpt.recipes import load_recipe
 from polygpt.training import Compiled, Ended, Evaluated, Finished, Note, RunResult, Sampled, Saved, Started, Stepped
-from polygpt.training.listeners import Baseline, RunFiles, progress, progress_listener, report, write_report
+from polygpt.training.listeners import Baseline, RunFiles, figures, progress, progress_listener, write_report
 from polygpt.training.run_folder import read_lines, read_metrics
 
 RESULT = RunResult("run", 4, 1.0, 2.0, 3.0, 1234.0, 5.0, 0.5)
@@ -213,9 +213,9 @@ def test_the_report_has_the_runs_figures(run, page):
 
 def test_the_moving_average_is_unbiased_from_the_start():
     line = np.linspace(7, 3, 101)
-    np.testing.assert_allclose(report._smooth(line)[:-10], line[:-10])
+    np.testing.assert_allclose(figures.smooth(line)[:-10], line[:-10])
     noisy = line + np.where(np.arange(101) % 2, 0.5, -0.5)
-    averages = report._smooth(noisy)
+    averages = figures.smooth(noisy)
     assert np.abs(averages - line)[5:-10].max() < 0.06
     for index, window in {
         0: slice(0, 1),
@@ -225,8 +225,8 @@ def test_the_moving_average_is_unbiased_from_the_start():
         100: slice(90, 101),
     }.items():
         np.testing.assert_allclose(averages[index], noisy[window].mean())
-    assert len(report._smooth([])) == 0
-    np.testing.assert_allclose(report._smooth([2.0]), [2.0])
+    assert len(figures.smooth([])) == 0
+    np.testing.assert_allclose(figures.smooth([2.0]), [2.0])
 
 
 def test_the_same_run_gives_the_same_page(run, page):
