@@ -10,7 +10,21 @@ from rich.console import Console
 
 from polygpt.errors import PolygptError
 from polygpt.recipes import load_recipe
-from polygpt.training import Compiled, Ended, Evaluated, Finished, Note, RunResult, Sampled, Saved, Started, Stepped
+from polygpt.training import (
+    Compiled,
+    Ended,
+    Evaluated,
+    Finished,
+    Note,
+    RolledBack,
+    RunResult,
+    Sampled,
+    Saved,
+    Skipped,
+    Spiked,
+    Started,
+    Stepped,
+)
 from polygpt.training.listeners import Baseline, RunFiles, figures, progress, progress_listener, write_report
 from polygpt.training.run_folder import read_lines, read_metrics
 
@@ -98,6 +112,38 @@ def test_without_a_terminal_each_event_is_a_plain_line(tmp_path):
         "step 11: saved run/[c]",
         "done: 4 steps, 1,234 tokens/s, 5 s",
     ]
+
+
+def test_what_guards_do_and_the_utilisation_are_shown(tmp_path):
+    stream = io.StringIO()
+    listener = progress_listener(Console(file=stream, soft_wrap=True, width=60))
+    events = [Skipped(1, float("nan"), 2.0, 1), Skipped(2, 9.0, float("inf"), 2), Spiked(3, 9.5, 4.0, 6.0)]
+    tell(listener, started(tmp_path), *events, RolledBack(3, 1, 2))
+    listener(Stepped(10, 5.0, 1.0, 0.1, 2_000.0, flops_utilization=0.416))
+    lines = stream.getvalue().splitlines()[1:]
+    assert lines[:4] == [
+        "step 1: skipped (loss nan, gradient norm 2)",
+        "step 2: skipped, 2 in a row (loss 9, gradient norm inf)",
+        "step 3: loss spike (9.5000, mean 4.0000)",
+        "step 3: back to step 1, leaving out 2 batches",
+    ]
+    assert "2,000 tokens/s (42% of peak FLOPs), " in lines[4]
+
+
+def test_what_guards_do_is_in_the_metrics(tmp_path):
+    tell(
+        RunFiles(), started(tmp_path), Stepped(1, 5.0, 1.0, 0.1), Skipped(2, 9.0, 1.0, 1), RolledBack(2, 1, 1), Ended()
+    )
+    assert [(line["event"], line["step"]) for line in read_lines(tmp_path / "metrics.jsonl")] == [
+        ("step", 1),
+        ("skipped", 2),
+        ("rolled_back", 2),
+    ]
+
+
+def test_the_last_group_of_steps_is_written_even_if_it_is_cut_short(tmp_path):
+    tell(RunFiles(), started(tmp_path), Stepped(1, 5.0, 1.0, 0.1), Ended())
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1]
 
 
 def bar_lines(stream):
