@@ -109,6 +109,7 @@ def _curves(runs: Sequence[Recorded], titles: Sequence[str], x: str) -> Figure:
     training.set_ylabel("training loss (nats per token)")
     held_out.set_ylabel("held-out loss (nats per token)")
     held_out.set_xlabel(x)
+    held_out.sharex(training)
     training.legend(frameon=False)
     return figure
 

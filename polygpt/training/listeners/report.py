@@ -118,7 +118,7 @@ def _loss_figure(run: Recorded) -> Figure:
     for event, (color, style) in looks.items():
         for index, line in enumerate(run.of(event)):
             label = event.replace("_", " ") if index == 0 else None
-            axes.axvline(line["step"], color=color, linestyle=style, linewidth=0.9, label=label)
+            axes.axvline(line["step"], color=color, linestyle=style, linewidth=1.4, label=label)
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per token)")
     axes.legend(frameon=False)
