@@ -58,7 +58,7 @@ class RunFiles:
                         write_text(folder / name, "".join(map(_to_json, lines)))
                 self.evaluated = [line for line in metrics if line["event"] != "step"]
             case Stepped():
-                line = {k: v for k, v in dataclasses.asdict(event).items() if v is not None and k != "extra"}
+                line = {k: v for k, v in vars(event).items() if v is not None and k != "extra"}
                 line = {"event": "step", **line, **{k: v for k, v in event.extra.items() if k not in line}}
                 self.group.append(_to_json(line))
                 if event.tokens_per_second is not None:

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
-from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -250,7 +249,7 @@ def values_of(event: Event) -> dict[str, float]:
     """The metrics of an event by the names that trackers show, grouped by what is before the slash; {} for others."""
     match event:
         case Stepped():
-            fields = asdict(event)
+            fields = vars(event)
             training = ("loss", "grad_norm", "learning_rate", "update_ratio", "loss_scale")
             names = {name: f"train/{name}" for name in training}
             names |= {name: f"speed/{name}" for name in ("tokens_per_second", "flops_utilization", "memory_bytes")}
