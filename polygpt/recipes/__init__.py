@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from polygpt.config import as_yaml, dotted_to_nested, merge, parse_yaml, read_yaml, validate
 from polygpt.errors import RequestError, suggest
 from polygpt.presets import PRESETS, preset_fields
+from polygpt.recipes.bands import HeldOutCheck, Verdict, check_band, verdict, without_band
 
 if TYPE_CHECKING:
     from polygpt.training import RunConfig
@@ -17,6 +18,23 @@ if TYPE_CHECKING:
 # What imports JAX is imported where it is used: names of recipes and misspelled keys are known without it.
 
 CONFIG = "config.yaml"  # of a run's or a model's folder
+
+__all__ = [
+    "CONFIG",
+    "HeldOutCheck",
+    "Verdict",
+    "as_written",
+    "check_band",
+    "load_recipe",
+    "model_changes",
+    "model_fields",
+    "named_fields",
+    "recipe_fields",
+    "recipe_names",
+    "resume_config",
+    "verdict",
+    "without_band",
+]
 
 
 def recipe_names() -> list[str]:
@@ -42,7 +60,19 @@ def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> RunCon
     if isinstance(initial, str) and as_yaml(initial) is not None:
         fields["model"] = _initial_fields(str(initial), as_yaml(fields.get("model") or {}))
         fields.setdefault("tokenizer", {"kind": "initial"})
-    return validate(RunConfig, fields)
+    config = validate(RunConfig, fields)
+    return without_band(as_written(name), config) if config.expected is not None and overrides else config
+
+
+def as_written(name: str) -> RunConfig:
+    """The recipe `name` (or a YAML file) without overrides, placeholders included.
+
+    Raises:
+        RequestError: there is no such recipe or file, or it has a mistake.
+    """
+    from polygpt.training import RunConfig
+
+    return validate(RunConfig, recipe_fields(name))
 
 
 def recipe_fields(name: str, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -87,7 +117,7 @@ def resume_config(run: Path, name: str | None, overrides: Mapping[str, Any]) -> 
     from polygpt.training import read_config
 
     own = read_config(run)
-    return own.replace(**overrides) if name is None else load_recipe(name, overrides)
+    return without_band(own, own.replace(**overrides)) if name is None else load_recipe(name, overrides)
 
 
 def named_fields(name: str, overrides: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], bool] | None:

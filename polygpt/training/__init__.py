@@ -1,6 +1,6 @@
 """Training: from a configuration to a run's folder with a verified checkpoint."""
 
-from polygpt.training.config import RunConfig, SamplingConfig, TrainingConfig
+from polygpt.training.config import ExpectedConfig, RunConfig, SamplingConfig, TrainingConfig, differences
 from polygpt.training.events import (
     Compiled,
     Ended,
@@ -28,6 +28,7 @@ __all__ = [
     "Ended",
     "Evaluated",
     "Event",
+    "ExpectedConfig",
     "Finished",
     "Interrupted",
     "Listener",
@@ -46,6 +47,7 @@ __all__ = [
     "TrainState",
     "Trainer",
     "TrainingConfig",
+    "differences",
     "open_run",
     "read_config",
     "train",

@@ -102,16 +102,35 @@ class TrainingConfig(Config):
         return self
 
 
+class ExpectedConfig(Config):
+    """The band in which a recipe's runs end: `val_loss` ± `tolerance` nats per token, over all held-out text.
+
+    Attributes:
+        val_loss: mean over `seeds` runs that differ in `training.seed` alone.
+        tolerance: half the width of the interval that holds one more run with a probability of 99 %: the standard
+            deviation of the runs x the 99.5 % point of Student's t x sqrt(1 + 1/seeds).
+        seeds: how many runs were made.
+        held_out: the first 12 digits of the fingerprint of the held-out tokens; a band says nothing of another text.
+    """
+
+    val_loss: Annotated[float, Field(gt=0)]
+    tolerance: Annotated[float, Field(gt=0)]
+    seeds: Annotated[int, Field(ge=5)]
+    held_out: Annotated[str, Field(pattern="^[0-9a-f]{12}$")] | None = None
+
+
 class RunConfig(Config):
     """The whole run, from text to a trained model.
 
     With `training.initial`, model and tokenizer may be left out of a recipe: they are those of the initial model.
+    `expected` is the band of a recipe; a run that changes what is trained has none.
     """
 
     model: ModelConfig
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig = DataConfig()
     training: TrainingConfig
+    expected: ExpectedConfig | None = None
 
     @model_validator(mode="after")
     def _tokenizer_of_initial(self) -> RunConfig:

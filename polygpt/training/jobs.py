@@ -48,6 +48,7 @@ class Validation:
         training, self.emit, self.loader = run.config.training, emit, run.validation_loader
         self.every = in_steps(training.eval_every, training.steps)
         self.batches = training.eval_batches or self.loader.num_batches
+        self.text = run.shards.validation.fingerprint[:12]
         self.tokens_per_byte = run.shards.validation.tokens / run.shards.validation.bytes
         model = model_of(run.config.model)
         self.sums = jax.jit(lambda params, batch: nll_sums(model, params, batch))

@@ -133,7 +133,16 @@ class _Loop:
             write_config(self.folder, self.config)  # settings may have changed on resuming
             for text in _warnings(self.config, self.model, self.vocabulary):
                 self._warn(text)
-            self.emit(Started(self.config, self.folder, int(state.step), self.model.num_parameters, self._facts()))
+            self.emit(
+                Started(
+                    self.config,
+                    self.folder,
+                    int(state.step),
+                    self.model.num_parameters,
+                    self._facts(),
+                    held_out=self.validation.text,
+                )
+            )
             compile_seconds = 0.0
             if int(state.step) < self.training.steps:
                 before = time.perf_counter()

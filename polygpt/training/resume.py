@@ -31,7 +31,8 @@ def with_changes(run: Run, config: RunConfig) -> tuple[Run, list[str]]:
                 f"{run.folder}: this run has {key}={had}, not {asked}; "
                 "resume without changing it, or start a new run with another --out"
             )
-    changed = dataclasses.replace(run, config=own.model_copy(update={"model": model, "training": config.training}))
+    update = {"model": model, "training": config.training, "expected": config.expected}
+    changed = dataclasses.replace(run, config=own.model_copy(update=update))
     check_prompts(config.training.samples, run.tokenizer, model.context_length)
     found = [*differences(own.model.to_dict(), model.to_dict(), "model")]
     found += differences(own.training.to_dict(), config.training.to_dict(), "training")
