@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import click
 
 from polygpt.cache import kept
+from polygpt.files import expand
 
 
 class SettingsCommand(click.Command):
@@ -75,7 +75,7 @@ def shown(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
         return summary.shown(name, changes)
 
-    path = Path(name).expanduser()
+    path = expand(name)
     files = [path / CONFIG, path]
     content = next((file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file()), "")
     return kept(["show", name, *overrides, content], compute, keep=lambda answer: answer["repeatable"])

@@ -47,7 +47,7 @@ def _write_page(page: Path, name: str, overrides: tuple[str, ...]) -> None:
 
     model = model_of(resolve_model(name, parse_overrides(overrides)).model)
     with new_file(page) as partial:
-        trained = Path(name).expanduser().is_dir() and not overrides
+        trained = expand(name).is_dir() and not overrides
         params = load(name, warn=lambda line: click.echo(f"warning: {line}", err=True)).params if trained else None
         partial.write_text(model_page(model, " ".join((name, *overrides)), params), encoding="utf-8")
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from polygpt.config import as_yaml, dotted_to_nested, merge, parse_yaml, read_yaml, validate
 from polygpt.errors import RequestError, suggest
+from polygpt.files import expand
 from polygpt.presets import PRESETS, preset_fields
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def named_fields(name: str, overrides: Mapping[str, Any] | None = None) -> tuple
     Raises:
         RequestError: there is nothing by that name, or an override is of a run where there is a model alone.
     """
-    path = Path(name).expanduser()
+    path = expand(name)
     own = path / CONFIG if (path / CONFIG).is_file() else path
     if name in PRESETS:
         fields = preset_fields(name)
@@ -152,7 +153,7 @@ def _initial_fields(initial: str, changes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read(name: str) -> dict[str, Any]:
-    path = Path(name).expanduser()
+    path = expand(name)
     if path.suffix in (".yaml", ".yml") or "/" in name:
         return read_yaml(path)
     if name not in recipe_names():
