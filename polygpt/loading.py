@@ -24,7 +24,7 @@ from polygpt.interop import HUB, StoredModel, fetch, is_huggingface, open_huggin
 from polygpt.kernels import WeightType
 from polygpt.language_model import NO_TOKENIZER, LanguageModel, Origin
 from polygpt.model import ModelConfig, ParameterInfo, Params, model_of
-from polygpt.presets import PRESET_VOCAB, check_model_name, preset
+from polygpt.presets import PRESET_VOCAB, check_model_name, models_in, preset
 from polygpt.process import command_line
 from polygpt.settings import read_json
 from polygpt.sharding import placement
@@ -227,7 +227,9 @@ def _open_own(folder: Path, warn: Warn) -> StoredModel:
     path = folder / CONFIG
     if not path.is_file():
         start = command_line("train", "RECIPE", "--out", folder)
-        raise RequestError(f"{folder}: no model here (neither {CONFIG} nor config.json); start a run with: {start}")
+        inside = models_in(folder)
+        near = f"there are models inside: {', '.join(sorted(inside)[:5])}" if inside else f"start a run with: {start}"
+        raise RequestError(f"{folder}: no model here (neither {CONFIG} nor config.json); {near}")
     fields = read_yaml(path)
     config = validate(ModelConfig, fields.get("model") or {}, f"{path}: model")
     # A run always has a tokenizer; an imported model may have none.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from typing import Any
@@ -53,6 +54,27 @@ def check_names(fields: Mapping[str, Any], where: str = "", *, of_run: bool = Tr
     from polygpt.config import check_keys
 
     check_keys(_keys(of_run), fields, where)
+
+
+def check_file(path: Path) -> None:
+    """Refuses a misspelled key in a run's YAML file, with the line it is on.
+
+    Raises:
+        RequestError: names the file, the line, and the nearest key.
+    """
+    from polygpt.config import unknown_keys
+    from polygpt.errors import RequestError
+    from polygpt.recipes import recipe_fields
+
+    problems = unknown_keys(_keys(), recipe_fields(str(path)))
+    if not problems:
+        return
+    lines, said = path.read_text(encoding="utf-8").splitlines(), []
+    for key, problem in list(problems.items())[:3]:
+        word = re.compile(rf"(?<![\w.]){re.escape(key.rpartition('.')[2])}\s*:")
+        found = [number for number, line in enumerate(lines, start=1) if word.search(line.partition("#")[0])]
+        said.append(f"{path}" + (f" line {found[0]}" if len(found) == 1 else "") + f": {problem}")
+    raise RequestError("\n".join(said))
 
 
 def shown(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def show(name: str, overrides: tuple[str, ...], page: Path | None, as_json: bool
 
 def _write_page(page: Path, name: str, overrides: tuple[str, ...]) -> None:
     from polygpt.config import parse_overrides
-    from polygpt.files import new_file
+    from polygpt.files import expand, new_file
     from polygpt.loading import load
     from polygpt.model import model_of
     from polygpt.summary import model_page, resolve_model

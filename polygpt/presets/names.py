@@ -22,11 +22,11 @@ def check_model_name(name: str, presets: Iterable[str]) -> None:
     path = expand(name)
     if name.startswith(HUB) or path.exists() or name in presets:
         return
-    hint = suggest(name, [*presets, *_models_in(path.parent)])
+    hint = suggest(name, [*presets, *models_in(path.parent)])
     raise RequestError(f"no model '{name}'; {hint if hint.startswith('did you mean') else _FORMS}")
 
 
-def _models_in(folder: Path) -> list[str]:
+def models_in(folder: Path) -> list[str]:
     """The paths of the models in `folder`."""
     with suppress(OSError):
         markers = ("config.yaml", "config.json")

@@ -128,9 +128,11 @@ def model_changes(overrides: Mapping[str, Any]) -> Mapping[str, Any]:
         RequestError: one is not of the model.
     """
     changes = dotted_to_nested(overrides)
-    for key in changes:
-        if key != "model":
-            raise RequestError(f"{key}: this is a model without a run; write model.KEY=VALUE")
+    for key, value in overrides.items():
+        if key.partition(".")[0] != "model":
+            raise RequestError(
+                f"{key}: this is a model without a run; write model.{key}={getattr(value, 'text', value)}"
+            )
     return changes.get("model", {})
 
 
@@ -154,6 +156,8 @@ def _initial_fields(initial: str, changes: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read(name: str) -> dict[str, Any]:
     path = expand(name)
+    if path.suffix in (".txt", ".jsonl", ".md", ".gz") and path.is_file():
+        raise RequestError(f"{name}: a text, not a recipe; write own_text data.path={name}")
     if path.suffix in (".yaml", ".yml") or "/" in name:
         return read_yaml(path)
     if name not in recipe_names():

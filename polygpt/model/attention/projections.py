@@ -48,7 +48,7 @@ class HeadsConfig(AttentionConfig):
             )
         if self.num_heads % self.kv_heads:
             raise ValueError(
-                f"num_heads={self.num_heads} is not divisible by num_kv_heads={self.kv_heads}: "
+                f"num_heads={self.num_heads} is not divisible by num_kv_heads={self.kv_heads}; "
                 "every key head serves the same number of query heads"
             )
 
