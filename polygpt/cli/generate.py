@@ -43,8 +43,8 @@ def generate(
 ) -> None:
     """Continue a prompt; text streams to standard output as it is decoded.
 
-    With several prompts the texts are printed when all are done, an empty line between two, and --json prints a line for each. A prompt's text does
-    not depend on the others.
+    With several prompts the texts are printed when all are done, an empty line between two; --json prints a line for
+    each. A prompt's text does not depend on the others.
 
     MODEL is a run's folder, an imported or a Hugging Face folder, hf:owner/name, a .gguf file, or a preset (random
     weights, without text).

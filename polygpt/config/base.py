@@ -163,10 +163,8 @@ def _describe(error: ValidationError, cls: type[Config], at: str = "") -> list[s
         elif item["type"] == "value_error":
             said = [f"{dotted}: {cause}" if dotted else str(cause)]
         else:
-            said_so = (
-                item["msg"].removeprefix("Input ").replace("should be", "must be").replace("should have", "must have")
-            )
-            needed = _NEEDED.get(item["type"], said_so[0].lower() + said_so[1:])
+            message = item["msg"].removeprefix("Input ").replace("should ", "must ", 1)
+            needed = _NEEDED.get(item["type"], message[0].lower() + message[1:])
             said = [f"{dotted}: {needed}, not {item['input']!r}"]
         lines.setdefault(dotted, said)
     return [line for said in lines.values() for line in said]
