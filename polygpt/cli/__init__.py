@@ -107,7 +107,7 @@ def _run(words: list[str], debug: bool) -> int:
         click.echo(error.format_message())
         return 2
     except click.MissingParameter as error:
-        return _fail(error, error.format_message() + _example(error), 2, debug)
+        return _fail(error, " ".join(error.format_message().split()) + _example(error), 2, debug)
     except click.ClickException as error:
         return _fail(error, error.format_message(), 2, debug)
     except PolygptError as error:

@@ -129,10 +129,11 @@ def model_changes(overrides: Mapping[str, Any]) -> Mapping[str, Any]:
     """
     changes = dotted_to_nested(overrides)
     for key, value in overrides.items():
-        if key.partition(".")[0] != "model":
-            raise RequestError(
-                f"{key}: this is a model without a run; write model.{key}={getattr(value, 'text', value)}"
-            )
+        section = key.partition(".")[0]
+        if section != "model":
+            of_run = section in ("training", "data", "tokenizer")
+            setting = "model.KEY=VALUE" if of_run else f"model.{key}={getattr(value, 'text', value)}"
+            raise RequestError(f"{key}: this is a model without a run; write {setting}")
     return changes.get("model", {})
 
 

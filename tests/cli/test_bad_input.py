@@ -94,7 +94,7 @@ REQUESTS = {
     "a file that is no text": (["train", "latin.yaml", "--out", "new"], "latin.yaml: not UTF-8"),
     "a file without a model": (["train", "halved.yaml", "--out", "new"], "model: this key is required"),
     "a file whose model is a list": (["show", "models.yaml"], "models.yaml: model: a mapping is needed"),
-    "a setting that is not shown": (["show", "gpt2", "num_layers=4"], "write model.KEY=VALUE"),
+    "a setting that is not shown": (["show", "gpt2", "training.steps=4"], "write model.KEY=VALUE"),
     # Data.
     "data that is missing": ([*TRAIN, "data.path=missing.txt"], "missing.txt: no such file"),
     "a glob of nothing": ([*TRAIN, "data.path=*.zst"], "*.zst: no file matches"),
