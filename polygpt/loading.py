@@ -19,12 +19,12 @@ from jax.sharding import Mesh
 from polygpt import checkpoint
 from polygpt.config import Config, merge, read_yaml, to_yaml, validate
 from polygpt.errors import RequestError
-from polygpt.files import check_checkpoint_path, new_folder, write_text
+from polygpt.files import check_checkpoint_path, expand, new_folder, write_text
 from polygpt.interop import HUB, StoredModel, fetch, is_huggingface, open_huggingface
 from polygpt.kernels import WeightType
 from polygpt.language_model import NO_TOKENIZER, LanguageModel, Origin
 from polygpt.model import ModelConfig, ParameterInfo, Params, model_of
-from polygpt.presets import PRESET_VOCAB, check_model_name, preset
+from polygpt.presets import PRESET_VOCAB, check_model_name, models_in, preset
 from polygpt.process import command_line
 from polygpt.settings import read_json
 from polygpt.sharding import placement
@@ -84,6 +84,8 @@ def load(
     found = find(name, warn)
     if for_text and found.tokenizer is None:
         raise RequestError(NO_TOKENIZER)
+    if found.tokenizer is not None and found.tokenizer.dropout:
+        warn(f"the tokenizer's BPE dropout of {found.tokenizer.dropout} is off: a text always has the same ids")
     config = adapted(found.config, dtype, overrides or {})
     check_shapes(found.config, config, str(name))
     if check is not None:
@@ -111,7 +113,7 @@ def find(name: str | Path, warn: Warn = warnings.warn) -> StoredModel:
     if str(name).startswith(HUB):
         return open_huggingface(fetch(str(name)))
     check_model_name(str(name))
-    path = Path(name).expanduser()
+    path = expand(name)
     if path.is_dir():
         return open_huggingface(path) if _is_foreign(path) else _open_own(path, warn)
     if path.is_file():
@@ -225,7 +227,9 @@ def _open_own(folder: Path, warn: Warn) -> StoredModel:
     path = folder / CONFIG
     if not path.is_file():
         start = command_line("train", "RECIPE", "--out", folder)
-        raise RequestError(f"{folder}: no model here (neither {CONFIG} nor config.json); start a run with: {start}")
+        inside = models_in(folder)
+        near = f"there are models inside: {', '.join(sorted(inside)[:5])}" if inside else f"start a run with: {start}"
+        raise RequestError(f"{folder}: no model here (neither {CONFIG} nor config.json); {near}")
     fields = read_yaml(path)
     config = validate(ModelConfig, fields.get("model") or {}, f"{path}: model")
     # A run always has a tokenizer; an imported model may have none.

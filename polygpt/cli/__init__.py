@@ -30,6 +30,18 @@ COMMANDS = {
     "export": "Write a model for transformers or llama.cpp.",
 }
 
+# Shown where a required argument or option is missing.
+EXAMPLES = {
+    "train": "polygpt train own_text data.path=notes.txt --out runs/notes",
+    "eval": "polygpt eval runs/notes --task perplexity --data book.txt",
+    "generate": "polygpt generate runs/notes --prompt 'Once upon a time'",
+    "show": "polygpt show gpt2",
+    "import": "polygpt import hf:owner/name --out models/name",
+    "export": "polygpt export runs/notes --format hf --out exported/notes",
+    "tokenizer train": "polygpt tokenizer train book.txt --kind bpe --vocab-size 4096 --out tokenizers/book",
+    "data prepare": "polygpt data prepare book.txt --tokenizer tokenizers/book --out shards/book",
+}
+
 OUT_OF_MEMORY = "out of memory: lower training.batch_size, model.context_length or the model"
 
 
@@ -94,6 +106,8 @@ def _run(words: list[str], debug: bool) -> int:
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
         return 2
+    except click.MissingParameter as error:
+        return _fail(error, " ".join(error.format_message().split()) + _example(error), 2, debug)
     except click.ClickException as error:
         return _fail(error, error.format_message(), 2, debug)
     except PolygptError as error:
@@ -114,6 +128,11 @@ def _run(words: list[str], debug: bool) -> int:
             return _fail(error, OUT_OF_MEMORY, 1, debug)
         first = (str(error).splitlines() or [""])[0][:300]
         return _fail(error, f"a fault in polygpt: {type(error).__name__}: {first} (--debug shows where)", 1, debug)
+
+
+def _example(error: click.MissingParameter) -> str:
+    command = "" if error.ctx is None else error.ctx.command_path.partition(" ")[2]
+    return f"\nfor example: {EXAMPLES[command]}" if command in EXAMPLES else ""
 
 
 def _fail(error: BaseException, message: str, code: int, debug: bool) -> int:

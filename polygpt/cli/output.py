@@ -14,16 +14,29 @@ if TYPE_CHECKING:
     from polygpt.language_model import LanguageModel
 
 json_option: Callable = click.option(
-    "--json", "as_json", is_flag=True, help="One JSON object on standard output, everything else on standard error."
+    "--json", "as_json", is_flag=True, help="JSON on standard output, everything else on standard error."
 )
+
+
+class _Types(click.Choice):
+    """Names of numeric types; an abbreviation is answered with the name it stands for."""
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        meant = {"bf16": "bfloat16", "fp16": "float16", "f16": "float16", "half": "float16"}
+        meant |= {"fp32": "float32", "f32": "float32", "i8": "int8", "q8": "int8"}
+        if meant.get(str(value).lower()) in self.choices:
+            self.fail(f"{value!r}: did you mean '{meant[value.lower()]}'?", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 dtype_option: Callable = click.option(
     "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
+    type=_Types(["float32", "bfloat16", "float16"]),
     help="Of weights and activations.  [default: as stored]",
 )
 weights_option: Callable = click.option(
     "--weights",
-    type=click.Choice(["float32", "bfloat16", "float16", "int8"]),
+    type=_Types(["float32", "bfloat16", "float16", "int8"]),
     help="Store the weights in this type (activations keep --dtype); fewer bits decode faster.",
 )
 overrides_argument: Callable = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
@@ -39,6 +52,8 @@ def reading(name: str, dtype: str | None, overrides: Mapping[str, Any], **how: A
     from polygpt.recipes import model_changes
 
     check_model_name(name)
+    if sys.stderr.isatty():
+        click.echo(f"loading {name} …", err=True)
 
     from polygpt.loading import load
 

@@ -40,14 +40,14 @@ def show(name: str, overrides: tuple[str, ...], page: Path | None, as_json: bool
 
 def _write_page(page: Path, name: str, overrides: tuple[str, ...]) -> None:
     from polygpt.config import parse_overrides
-    from polygpt.files import new_file
+    from polygpt.files import expand, new_file
     from polygpt.loading import load
     from polygpt.model import model_of
     from polygpt.summary import model_page, resolve_model
 
     model = model_of(resolve_model(name, parse_overrides(overrides)).model)
     with new_file(page) as partial:
-        trained = Path(name).expanduser().is_dir() and not overrides
+        trained = expand(name).is_dir() and not overrides
         params = load(name, warn=lambda line: click.echo(f"warning: {line}", err=True)).params if trained else None
         partial.write_text(model_page(model, " ".join((name, *overrides)), params), encoding="utf-8")
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import click
 
 from polygpt.cli.output import json_option, overrides_argument, print_json, print_result
-from polygpt.cli.settings import RunCommand, check_names
+from polygpt.cli.settings import RunCommand, check_file, check_names
+from polygpt.files import expand
 from polygpt.process import command_line
 
 
@@ -31,6 +32,8 @@ def train(recipe: str | None, overrides: tuple[str, ...], out: Path, resume: boo
     if recipe is not None and "=" in recipe and not Path(recipe).exists():
         recipe, overrides = None, (recipe, *overrides)
     changes = parse_overrides(overrides)
+    if recipe is not None and Path(recipe).suffix in (".yaml", ".yml"):
+        check_file(expand(recipe))
     if recipe is not None or resume:
         check_names(dotted_to_nested(changes) if recipe is None else recipe_fields(recipe, changes))
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from polygpt.config import as_yaml, dotted_to_nested, merge, parse_yaml, read_yaml, validate
 from polygpt.errors import RequestError, suggest
+from polygpt.files import expand
 from polygpt.presets import PRESETS, preset_fields
 from polygpt.recipes.bands import HeldOutCheck, Verdict, check_band, verdict, without_band
 
@@ -128,7 +129,7 @@ def named_fields(name: str, overrides: Mapping[str, Any] | None = None) -> tuple
     Raises:
         RequestError: there is nothing by that name, or an override is of a run where there is a model alone.
     """
-    path = Path(name).expanduser()
+    path = expand(name)
     own = path / CONFIG if (path / CONFIG).is_file() else path
     if name in PRESETS:
         fields = preset_fields(name)
@@ -157,9 +158,12 @@ def model_changes(overrides: Mapping[str, Any]) -> Mapping[str, Any]:
         RequestError: one is not of the model.
     """
     changes = dotted_to_nested(overrides)
-    for key in changes:
-        if key != "model":
-            raise RequestError(f"{key}: this is a model without a run; write model.KEY=VALUE")
+    for key, value in overrides.items():
+        section = key.partition(".")[0]
+        if section != "model":
+            of_run = section in ("training", "data", "tokenizer")
+            setting = "model.KEY=VALUE" if of_run else f"model.{key}={getattr(value, 'text', value)}"
+            raise RequestError(f"{key}: this is a model without a run; write {setting}")
     return changes.get("model", {})
 
 
@@ -182,7 +186,9 @@ def _initial_fields(initial: str, changes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read(name: str) -> dict[str, Any]:
-    path = Path(name).expanduser()
+    path = expand(name)
+    if path.suffix in (".txt", ".jsonl", ".md", ".gz") and path.is_file():
+        raise RequestError(f"{name}: a text, not a recipe; write own_text data.path={name}")
     if path.suffix in (".yaml", ".yml") or "/" in name:
         return read_yaml(path)
     if name not in recipe_names():

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from polygpt.config import as_yaml, merge, to_yaml, validate
 from polygpt.errors import PolygptError, RequestError
+from polygpt.files import expand
 from polygpt.model import ModelConfig, model_of
 from polygpt.presets import PRESET_VOCAB
 from polygpt.recipes import load_recipe, model_changes, named_fields
@@ -63,7 +64,7 @@ def resolve_model(name: str, overrides: Mapping[str, Any] | None = None) -> Reso
     from polygpt.training import RunConfig
 
     initial = fields["training"].get("initial") if isinstance(fields["training"], Mapping) else None
-    derived = initial is not None and not Path(name).expanduser().is_dir()  # a run's folder has all of its model
+    derived = initial is not None and not expand(name).is_dir()  # a run's folder has all of its model
     run = load_recipe(name, overrides) if derived else validate(RunConfig, fields)
     if run.model.vocab_size is not None:
         return Resolved(run.model, run, repeatable=run.training.initial is None)
