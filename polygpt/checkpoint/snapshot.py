@@ -53,7 +53,9 @@ class Snapshot:
     @property
     def info(self) -> dict[str, Any]:
         """The plain values, for `info.json`."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("params", "training")}
+        values = {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("params", "training")
+        }
         return values | {"best": None if self.best is None else dataclasses.asdict(self.best)}
 
     def copied(self) -> Snapshot:

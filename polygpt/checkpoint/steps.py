@@ -134,6 +134,16 @@ def newest(root: Path, warn: Callable[[str], None] = warnings.warn) -> Checkpoin
     return next(verified(root, warn), None)
 
 
+def exists(root: Path, step: int) -> bool:
+    """Whether `step` was saved completely below `root`; its files are not verified."""
+    return (root / _name(step) / MANIFEST).is_file()
+
+
+def step_folder(root: Path, step: int) -> Path:
+    """The folder of `step` below `root`."""
+    return root / _name(step)
+
+
 def describe_saved(root: Path) -> str:
     """What a failed save leaves, for its error message."""
     return "earlier checkpoints are intact" if _complete_steps(root) else "no checkpoint has been saved"
