@@ -74,7 +74,8 @@ def polygpt(debug: bool) -> None:
     """One decoder, every GPT: compose, train, evaluate and sample from GPT-style language models.
 
     Every command takes --json: one JSON object on standard output, everything else on standard error. Exit codes:
-    0 done, 1 failed, 2 invalid request, 130 interrupted.
+    0 done, 1 failed, 2 invalid request, 130 (Ctrl-C) or 143
+    (SIGTERM) interrupted.
     """
 
 
@@ -87,15 +88,23 @@ def main(argv: list[str] | None = None) -> None:
     keep_compiled_programs()
     keep_freed_memory()
     keep_interrupts()
-    # SIGTERM acts like Ctrl-C: half-written files are removed on the way out.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # As Ctrl-C does: half-written files are removed on the way out.
+    signal.signal(signal.SIGTERM, _terminate)
     sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 must not end a run
     code = _run([word for word in words if word != "--debug"], debug)
-    if code == 130:  # XLA may still be compiling in its threads, which crash when the interpreter shuts down
+    if code in (130, 143):  # XLA may still be compiling in its threads, which crash when the interpreter shuts down
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
+
+
+def _terminate(*_: object) -> None:
+    raise _Terminated
 
 
 def _run(words: list[str], debug: bool) -> int:
@@ -113,7 +122,7 @@ def _run(words: list[str], debug: bool) -> int:
     except PolygptError as error:
         return _fail(error, str(error), error.exit_code, debug)
     except (KeyboardInterrupt, click.Abort) as error:
-        return _fail(error, "interrupted", 130, debug)
+        return _fail(error, "interrupted", 143 if isinstance(error, _Terminated) else 130, debug)
     except (BrokenPipeError, SystemExit):
         # The reader has closed the pipe (`| head`). click raises SystemExit for that; without a new stdout Python would
         # report the broken pipe again when it flushes at exit.

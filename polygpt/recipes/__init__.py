@@ -99,13 +99,8 @@ _PLACEHOLDERS = {
 
 
 def _check_placeholders(recipe: Mapping[str, Any], changes: Mapping[str, Any], name: str) -> None:
-    def value(fields: Mapping[str, Any], section: str, field: str) -> Any:
-        inner = fields.get(section)
-        return inner.get(field) if isinstance(inner, Mapping) else None
-
     for key, (placeholder, meaning) in _PLACEHOLDERS.items():
-        path = key.split(".")
-        if value(recipe, *path) == placeholder and value(changes, *path) is None:
+        if _value(recipe, key) == placeholder and _value(changes, key) is None:
             raise RequestError(f"{name}: {key} is required ({meaning}); add {key}={placeholder}")
 
 
@@ -118,7 +113,20 @@ def resume_config(run: Path, name: str | None, overrides: Mapping[str, Any]) -> 
     from polygpt.training import read_config
 
     own = read_config(run)
-    return without_band(own, own.replace(**overrides)) if name is None else load_recipe(name, overrides)
+    if name is None:
+        return without_band(own, own.replace(**overrides))
+    kept = {"training.initial": own.training.initial, "data.path": own.data.path}
+    recipe = _read(name)
+    for key, (placeholder, _) in _PLACEHOLDERS.items():  # what a recipe leaves to the user, the run has
+        if _value(recipe, key) == placeholder and key not in overrides:
+            overrides = {key: kept[key], **overrides}
+    return load_recipe(name, overrides)
+
+
+def _value(fields: Mapping[str, Any], key: str) -> Any:
+    section, _, field = key.partition(".")
+    inner = fields.get(section)
+    return inner.get(field) if isinstance(inner, Mapping) else None
 
 
 def named_fields(name: str, overrides: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], bool] | None:

@@ -77,6 +77,10 @@ class TrainingConfig(Config):
             reads all. The evaluation at the end always reads all.
         save_every: steps between checkpoints; 0 saves only at the end and when interrupted.
         keep: how many of the newest checkpoints are kept.
+        keep_every: steps that are multiples of this are kept, too; 0 for none.
+        keep_best: the step with the lowest validation loss is saved and kept, too, as the MODEL `RUN/checkpoints/best`.
+            All evaluations are compared on the windows that `eval_batches` says.
+        async_saving: training goes on while a thread writes the checkpoint, from a copy in the host's memory.
         log_every: steps whose metrics are fetched from the device together.
         samples: text sampled during training.
         evaluations: further evaluations, during training and at the end, each chosen by `kind`.
@@ -101,6 +105,9 @@ class TrainingConfig(Config):
     eval_batches: PositiveInt | None = None
     save_every: StepCount = 0
     keep: PositiveInt = 2
+    keep_every: StepCount = 0
+    keep_best: bool = False
+    async_saving: bool = True
     log_every: PositiveInt = 10
     samples: SamplingConfig = SamplingConfig()
     evaluations: Tuple[slot(EvaluationConfig, EVALUATIONS)] = ()
@@ -110,6 +117,15 @@ class TrainingConfig(Config):
         """The seeds, the defaults filled in."""
         own = (self.seed if seed is None else seed for seed in (self.init_seed, self.data_seed))
         return Seeds(*own, dropout=self.seed)
+
+    @model_validator(mode="after")
+    def _best_is_known(self) -> TrainingConfig:
+        if self.keep_best and self.eval_every == 0:
+            raise ValueError(
+                "keep_best needs evaluations during training to choose by; give training.eval_every (such as 0.1, ten "
+                "times in the run)"
+            )
+        return self
 
     @model_validator(mode="after")
     def _names_differ(self) -> TrainingConfig:

@@ -6,28 +6,30 @@ It prints and plots nothing: progress bars, files and reports listen to the even
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 
 from polygpt import checkpoint
 from polygpt.checkpoint import NotFiniteError
 from polygpt.errors import PolygptError, RequestError
-from polygpt.loading import CHECKPOINTS
+from polygpt.loading import CHECKPOINTS, CONFIG
 from polygpt.model import Model, model_of
 from polygpt.process import memory_not_kept
 from polygpt.training.config import RunConfig
 from polygpt.training.events import Compiled, Ended, Event, Finished, Listener, Note, RunResult, Started
 from polygpt.training.initial import initial_changes, initial_params
-from polygpt.training.interrupt import Interrupted, InterruptFlag
-from polygpt.training.jobs import Evaluation, Job, Samples, Saving, Validation, is_due, language_models
+from polygpt.training.interrupt import Interrupted, InterruptFlag, Stop
+from polygpt.training.jobs import Evaluation, Job, Samples, Validation, is_due, language_models
 from polygpt.training.listeners import standard_listeners
 from polygpt.training.meter import Meter
 from polygpt.training.optimizers import in_steps
-from polygpt.training.resume import with_changes
+from polygpt.training.resume import finished_result, restored, with_changes
 from polygpt.training.run_folder import Run, create_run, naming_evaluation, open_run, write_config
+from polygpt.training.saving import Saving
 from polygpt.training.step import Batch, Trainer, TrainState
 
 
@@ -54,7 +56,16 @@ def train(
     out = Path(out).expanduser()
     emit = _emitter(standard_listeners() if listeners is None else listeners)
     try:
-        return _Loop(_opened(config, out, resume, emit), emit, started).run(resume)
+        with _locked(out, resume) as lock:
+            run = _opened(config, out, resume, emit)
+            if not resume:
+                lock.enter_context(checkpoint.folder_lock(out))
+            done = finished_result(out, run.config.training.steps) if resume else None
+            if done is not None:
+                emit(Note(f"already done: {done.steps} steps; give more (training.steps={2 * done.steps}) to go on"))
+                return done
+            checkpoint.remove_partial(out / CHECKPOINTS)
+            return _Loop(run, emit, started).run(resume)
     except NotFiniteError as error:
         kept = checkpoint.describe_saved(out / CHECKPOINTS)
         raise PolygptError(
@@ -62,6 +73,15 @@ def train(
         ) from error
     finally:
         emit(Ended())
+
+
+@contextmanager
+def _locked(out: Path, resume: bool) -> Iterator[ExitStack]:
+    """Holds the lock of an existing run; that of a new one is taken once its folder is there."""
+    with ExitStack() as stack:
+        if resume and (out / CONFIG).is_file():  # whoever opens it says what is wrong otherwise
+            stack.enter_context(checkpoint.folder_lock(out))
+        yield stack
 
 
 def _opened(config: RunConfig | None, out: Path, resume: bool, emit: Listener) -> Run:
@@ -89,11 +109,18 @@ def _opened(config: RunConfig | None, out: Path, resume: bool, emit: Listener) -
 
 
 def _emitter(listeners: Iterable[Listener]) -> Listener:
-    listeners = tuple(listeners)
+    """A function that gives an event to all listeners. One that cannot write is only warned of, once."""
+    listeners, failed = tuple(listeners), set()
 
     def emit(event: Event) -> None:
-        for listener in listeners:
-            listener(event)
+        for index, listener in enumerate(listeners):
+            try:
+                listener(event)
+            except OSError as error:
+                if index not in failed:
+                    failed.add(index)
+                    reason = error.strerror or str(error)
+                    emit(Note(f"{error.filename or 'a file'}: cannot be written ({reason}); the run goes on", True))
 
     return emit
 
@@ -110,14 +137,17 @@ class _Loop:
     """One process's work on one run."""
 
     def __init__(self, run: Run, emit: Listener, started: float):
-        self.started, self.folder, self.emit = started, run.folder, emit
+        self.opened, self.started, self.folder, self.emit = run, started, run.folder, emit
         self.config, self.training, self.loader = run.config, run.config.training, run.train_loader
         self.vocabulary = run.tokenizer.vocab_size
         self.model = model_of(run.config.model)
         self.trainer = Trainer(self.model, self.training)
         self.meter = Meter(emit, self.training.batch_size * run.config.model.context_length)
         lm = language_models(run, self.trainer.evaluated)
-        self.validation, self.saving = Validation(run, self.trainer.evaluated, emit), Saving(run, self.meter, emit)
+        self.validation, self.saving = (
+            Validation(run, self.trainer.evaluated, emit),
+            Saving(run, self.trainer, self.meter, emit),
+        )
         samples = Samples(run, lm, emit)
         evaluations = [Evaluation(config, ready, lm, emit) for config, ready in run.evaluations]
         # Saving comes last between steps, so that a checkpoint never lacks an evaluation of its step; and first at the
@@ -129,6 +159,7 @@ class _Loop:
     def run(self, resume: bool) -> RunResult:
         """Trains from the first step, or the newest checkpoint, to the last."""
         with InterruptFlag() as interrupt:
+            self.interrupt = interrupt
             state = self._restore() if resume else self._start()
             write_config(self.folder, self.config)  # settings may have changed on resuming
             for text in _warnings(self.config, self.model, self.vocabulary):
@@ -143,14 +174,15 @@ class _Loop:
                     held_out=self.validation.text,
                 )
             )
-            compile_seconds = 0.0
-            if int(state.step) < self.training.steps:
-                before = time.perf_counter()
-                step_function = self.trainer.compile_step(state, Batch.of(self.loader.batch(0)))
-                compile_seconds = time.perf_counter() - before
-                self.emit(Compiled(compile_seconds))
-                state = self._steps(state, step_function, interrupt)
-            self._do(self.evaluations, state, last=True)
+            try:
+                state, compile_seconds = self._train(state)
+                with self.interrupt.at_once():  # everything is saved; resuming evaluates
+                    self._do(self.evaluations, state, last=True)
+            except Stop:
+                self._stop(state)
+            except PolygptError:
+                self.saving.writer.wait()  # the last step may still be being written
+                raise
         result = RunResult(
             run=str(self.folder),
             steps=int(state.step),
@@ -161,23 +193,36 @@ class _Loop:
             seconds=time.perf_counter() - self.started,
             compile_seconds=compile_seconds,
         )
+        if (text := self.saving.overfitting()) is not None:
+            self._warn(text)
         self.emit(Finished(result))
         return result
 
-    def _steps(self, state: TrainState, step_function: Callable, interrupt: InterruptFlag) -> TrainState:
+    def _train(self, state: TrainState) -> tuple[TrainState, float]:
+        """The state after the last step, and the seconds that compilation took."""
+        if int(state.step) >= self.training.steps:
+            return state, 0.0
+        before = time.perf_counter()
+        step_function = self.trainer.compile_step(state, Batch.of(self.loader.batch(0)))
+        seconds = time.perf_counter() - before
+        self.emit(Compiled(seconds))
+        if self.interrupt.raised:
+            self._stop(state)
+        return self._steps(state, step_function), seconds
+
+    def _steps(self, state: TrainState, step_function: Callable) -> TrainState:
         self.meter.restart()
         for step in range(int(state.step) + 1, self.training.steps + 1):
-            state, metrics = step_function(state, Batch.of(self.loader.batch(step - 1)))
+            state, metrics = step_function(state, Batch.of(self.loader.batch(step - 1 + self.saving.batch_offset)))
             self.meter.add(step, metrics)
             if step == self.training.steps:
                 break
             if step % self.training.log_every == 0:
                 self.meter.flush()
             self._do([job for job in self.jobs if is_due(job, step)], state)
-            if interrupt.raised:
-                if self.saving.saved_step != step:
-                    self._do([self.saving], state)
-                raise Interrupted(step, self.folder)
+            self.saving.report()
+            if self.interrupt.raised:
+                self._stop(state)
         self._do(self.last_jobs, state, last=True)
         return state
 
@@ -188,7 +233,32 @@ class _Loop:
         self.meter.flush()  # raises if the state is not worth evaluating or saving
         for job in jobs:
             job.run(state, last)
+            if job is self.validation:
+                self._validated(state, last)
         self.meter.restart()
+
+    def _validated(self, state: TrainState, last: bool) -> None:
+        """Keeps track of the best validation loss, and saves the step that has it if it is to be kept."""
+        is_best = self.saving.evaluated(int(state.step), self.validation.compared)
+        if is_best and self.training.keep_best:
+            if not last:
+                self.saving.run(state, last=False)
+            self.saving.mark_best()
+
+    def _stop(self, state: TrainState) -> NoReturn:
+        """Ends an interrupted run, after saving its state unless that is done.
+
+        Raises:
+            Interrupted: always.
+        """
+        step, unsaved = int(state.step), None
+        if step > 0:
+            try:
+                self.meter.flush()
+                self.saving.run(state, last=True)
+            except PolygptError as error:
+                unsaved = str(error)
+        raise Interrupted(step, self.folder, self.interrupt.number, unsaved)
 
     def _start(self) -> TrainState:
         """The state before the first step: new weights, or those of `training.initial`."""
@@ -199,36 +269,17 @@ class _Loop:
         return self.trainer.init(initial_params(self.config))
 
     def _restore(self) -> TrainState:
-        """The state of the newest checkpoint that is intact and finite; the first state if there is none."""
-        for saved in checkpoint.verified(self.folder / CHECKPOINTS, self._warn):
-            self._check_resumable(saved)
-            like = self.trainer.abstract_state()
-            try:
-                snapshot = checkpoint.restore(saved, like.params, like.optimizer)
-            except NotFiniteError as error:
-                self._warn(f"{error}; trying the step before it")
-                continue
-            self.meter.recent.extend(snapshot.recent_losses)
-            self.meter.speeds.append(snapshot.tokens_per_second)
-            fresh = self.trainer.init(snapshot.params)
-            return fresh._replace(optimizer=snapshot.optimizer, step=jax.numpy.int32(snapshot.step))
-        if any((self.folder / CHECKPOINTS).glob("step_*")):
-            self._warn("no checkpoint is usable: training starts again from the first step")
-        else:
-            self.emit(Note("no checkpoint yet: starting from the first step"))
-        return self._start()
-
-    def _check_resumable(self, saved: checkpoint.Checkpoint) -> None:
-        if saved.info["data"] != self.loader.fingerprint:
-            raise RequestError(
-                f"{self.folder}: the checkpoint was trained on other batches (data, batch_size, context_length, "
-                "stride or seed differ); resume with the run's own settings"
-            )
-        if saved.step > self.training.steps:
-            raise RequestError(
-                f"{self.folder}: the run is past training.steps={self.training.steps} (step {saved.step} is saved); "
-                "give more steps, or start a new run with another --out"
-            )
+        """The state of the newest checkpoint; the first state if there is none."""
+        found = restored(self.opened, self.trainer, self.emit)
+        if found is None:
+            return self._start()
+        state, snapshot = found
+        self.meter.recent.extend(snapshot.recent_losses)
+        self.meter.speeds.append(snapshot.tokens_per_second)
+        self.saving.saved_step, self.saving.best = snapshot.step, snapshot.best
+        self.saving.batch_offset = snapshot.batch_offset
+        self.saving.mark_best()
+        return state
 
     def _warn(self, text: str) -> None:
         self.emit(Note(text, warning=True))

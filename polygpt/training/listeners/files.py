@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+from contextlib import suppress
 from typing import Any
 
-from polygpt import checkpoint
-from polygpt.errors import PolygptError
 from polygpt.files import write_text
-from polygpt.loading import CHECKPOINTS, RESULT
+from polygpt.loading import RESULT
 from polygpt.training.events import Evaluated, Event, Finished, Measured, Sampled, Started, Stepped
 from polygpt.training.listeners.report import write_report
 from polygpt.training.run_folder import METRICS, SAMPLES, read_lines, read_metrics
@@ -18,17 +18,14 @@ from polygpt.training.run_folder import METRICS, SAMPLES, read_lines, read_metri
 class RunFiles:
     """Writes the run's metrics and samples and, at the end, its result and report.
 
-    Each line of the metrics says what it is: `event` is `step`, `validation` or `evaluation`.
+    Each line of the metrics says what it is: `event` is `step`, `validation` or `evaluation`. Lines that could not be
+    written (on a full disk) are written with the next one that can.
     """
 
-    def __call__(self, event: Event) -> None:
-        try:
-            self._handle(event)
-        except OSError as error:
-            kept = checkpoint.describe_saved(self.folder / CHECKPOINTS)
-            raise PolygptError(f"{self.folder}: cannot be written ({error.strerror or error}); {kept}") from error
+    def __init__(self) -> None:
+        self.unwritten: dict[str, str] = {}
 
-    def _handle(self, event: Event) -> None:
+    def __call__(self, event: Event) -> None:
         match event:
             case Started(folder=folder, step=step):
                 self.folder = folder
@@ -60,8 +57,17 @@ class RunFiles:
             self._write(METRICS, line)
 
     def _write(self, name: str, line: dict[str, Any]) -> None:
-        with (self.folder / name).open("a", encoding="utf-8") as stream:
-            stream.write(_to_json(line))
+        path, text = self.folder / name, self.unwritten.pop(name, "") + _to_json(line)
+        before = path.stat().st_size if path.is_file() else None
+        try:
+            with path.open("a", encoding="utf-8") as stream:
+                stream.write(text)
+        except OSError:
+            self.unwritten[name] = text
+            if before is not None:
+                with suppress(OSError):  # half a line would hide those after it
+                    os.truncate(path, before)
+            raise
 
 
 def _to_json(line: dict[str, Any]) -> str:
