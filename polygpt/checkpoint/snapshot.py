@@ -29,7 +29,8 @@ class Snapshot:
         params: the model's weights, as they are evaluated and loaded.
         training: everything else that resuming needs; None for a model alone, which cannot be resumed.
         fingerprints: what must be the same when training resumes, by name.
-        batch_offset: batches that were skipped: the next batch is number `step + batch_offset`.
+        batch_offset: batches that rollbacks have left out: the next batch is number `step + batch_offset`.
+        rollbacks: how often the run has gone back to the newest periodic checkpoint.
         recent_losses: of the last steps, for the mean that a run reports.
         best: the lowest validation loss so far; None before the first evaluation.
         tokens_per_second: training speed so far.
@@ -40,6 +41,7 @@ class Snapshot:
     training: PyTree | None = None
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     batch_offset: int = 0
+    rollbacks: int = 0
     recent_losses: tuple[float, ...] = ()
     best: Evaluation | None = None
     tokens_per_second: float = 0.0

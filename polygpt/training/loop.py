@@ -18,9 +18,9 @@ from polygpt.checkpoint import NotFiniteError
 from polygpt.errors import PolygptError, RequestError
 from polygpt.loading import CHECKPOINTS, CONFIG
 from polygpt.model import Model, model_of
-from polygpt.process import memory_not_kept
+from polygpt.process import command_line, memory_not_kept
 from polygpt.training.config import RunConfig
-from polygpt.training.events import Compiled, Ended, Event, Finished, Listener, Note, RunResult, Started
+from polygpt.training.events import Compiled, Ended, Event, Finished, Listener, Note, RolledBack, RunResult, Started
 from polygpt.training.initial import initial_changes, initial_params
 from polygpt.training.interrupt import Interrupted, InterruptFlag, Stop
 from polygpt.training.jobs import Evaluation, Job, Samples, Validation, is_due, language_models
@@ -28,7 +28,7 @@ from polygpt.training.listeners import standard_listeners
 from polygpt.training.meter import Meter
 from polygpt.training.optimizers import in_steps
 from polygpt.training.resume import finished_result, restored, with_changes
-from polygpt.training.run_folder import Run, create_run, naming_evaluation, open_run, write_config
+from polygpt.training.run_folder import Run, create_run, naming_evaluation, open_run, read_config, write_config
 from polygpt.training.saving import Saving
 from polygpt.training.step import Batch, Trainer, TrainState
 
@@ -67,10 +67,7 @@ def train(
             checkpoint.remove_partial(out / CHECKPOINTS)
             return _Loop(run, emit, started).run(resume)
     except NotFiniteError as error:
-        kept = checkpoint.describe_saved(out / CHECKPOINTS)
-        raise PolygptError(
-            f"{error}: training diverged; lower training.optimizer.learning_rate, or use float32 ({kept})"
-        ) from error
+        raise PolygptError(_diverged(error, out)) from error
     finally:
         emit(Ended())
 
@@ -82,6 +79,17 @@ def _locked(out: Path, resume: bool) -> Iterator[ExitStack]:
         if resume and (out / CONFIG).is_file():  # whoever opens it says what is wrong otherwise
             stack.enter_context(checkpoint.folder_lock(out))
         yield stack
+
+
+def _diverged(error: NotFiniteError, out: Path) -> str:
+    """What happened, what is kept, and the command to go on with."""
+    config = read_config(out)
+    rate = config.training.optimizer.learning_rate / 2
+    again = command_line("train", "--resume", "--out", out, f"training.optimizer.learning_rate={rate:g}")
+    half = config.model.compute_dtype != "float32" or config.model.param_dtype != "float32"
+    kept = checkpoint.describe_saved(out / CHECKPOINTS)
+    advice = " (or start a new run in float32)" if half else ""
+    return f"{error}: training diverged ({kept})\ngo on with a lower learning rate: {again}{advice}"
 
 
 def _opened(config: RunConfig | None, out: Path, resume: bool, emit: Listener) -> Run:
@@ -142,7 +150,8 @@ class _Loop:
         self.vocabulary = run.tokenizer.vocab_size
         self.model = model_of(run.config.model)
         self.trainer = Trainer(self.model, self.training)
-        self.meter = Meter(emit, self.training.batch_size * run.config.model.context_length)
+        tokens = self.training.batch_size * run.config.model.context_length
+        self.meter = Meter(emit, tokens, roll_back=self.training.on_spike == "rollback")
         lm = language_models(run, self.trainer.evaluated)
         self.validation, self.saving = (
             Validation(run, self.trainer.evaluated, emit),
@@ -212,25 +221,72 @@ class _Loop:
 
     def _steps(self, state: TrainState, step_function: Callable) -> TrainState:
         self.meter.restart()
-        for step in range(int(state.step) + 1, self.training.steps + 1):
-            state, metrics = step_function(state, Batch.of(self.loader.batch(step - 1 + self.saving.batch_offset)))
+        step = int(state.step)
+        while step < self.training.steps:
+            state, metrics = step_function(state, Batch.of(self.loader.batch(step + self.saving.batch_offset)))
+            step += 1
             self.meter.add(step, metrics)
-            if step == self.training.steps:
-                break
-            if step % self.training.log_every == 0:
-                self.meter.flush()
-            self._do([job for job in self.jobs if is_due(job, step)], state)
+            last = step == self.training.steps
+            due = [] if last else [job for job in self.jobs if is_due(job, step)]
+            fetch = due or last or self.interrupt.raised or step % self.training.log_every == 0
+            spike = self._flush(state) if fetch else None
+            if spike is not None:
+                state = self._roll_back(spike)
+                step = int(state.step)
+                continue
+            self._do(due, state)
             self.saving.report()
-            if self.interrupt.raised:
+            if self.interrupt.raised and not last:
                 self._stop(state)
+        if int(state.guard.skipped) == step:
+            raise NotFiniteError(f"step {step}: every step was skipped")
         self._do(self.last_jobs, state, last=True)
+        return state
+
+    def _flush(self, state: TrainState) -> int | None:
+        """Emits the metrics so far; returns the step of a spike to roll back.
+
+        Where too many steps in a row have been skipped, the state before them is saved: unless its loss is not finite
+        and there is an earlier checkpoint, from which going on is more promising.
+        """
+        try:
+            return self.meter.flush()
+        except NotFiniteError:
+            updated = int(state.guard.skipped) < int(state.step)
+            if updated and (self.meter.finite_loss or self.saving.saved_step is None):
+                self.saving.run(state, last=False)
+            raise
+
+    def _roll_back(self, spike: int) -> TrainState:
+        """The state of the newest periodic checkpoint before step `spike`; the batches up to it are left out.
+
+        Only periodic checkpoints count, so that an interruption changes nothing.
+        """
+        every, saving = self.saving.every, self.saving
+        saving.rollbacks += 1
+        saving.wait()
+        found = restored(
+            self.opened, self.trainer, self.emit, lambda step: step < spike and every and step % every == 0
+        )
+        if found is None:
+            state, saving.saved_step, saving.best = self._start(), None, None
+            self.meter.recent.clear()
+        else:
+            state, snapshot = found
+            self._continue_from(snapshot)
+        step = int(state.step)
+        if saving.rollbacks > self.training.max_skipped_steps:
+            raise PolygptError(
+                f"step {spike}: the loss spiked again after {saving.rollbacks - 1} rollbacks to step {step}; lower "
+                "training.optimizer.learning_rate, raise training.spike_threshold, or set training.on_spike=log"
+            )
+        saving.batch_offset += spike - step
+        self.emit(RolledBack(spike, step, spike - step))
+        self.meter.restart()
         return state
 
     def _do(self, jobs: list[Job], state: TrainState, last: bool = False) -> None:
         """Runs jobs, none of which counts as training time."""
-        if not jobs:
-            return
-        self.meter.flush()  # raises if the state is not worth evaluating or saving
         for job in jobs:
             job.run(state, last)
             if job is self.validation:
@@ -274,12 +330,19 @@ class _Loop:
         if found is None:
             return self._start()
         state, snapshot = found
+        self._continue_from(snapshot)
+        self.saving.batch_offset, self.saving.rollbacks = snapshot.batch_offset, snapshot.rollbacks
+        if self.trainer.is_stopped(state):  # by skipped steps: they are counted anew
+            state = state._replace(guard=state.guard._replace(in_a_row=jax.numpy.int32(0)))
+        return state
+
+    def _continue_from(self, snapshot: checkpoint.Snapshot) -> None:
+        """Takes over the plain values of a checkpoint."""
+        self.meter.recent.clear()
         self.meter.recent.extend(snapshot.recent_losses)
         self.meter.speeds.append(snapshot.tokens_per_second)
         self.saving.saved_step, self.saving.best = snapshot.step, snapshot.best
-        self.saving.batch_offset = snapshot.batch_offset
         self.saving.mark_best()
-        return state
 
     def _warn(self, text: str) -> None:
         self.emit(Note(text, warning=True))

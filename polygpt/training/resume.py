@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +67,20 @@ def _fixed(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def restored(run: Run, trainer: Trainer, emit: Listener) -> tuple[TrainState, Snapshot] | None:
+def restored(
+    run: Run, trainer: Trainer, emit: Listener, wanted: Callable[[int], bool] = lambda step: True
+) -> tuple[TrainState, Snapshot] | None:
     """The state of the newest checkpoint that is intact and finite, and its plain values; None if there is none.
+
+    Only steps that are `wanted` are looked at.
 
     Raises:
         RequestError: it is of another run, or past the last step.
     """
     like = abstract_parts(trainer)
     for saved in checkpoint.verified(run.folder / CHECKPOINTS, lambda text: emit(Note(text, warning=True))):
+        if not wanted(saved.step):
+            continue
         _check_resumable(run, saved)
         try:
             snapshot = checkpoint.restore(saved, *like)

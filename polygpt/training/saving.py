@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from typing import Any
 
 import jax
@@ -74,7 +75,8 @@ class Saving:
 
     Attributes:
         saved_step: the newest step that is saved or being saved.
-        batch_offset: batches skipped so far.
+        batch_offset: batches that rollbacks have left out so far.
+        rollbacks: how often the run has gone back to the newest periodic checkpoint.
         best, latest: the lowest and the latest validation loss, on the same windows.
     """
 
@@ -85,7 +87,7 @@ class Saving:
         self.fingerprints = fingerprints(run)
         self.writer = checkpoint.Writer(self.root, background=training.async_saving)
         self.saved_step: int | None = None
-        self.batch_offset = 0
+        self.batch_offset = self.rollbacks = 0
         self.best: checkpoint.Evaluation | None = None
         self.latest: checkpoint.Evaluation | None = None
 
@@ -106,6 +108,8 @@ class Saving:
         """
         step = int(state.step)
         if self.saved_step != step:
+            periodic = self.every > 0 and step % self.every == 0
+            self.rollbacks = 0 if periodic else self.rollbacks
             params, training = split_state(self.trainer, state)
             snapshot = Snapshot(
                 step,
@@ -113,16 +117,25 @@ class Saving:
                 training,
                 self.fingerprints,
                 self.batch_offset,
+                self.rollbacks,
                 tuple(self.meter.recent),
                 self.best,
                 self.meter.tokens_per_second,
             )
             best = self.best.step if self.training.keep_best and self.best is not None else None
-            self.writer.save(snapshot, Keep(self.training.keep, self._keep_every, best))
+            # A spike may yet lead back to the newest periodic checkpoint, however often the run is interrupted before.
+            needed = self.training.on_spike == "rollback" and not periodic and step < self.training.steps
+            keep = sys.maxsize if needed else self.training.keep
+            self.writer.save(snapshot, Keep(keep, self._keep_every, best))
             self.saved_step = step
         if last:
             self.writer.wait()
         self.report(last)
+
+    def wait(self) -> None:
+        """Waits for the save that is being written, and emits what became of it."""
+        self.writer.wait()
+        self.report()
 
     @property
     def _keep_every(self) -> int:
