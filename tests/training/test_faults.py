@@ -198,7 +198,7 @@ def small_disk(tmp_path):
     folder.mkdir()
     if (
         os.geteuid()
-        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], check=False).returncode
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], check=False).returncode
     ):
         pytest.skip("only root can mount a small disk")
     yield folder
