@@ -113,10 +113,10 @@ def find(name: str | Path, warn: Warn = warnings.warn) -> StoredModel:
     """
     if str(name).startswith(HUB):
         return open_huggingface(fetch(str(name)))
-    check_model_name(str(name))
     path = expand(name)
     if path.parent.name == CHECKPOINTS and (path.parent.parent / CONFIG).is_file():
         return _open_own(path.parent.parent, warn, path.name)
+    check_model_name(str(name))
     if path.is_dir():
         return open_huggingface(path) if _is_foreign(path) else _open_own(path, warn)
     if path.is_file():

@@ -15,6 +15,7 @@ from polygpt.recipes import load_recipe
 from polygpt.training import Skipped, Stepped, Trainer, read_config, train
 from polygpt.training.listeners import RunFiles
 from polygpt.training.run_folder import read_lines
+from polygpt.training.saving import abstract_parts
 
 TOO_FAST = {"training.optimizer.learning_rate": 1e3, "training.optimizer.weight_decay": 1e38}  # infinite parameters
 MUCH_TOO_FAST = {"training.optimizer.learning_rate": 1e17}  # the parameters stay finite, their products do not
@@ -71,9 +72,8 @@ def test_float16_parameters_train_save_and_resume(workdir, program):
 def spoil(run, monkeypatch):
     """Replaces the newest checkpoint by one that holds NaN, which an earlier version saved."""
     config = read_config(run)
-    like = Trainer(Model(config.model), config.training).abstract_state()
     saved = checkpoint.newest(run / "checkpoints")
-    found = checkpoint.restore(saved, like.params, like.optimizer)
+    found = checkpoint.restore(saved, *abstract_parts(Trainer(Model(config.model), config.training)))
     params = jax.tree.map(lambda leaf: leaf * jnp.nan, found.params)
     with monkeypatch.context() as patch:
         patch.setattr("polygpt.checkpoint.steps.check_finite", lambda *_: None)
