@@ -16,7 +16,7 @@ from polygpt.recipes import load_recipe, model_changes, named_fields
 from polygpt.summary.tree import model_tree
 
 if TYPE_CHECKING:
-    from polygpt.training import OptimizerConfig, RunConfig
+    from polygpt.training import RunConfig, TrainingConfig
 
 # Imported where they are used, for runs and files only: loading, data and training. They take as long as the model.
 
@@ -108,7 +108,7 @@ def shown(name: str, overrides: Mapping[str, Any] | None = None) -> dict[str, An
     """
     resolved = resolve_model(name, overrides)
     run = resolved.run
-    facts = summary(resolved.model, run and run.training.optimizer)
+    facts = summary(resolved.model, run and run.training)
     if run is not None:
         facts["run"] = {key: value for key, value in run.to_dict().items() if key != "model"}
     text = to_yaml(resolved.model if run is None else {"model": resolved.model.to_dict(), **facts["run"]})
@@ -130,16 +130,21 @@ def _kinds(value: Any) -> list[str]:
     return [kind for inner in value for kind in _kinds(inner)] if isinstance(value, list) else []
 
 
-def summary(config: ModelConfig, optimizer: OptimizerConfig | None = None) -> dict[str, Any]:
+def summary(config: ModelConfig, training: TrainingConfig | None = None) -> dict[str, Any]:
     """The resolved configuration and what it costs.
 
     The state's bytes are those of decoding one sequence, FLOPs those of training on one token at full context.
-    `training_bytes` counts parameters, gradients and the state of `optimizer` (default: Adam's two moments), but not
-    activations.
+    `training_bytes` counts parameters, gradients and the optimizer's state (without `training`, Adam's two moments),
+    but not activations.
     `attention_implementation` is None if the requested one cannot run on this machine; `notes` says so, along with
     anything else worth knowing before training.
     """
     model = model_of(config)
+    init_optimizer = None
+    if training is not None:
+        from polygpt.training import build_optimizer
+
+        init_optimizer = build_optimizer(training.optimizer, model, lambda step: 0.0, training.groups).init
     implementation, refusal = None, None
     try:
         implementation = model.attention_implementation()
@@ -150,7 +155,7 @@ def summary(config: ModelConfig, optimizer: OptimizerConfig | None = None) -> di
         "parameters": model.num_parameters,
         "active_parameters": model.num_active_parameters,
         "non_embedding_parameters": model.num_non_embedding_parameters,
-        "training_bytes": model.training_bytes(optimizer and optimizer.build(model, lambda step: 0.0).init),
+        "training_bytes": model.training_bytes(init_optimizer),
         "kv_cache_bytes_per_token": model.state_bytes_per_token,
         "state_bytes_at_full_context": model.state_bytes(config.context_length),
         "flops_per_token": model.flops_per_token,

@@ -12,7 +12,7 @@ from polygpt.config import to_yaml
 from polygpt.model import Model, Params
 
 # How a parameter is initialised and counted: of no use to whoever looks at its shape.
-HIDDEN = {"stack", "active", "mean", "deviation"}
+HIDDEN = {"stack", "active", "mean", "deviation", "trained"}
 
 _PAGE = """\
 <!DOCTYPE html>

@@ -18,7 +18,7 @@ from polygpt.training.events import (
 )
 from polygpt.training.interrupt import Interrupted
 from polygpt.training.loop import train
-from polygpt.training.optimizers import OptimizerConfig, ScheduleConfig
+from polygpt.training.optimizers import OptimizerConfig, ScheduleConfig, build_optimizer
 from polygpt.training.run_folder import Run, open_run, read_config
 from polygpt.training.step import Batch, Trainer, TrainState
 
@@ -46,6 +46,7 @@ __all__ = [
     "TrainState",
     "Trainer",
     "TrainingConfig",
+    "build_optimizer",
     "open_run",
     "read_config",
     "train",
