@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -12,6 +12,7 @@ from polygpt.data import DataConfig
 from polygpt.evaluation import EVALUATIONS, EvaluationConfig
 from polygpt.model import ModelConfig
 from polygpt.tokenizers import TokenizerConfig
+from polygpt.training.loss_scale import LossScaleConfig
 from polygpt.training.optimizers import (
     OPTIMIZERS,
     SCHEDULES,
@@ -55,6 +56,17 @@ class TrainingConfig(Config):
         initial: a MODEL whose weights training starts from; None draws new ones.
         steps: optimizer steps.
         batch_size: windows per step; a step sees batch_size · context_length tokens.
+        accumulation_steps: a batch is computed in this many equal parts, one after the other, in as much less memory;
+            the update is that of the whole batch.
+        remat: what is computed again for the gradient rather than kept in memory. `none`: nothing. `dots`: within each
+            block all but the products with weights. `block`: the whole block, from its input. `full`: all blocks,
+            from a few of their inputs.
+        loss_scale: of float16 alone.
+        max_skipped_steps: a step whose loss, gradient or updated weights are not finite changes nothing; this many in
+            a row stop the run.
+        spike_threshold: a loss this many deviations above its mean is a spike (see `guard.py`); None looks for none.
+        on_spike: `log` reports it. `rollback` also goes back to the newest periodic checkpoint (the start, if there is
+            none) and leaves out the batches up to the spike.
         optimizer, schedule: chosen by `kind`.
         clip_norm: the gradient's global norm is clipped to this; None does not clip.
         seed: of dropout, and of initial values and batches unless they have their own.
@@ -73,6 +85,12 @@ class TrainingConfig(Config):
     initial: str | None = None
     steps: Annotated[int, Field(gt=0, lt=2**31)]
     batch_size: PositiveInt
+    accumulation_steps: PositiveInt = 1
+    remat: Literal["none", "block", "dots", "full"] = "none"
+    loss_scale: LossScaleConfig = LossScaleConfig()
+    max_skipped_steps: PositiveInt = 10
+    spike_threshold: Annotated[float, Field(gt=0)] | None = 6.0
+    on_spike: Literal["log", "rollback"] = "log"
     optimizer: slot(OptimizerConfig, OPTIMIZERS, default="adamw") = AdamWConfig()
     schedule: slot(ScheduleConfig, SCHEDULES, default="cosine") = CosineConfig()
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0

@@ -25,6 +25,10 @@ from polygpt.training.prompts import prompts_of
 from polygpt.training.run_folder import Run
 from polygpt.training.step import Batch, TrainState, nll_sums
 
+Weights = Callable[[TrainState], Params]
+"""Which weights of the state are evaluated: `Trainer.evaluated`."""
+Current = Callable[[TrainState], LanguageModel]
+
 
 class Job(Protocol):
     """Something done every `every` steps (0: only at the end)."""
@@ -44,7 +48,8 @@ def is_due(job: Job, step: int) -> bool:
 class Validation:
     """Loss on the validation windows: during training on some of them, the same every time; at the end on all."""
 
-    def __init__(self, run: Run, emit: Listener):
+    def __init__(self, run: Run, weights: Weights, emit: Listener):
+        self.weights = weights
         training, self.emit, self.loader = run.config.training, emit, run.validation_loader
         self.every = in_steps(training.eval_every, training.steps)
         self.batches = training.eval_batches or self.loader.num_batches
@@ -56,8 +61,9 @@ class Validation:
         count = self.loader.num_batches
         wanted = count if last else min(self.batches, count)
         indices = np.linspace(0, count - 1, wanted).round().astype(int)
+        weights = self.weights(state)
         # Summed on the device: fetching each batch's sums would wait for it.
-        total = sum(self.sums(state.params, Batch.of(self.loader.batch(int(i)))) for i in indices)
+        total = sum(self.sums(weights, Batch.of(self.loader.batch(int(i)))) for i in indices)
         nats, tokens = np.asarray(total, np.float64)
         loss = float(nats / tokens)
         if not math.isfinite(loss):
@@ -70,11 +76,13 @@ class Validation:
 class Evaluation:
     """One of `training.evaluations`."""
 
-    def __init__(self, config: EvaluationConfig, ready: Ready, lm: Callable[[Params], LanguageModel], emit: Listener):
+    def __init__(
+        self, config: EvaluationConfig, ready: Ready, lm: Callable[[TrainState], LanguageModel], emit: Listener
+    ):
         self.every, self.title, self.ready, self.lm, self.emit = config.every, config.title, ready, lm, emit
 
     def run(self, state: TrainState, last: bool) -> None:
-        outcome = self.ready(self.lm(state.params), lambda done, total: None)
+        outcome = self.ready(self.lm(state), lambda done, total: None)
         metrics = {f"{self.title}/{name}": value for name, value in outcome.metrics.items()}
         self.emit(Measured(int(state.step), metrics))
 
@@ -82,7 +90,7 @@ class Evaluation:
 class Samples:
     """Text that continues each of the prompts."""
 
-    def __init__(self, run: Run, lm: Callable[[Params], LanguageModel], emit: Listener):
+    def __init__(self, run: Run, lm: Current, emit: Listener):
         self.settings, self.lm, self.emit = run.config.training.samples, lm, emit
         self.every = in_steps(self.settings.every, run.config.training.steps)
         context = run.config.model.context_length
@@ -90,7 +98,7 @@ class Samples:
         self.max_new_tokens = min(self.settings.max_new_tokens, context)
 
     def run(self, state: TrainState, last: bool) -> None:
-        lm = self.lm(state.params)
+        lm = self.lm(state)
         for prompt in self.prompts:
             text = lm.generate(
                 prompt,
@@ -122,7 +130,7 @@ class Saving:
         self.emit(Saved(step, saved.folder))
 
 
-def language_models(run: Run) -> Callable[[Params], LanguageModel]:
-    """A function from parameters to the run's language model."""
+def language_models(run: Run, weights: Weights) -> Current:
+    """A function from the state to the run's language model."""
     origin = read_origin(run.folder)
-    return lambda params: LanguageModel(run.config.model, params, run.tokenizer, origin)
+    return lambda state: LanguageModel(run.config.model, weights(state), run.tokenizer, origin)

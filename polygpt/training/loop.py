@@ -116,8 +116,8 @@ class _Loop:
         self.model = model_of(run.config.model)
         self.trainer = Trainer(self.model, self.training)
         self.meter = Meter(emit, self.training.batch_size * run.config.model.context_length)
-        lm = language_models(run)
-        self.validation, self.saving = Validation(run, emit), Saving(run, self.meter, emit)
+        lm = language_models(run, self.trainer.evaluated)
+        self.validation, self.saving = Validation(run, self.trainer.evaluated, emit), Saving(run, self.meter, emit)
         samples = Samples(run, lm, emit)
         evaluations = [Evaluation(config, ready, lm, emit) for config, ready in run.evaluations]
         # Saving comes last between steps, so that a checkpoint never lacks an evaluation of its step; and first at the
@@ -201,8 +201,8 @@ class _Loop:
                 continue
             self.meter.recent.extend(snapshot.recent_losses)
             self.meter.speeds.append(snapshot.tokens_per_second)
-            step = jax.numpy.int32(snapshot.step)
-            return TrainState(self.trainer.place(snapshot.params), snapshot.optimizer, step)
+            fresh = self.trainer.init(snapshot.params)
+            return fresh._replace(optimizer=snapshot.optimizer, step=jax.numpy.int32(snapshot.step))
         if any((self.folder / CHECKPOINTS).glob("step_*")):
             self._warn("no checkpoint is usable: training starts again from the first step")
         else:

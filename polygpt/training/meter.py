@@ -45,7 +45,7 @@ class Meter:
         self.speeds.append(speed)
         self.pending = []
         for step, metrics in fetched:
-            values = {name: float(value) for name, value in metrics._asdict().items() if name != "extra"}
+            values = {name: float(getattr(metrics, name)) for name in ("loss", "grad_norm", "learning_rate")}
             if not all(map(math.isfinite, values.values())):
                 raise NotFiniteError(f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}")
             self.recent.append(values["loss"])

@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from polygpt.model import Effects, Model, Params
 from polygpt.sharding import make_mesh, placement
 from polygpt.training.config import TrainingConfig
+from polygpt.training.guard import Guard
+from polygpt.training.loss_scale import LossScale
 from polygpt.training.optimizers import build_optimizer
 
 
@@ -38,11 +40,23 @@ class Batch(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """Everything that training changes. `step` is int32, the number of updates done."""
+    """Everything that training changes.
+
+    Attributes:
+        params: the weights at which gradients are taken.
+        optimizer: the optimizer's state.
+        step: updates attempted so far, those skipped by the guard included.
+        guard: counters of skipped steps, and statistics of the loss.
+        loss_scale: of float16; None for other dtypes.
+        average: a moving average of the weights, where one is kept.
+    """
 
     params: Params
     optimizer: PyTree
     step: Int[Array, ""]
+    guard: Guard
+    loss_scale: LossScale | None = None
+    average: Params | None = None
 
 
 class Metrics(NamedTuple):
@@ -51,14 +65,26 @@ class Metrics(NamedTuple):
     Attributes:
         loss: mean nats per token, without auxiliary losses.
         extra: auxiliary losses (weighted) and metrics that the model's parts report, by name.
-        grad_norm: global norm of the gradient before clipping; None before the update.
-        learning_rate: of this update; None before it.
+        grad_norm: global norm of the gradient before clipping. None before the update, as all that follow.
+        learning_rate: of this update.
+        update_ratio: norm of the update by the norm of the parameters.
+        skipped: the update was not finite, and nothing was updated.
+        in_a_row: how many steps in a row have been skipped, this one included.
+        spike: the loss is a spike (see `guard.py`).
+        spike_limit: the loss above which it is one.
+        loss_scale: the scale of the loss in this step; None unless it is computed in float16.
     """
 
     loss: Float[Array, ""]
     extra: dict[str, Float[Array, ""]]
     grad_norm: Float[Array, ""] | None = None
     learning_rate: Float[Array, ""] | None = None
+    update_ratio: Float[Array, ""] | None = None
+    skipped: Bool[Array, ""] | None = None
+    in_a_row: Int[Array, ""] | None = None
+    spike: Bool[Array, ""] | None = None
+    spike_limit: Float[Array, ""] | None = None
+    loss_scale: Float[Array, ""] | None = None
 
 
 class Trainer:
@@ -73,7 +99,17 @@ class Trainer:
     def init(self, params: Params | None = None) -> TrainState:
         """The state before the first step, with newly drawn parameters if none are given."""
         params = self.model.init(self.config.seeds.init, self.shardings) if params is None else self.place(params)
-        return TrainState(params, jax.jit(self.optimizer.init)(params), jnp.zeros((), jnp.int32))
+        scale = LossScale.new(self.config.loss_scale) if self.scales_loss else None
+        return TrainState(params, jax.jit(self.optimizer.init)(params), jnp.zeros((), jnp.int32), Guard.new(), scale)
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether gradients are computed in float16, and the loss therefore scaled."""
+        return self.model.config.compute_dtype == "float16"
+
+    def evaluated(self, state: TrainState) -> Params:
+        """The weights that are validated, sampled from, saved as the model's and exported."""
+        return state.params
 
     def place(self, params: Params) -> Params:
         """`params` on the devices where their logical axes put them."""
@@ -117,7 +153,7 @@ class Trainer:
         updates, optimizer = self.optimizer.update(gradients, state.optimizer, state.params)
         params = self.model.with_updates(optax.apply_updates(state.params, updates), effects.loads)
         rate = jnp.asarray(self.learning_rate(state.step), jnp.float32)
-        return TrainState(params, optimizer, state.step + 1), norm, rate
+        return state._replace(params=params, optimizer=optimizer, step=state.step + 1), norm, rate
 
     def compile_step(self, state: TrainState, batch: Batch) -> Callable[[TrainState, Batch], tuple]:
         """`step` compiled for these shapes; the new state reuses the old one's memory."""
