@@ -16,7 +16,7 @@ from polygpt.sharding import make_mesh, placement
 from polygpt.training.config import TrainingConfig
 from polygpt.training.guard import Guard
 from polygpt.training.loss_scale import LossScale
-from polygpt.training.optimizers import build_optimizer
+from polygpt.training.optimizers import build_optimizer, start_average, update_average
 
 
 class Batch(NamedTuple):
@@ -94,13 +94,17 @@ class Trainer:
         self.model, self.config = model, config
         self.shardings = placement(model.parameters, make_mesh())
         self.learning_rate = config.schedule.build(config.optimizer.learning_rate, config.steps)
-        self.optimizer = build_optimizer(config.optimizer, model, self.learning_rate)
+        self.optimizer = build_optimizer(config.optimizer, model, self.learning_rate, config.groups)
+        self.groups = self.optimizer.parameters
+        self._evaluated = jax.jit(self.optimizer.evaluated)
 
     def init(self, params: Params | None = None) -> TrainState:
         """The state before the first step, with newly drawn parameters if none are given."""
         params = self.model.init(self.config.seeds.init, self.shardings) if params is None else self.place(params)
         scale = LossScale.new(self.config.loss_scale) if self.scales_loss else None
-        return TrainState(params, jax.jit(self.optimizer.init)(params), jnp.zeros((), jnp.int32), Guard.new(), scale)
+        average = None if self.config.ema_decay is None else start_average(params)
+        optimizer = jax.jit(self.optimizer.init)(params)
+        return TrainState(params, optimizer, jnp.zeros((), jnp.int32), Guard.new(), scale, average)
 
     @property
     def scales_loss(self) -> bool:
@@ -108,8 +112,13 @@ class Trainer:
         return self.model.config.compute_dtype == "float16"
 
     def evaluated(self, state: TrainState) -> Params:
-        """The weights that are validated, sampled from, saved as the model's and exported."""
-        return state.params
+        """The weights that are validated, sampled from, saved as the model's and exported.
+
+        They are the moving average, or schedule-free's, where there is one, and the `params` themselves otherwise.
+        """
+        if state.average is not None:
+            return jax.tree.map(lambda average, p: average.astype(p.dtype), state.average, state.params)
+        return self._evaluated(state.optimizer, state.params) if self.config.optimizer.averages else state.params
 
     def place(self, params: Params) -> Params:
         """`params` on the devices where their logical axes put them."""
@@ -146,14 +155,24 @@ class Trainer:
         """The state after one update, the gradients' norm before clipping, and the learning rate."""
         # The squares of float16's gradients would overflow or vanish.
         gradients = jax.tree.map(lambda g: g.astype(jnp.float32) if g.dtype == jnp.float16 else g, gradients)
+        gradients = self.groups.freeze(gradients, jax.tree.map(jnp.zeros_like, gradients))
         norm = optax.tree.norm(gradients)
         if self.config.clip_norm is not None:
             scale = jnp.minimum(1.0, self.config.clip_norm / jnp.maximum(norm, 1e-12))
             gradients = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients)
         updates, optimizer = self.optimizer.update(gradients, state.optimizer, state.params)
         params = self.model.with_updates(optax.apply_updates(state.params, updates), effects.loads)
+        params = self.groups.freeze(params, state.params)
         rate = jnp.asarray(self.learning_rate(state.step), jnp.float32)
-        return state._replace(params=params, optimizer=optimizer, step=state.step + 1), norm, rate
+        average = self._average(state, params)
+        return state._replace(average=average, params=params, optimizer=optimizer, step=state.step + 1), norm, rate
+
+    def _average(self, state: TrainState, params: Params) -> Params | None:
+        """The moving average after the update that made `params`."""
+        if state.average is None:
+            return None
+        updates = state.step + 1 - state.guard.skipped
+        return update_average(state.average, params, self.config.ema_decay, updates)
 
     def compile_step(self, state: TrainState, batch: Batch) -> Callable[[TrainState, Batch], tuple]:
         """`step` compiled for these shapes; the new state reuses the old one's memory."""

@@ -45,7 +45,7 @@ def updates(optimizer, params, gradients):
 def test_adamw_is_its_equation_and_decays_matrices_only(model):
     params, gradients = draw(model, 0), [draw(model, seed) for seed in (1, 2, 3)]
     config = AdamWConfig(learning_rate=0.1, b1=0.8, b2=0.9, eps=1e-3, weight_decay=0.5)
-    found = list(updates(config.build(model, lambda step: 0.1 / (1 + step)), params, gradients))[-1]
+    found = list(updates(build_optimizer(config, model, lambda step: 0.1 / (1 + step)), params, gradients))[-1]
     decayed = {}
     for path, p in jax.tree_util.tree_leaves_with_path(params):
 
@@ -70,7 +70,7 @@ def test_adamw_is_its_equation_and_decays_matrices_only(model):
 def test_muon_orthogonalises_each_layers_matrix_by_its_contracted_axes(model):
     params, gradient = draw(model, 0), draw(model, 1)
     config = MuonConfig(learning_rate=1.0, adam_learning_rate=0.1, weight_decay=0.0)
-    found = next(updates(config.build(model, lambda step: 1.0), params, [gradient]))
+    found = next(updates(build_optimizer(config, model, lambda step: 1.0), params, [gradient]))
     change = jax.tree.map(lambda a, b: np.asarray(a - b), found, params)
     attention = change["blocks"][0]["attention"]
     matrices = {

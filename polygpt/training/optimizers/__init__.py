@@ -20,7 +20,7 @@ from polygpt.training.optimizers.schedules import (
     in_steps,
 )
 
-# SOAP and Shampoo are in no maintained library for JAX: optax has neither, and PSGD's few packages have had one release.
+# SOAP, Shampoo and PSGD are missing: optax has none of them, and no other library for JAX that does is maintained.
 OPTIMIZERS: dict[str, type[OptimizerConfig]] = {
     "adamw": AdamWConfig,
     "muon": MuonConfig,

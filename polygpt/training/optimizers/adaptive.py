@@ -31,8 +31,8 @@ class AdamWConfig(OptimizerConfig):
 class LionConfig(OptimizerConfig):
     """Lion: the sign of an interpolated momentum (Chen et al. 2023); one moment, half of Adam's memory.
 
-    All steps are of one length, so the learning rate is three to ten times smaller than AdamW's, and the weight decay as
-    many times larger.
+    All steps are of one length, so the learning rate is three to ten times smaller than AdamW's, and the weight decay
+    as many times larger.
 
     Attributes:
         b1: share of the momentum in the sign that is taken; the rest is the gradient.

@@ -22,11 +22,13 @@ class Optimizer(NamedTuple):
         init: the state for parameters.
         update: (gradients, state, params) → (updates, state).
         evaluated: (state, params) → the weights to evaluate and save.
+        parameters: what is trained.
     """
 
     init: Callable[[Params], PyTree]
     update: Callable[[Params, PyTree, Params], tuple[Params, PyTree]]
     evaluated: Callable[[PyTree, Params], Params]
+    parameters: ParameterGroups
 
 
 def build_optimizer(
@@ -47,13 +49,11 @@ def build_optimizer(
     optimizer = _in_float32(inner) if coarse else inner
 
     def evaluated(state: PyTree, params: Params) -> Params:
-        if not config.averages:
-            return params
         trained = parameters.select(params)
         found = config.evaluated(state, _cast(trained) if coarse else trained)
         return parameters.replace(params, jax.tree.map(lambda value, p: value.astype(p.dtype), found, trained))
 
-    return Optimizer(optimizer.init, optimizer.update, evaluated)
+    return Optimizer(optimizer.init, optimizer.update, evaluated, parameters)
 
 
 def _in_float32(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -60,7 +60,9 @@ class ParameterGroups:
             {path: info for path, info in flat.items() if path in self._groups and info.trained}
         )
         if not self.infos:
-            raise RequestError("training.groups: every parameter is frozen (learning_rate: 0); leave some to be trained")
+            raise RequestError(
+                "training.groups: every parameter is frozen (learning_rate: 0); leave some to be trained"
+            )
 
     def select(self, tree: PyTree) -> PyTree:
         """The part of a tree like the model's parameters that belongs to the trained ones."""
@@ -102,7 +104,9 @@ class ParameterGroups:
 
         def update(updates: PyTree, state: _Count, params: PyTree | None = None) -> tuple[PyTree, _Count]:
             rate = learning_rate(state.count)
-            updates = jax.tree.map(lambda f, u: jnp.asarray(-rate if f == 1 else -rate * f, u.dtype) * u, factors, updates)
+            updates = jax.tree.map(
+                lambda f, u: jnp.asarray(-rate if f == 1 else -rate * f, u.dtype) * u, factors, updates
+            )
             return updates, _Count(optax.safe_increment(state.count))
 
         return optax.GradientTransformation(lambda params: _Count(jnp.zeros((), jnp.int32)), update)

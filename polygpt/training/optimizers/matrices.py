@@ -69,9 +69,8 @@ def _muon_axes(info: ParameterInfo) -> optax.contrib.MuonDimensionNumbers | None
 class AdafactorConfig(OptimizerConfig):
     """Adafactor: of each matrix's second moments only the means of rows and columns are kept (Shazeer & Stern 2018).
 
-    Its memory is that of the parameters' rows and columns, next to nothing. As in T5, an update is relative: its root
-    mean square is at most `clipping_threshold`, times that of the matrix (at least 0.001). Each layer's and each expert's
-    matrix counts by itself.
+    They take next to no memory. As in T5, an update is relative: its root mean square is at most `clipping_threshold`,
+    times that of the matrix (at least 0.001). Each layer's and each expert's matrix counts by itself.
 
     Attributes:
         learning_rate: the schedule's peak, relative to each matrix's root mean square.

@@ -111,9 +111,9 @@ class InverseSqrtConfig(ScheduleConfig):
 class WSDConfig(ScheduleConfig):
     """Linear warm-up, the peak (stable), then a decay over the last `decay_fraction` of the run (Hu et al. 2024).
 
-    Where the decay would begin before the warm-up ends, it begins at the warm-up's end, and is steeper. With p the share
-    of the decay that is done, the rate falls as 1 - p (`linear`), (1 + cos πp)/2 (`cosine`) or 1 - sqrt(p) (`1-sqrt`,
-    best in Hägele et al. 2024) from the peak to `final_fraction` of it.
+    With p the share of the decay that is done, the rate falls from the peak to `final_fraction` of it as 1 - p
+    (`linear`), (1 + cos πp)/2 (`cosine`) or 1 - sqrt(p) (`1-sqrt`, the best in Hägele et al. 2024). Where the decay
+    would begin before the warm-up ends, it begins at the warm-up's end, and is steeper.
     """
 
     kind: Literal["wsd"] = "wsd"
