@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from polygpt.model import Effects, Model, Params
 from polygpt.sharding import make_mesh, placement
 from polygpt.training.config import TrainingConfig
-from polygpt.training.guard import Guard
+from polygpt.training.guard import Guard, choose
 from polygpt.training.loss_scale import LossScale
 from polygpt.training.optimizers import build_optimizer, start_average, update_average
 
@@ -69,9 +69,10 @@ class Metrics(NamedTuple):
         learning_rate: of this update.
         update_ratio: norm of the update by the norm of the parameters.
         skipped: the update was not finite, and nothing was updated.
+        stopped: so many in a row have been skipped that the run must stop.
         in_a_row: how many steps in a row have been skipped, this one included.
         spike: the loss is a spike (see `guard.py`).
-        spike_limit: the loss above which it is one.
+        spike_mean, spike_limit: the mean loss before this step, and the loss above which it is a spike.
         loss_scale: the scale of the loss in this step; None unless it is computed in float16.
     """
 
@@ -81,8 +82,10 @@ class Metrics(NamedTuple):
     learning_rate: Float[Array, ""] | None = None
     update_ratio: Float[Array, ""] | None = None
     skipped: Bool[Array, ""] | None = None
+    stopped: Bool[Array, ""] | None = None
     in_a_row: Int[Array, ""] | None = None
     spike: Bool[Array, ""] | None = None
+    spike_mean: Float[Array, ""] | None = None
     spike_limit: Float[Array, ""] | None = None
     loss_scale: Float[Array, ""] | None = None
 
@@ -130,9 +133,7 @@ class Trainer:
 
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """One update from one batch."""
-        gradients, metrics, effects = self.gradients(state, batch)
-        state, norm, rate = self.apply(state, gradients, effects)
-        return state, metrics._replace(grad_norm=norm, learning_rate=rate)
+        return self.apply(state, *self.gradients(state, batch))
 
     def gradients(self, state: TrainState, batch: Batch) -> tuple[Params, Metrics, Effects]:
         """Gradients of the mean loss over what counts, plus auxiliary losses; and what the model's parts report.
@@ -141,31 +142,67 @@ class Trainer:
         """
         key = jax.random.fold_in(jax.random.key(self.config.seeds.dropout), state.step)
         weights = batch.mask / jnp.maximum(batch.mask.sum(), 1)
+        scale = None if state.loss_scale is None else state.loss_scale.scale
 
         def objective(params: Params) -> tuple[Float[Array, ""], tuple[Float[Array, ""], Effects]]:
-            loss, effects = self.model.loss(params, batch.input, batch.target, weights, key, batch.segment_ids)
-            return sum(effects.losses.values(), loss), (loss, effects)
+            # Weights are scaled rather than the loss: the logits' gradients would be 0 in float16 otherwise.
+            scaled = weights if scale is None else weights * scale
+            loss, effects = self.model.loss(params, batch.input, batch.target, scaled, key, batch.segment_ids)
+            auxiliary = sum(effects.losses.values(), jnp.float32(0))
+            return loss + (auxiliary if scale is None else auxiliary * scale), (loss, effects)
 
         (_, (loss, effects)), gradients = jax.value_and_grad(objective, has_aux=True)(state.params)
+        # The squares of float16's gradients would overflow or vanish.
+        gradients = jax.tree.map(lambda g: g.astype(jnp.float32) if g.dtype == jnp.float16 else g, gradients)
+        if scale is not None:
+            loss, gradients = jax.tree.map(lambda leaf: leaf / scale.astype(leaf.dtype), (loss, gradients))
         return gradients, Metrics(loss, {**effects.losses, **effects.metrics}), effects
 
     def apply(
-        self, state: TrainState, gradients: Params, effects: Effects
-    ) -> tuple[TrainState, Float[Array, ""], Float[Array, ""]]:
-        """The state after one update, the gradients' norm before clipping, and the learning rate."""
-        # The squares of float16's gradients would overflow or vanish.
-        gradients = jax.tree.map(lambda g: g.astype(jnp.float32) if g.dtype == jnp.float16 else g, gradients)
+        self, state: TrainState, gradients: Params, metrics: Metrics, effects: Effects
+    ) -> tuple[TrainState, Metrics]:
+        """The state after one update, and its metrics.
+
+        If the loss, the gradient or an updated parameter is not finite, only counters (and float16's loss scale)
+        change. After `max_skipped_steps` such steps in a row nothing changes any more, `step` included: the state in
+        which a run stops does not depend on when the metrics are looked at.
+        """
         gradients = self.groups.freeze(gradients, jax.tree.map(jnp.zeros_like, gradients))
-        norm = optax.tree.norm(gradients)
+        norm = _norm(gradients)
         if self.config.clip_norm is not None:
-            scale = jnp.minimum(1.0, self.config.clip_norm / jnp.maximum(norm, 1e-12))
-            gradients = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients)
+            factor = jnp.minimum(1.0, self.config.clip_norm / jnp.maximum(norm, 1e-12))
+            gradients = jax.tree.map(lambda g: g * factor.astype(g.dtype), gradients)
         updates, optimizer = self.optimizer.update(gradients, state.optimizer, state.params)
         params = self.model.with_updates(optax.apply_updates(state.params, updates), effects.loads)
         params = self.groups.freeze(params, state.params)
-        rate = jnp.asarray(self.learning_rate(state.step), jnp.float32)
-        average = self._average(state, params)
-        return state._replace(average=average, params=params, optimizer=optimizer, step=state.step + 1), norm, rate
+        params_norm = _norm(params)
+        finite = jnp.isfinite(metrics.loss) & jnp.isfinite(norm) & jnp.isfinite(params_norm)
+        limit = state.guard.limit(self.config.spike_threshold)
+        after = state._replace(
+            params=params,
+            optimizer=optimizer,
+            step=state.step + 1,
+            guard=state.guard.after_step(metrics.loss, limit),
+            average=self._average(state, params),
+        )
+        skipped = state._replace(step=state.step + 1, guard=state.guard.after_skipping())
+        stopped = self.is_stopped(state)
+        after = choose(finite & ~stopped, after, choose(stopped, state, skipped))
+        if state.loss_scale is not None:
+            after = after._replace(loss_scale=state.loss_scale.next(finite, self.config.loss_scale))
+        return after, metrics._replace(
+            grad_norm=norm,
+            # Skipped steps are none to the optimizer.
+            learning_rate=jnp.asarray(self.learning_rate(state.step - state.guard.skipped), jnp.float32),
+            update_ratio=jnp.where(finite, _norm(updates) / jnp.maximum(params_norm, 1e-12), 0),
+            skipped=~finite | stopped,
+            stopped=self.is_stopped(after),
+            in_a_row=after.guard.in_a_row,
+            spike=finite & (metrics.loss > limit),
+            spike_mean=state.guard.mean,
+            spike_limit=limit,
+            loss_scale=None if state.loss_scale is None else state.loss_scale.scale,
+        )
 
     def _average(self, state: TrainState, params: Params) -> Params | None:
         """The moving average after the update that made `params`."""
@@ -174,9 +211,18 @@ class Trainer:
         updates = state.step + 1 - state.guard.skipped
         return update_average(state.average, params, self.config.ema_decay, updates)
 
+    def is_stopped(self, state: TrainState) -> Bool[Array, ""]:
+        """Whether `max_skipped_steps` in a row have been skipped (in float16: at the smallest loss scale)."""
+        many = state.guard.in_a_row >= self.config.max_skipped_steps
+        return many if state.loss_scale is None else many & state.loss_scale.is_least
+
     def compile_step(self, state: TrainState, batch: Batch) -> Callable[[TrainState, Batch], tuple]:
         """`step` compiled for these shapes; the new state reuses the old one's memory."""
         return jax.jit(self.step, donate_argnums=0).lower(state, batch).compile()
+
+
+def _norm(tree: PyTree) -> Float[Array, ""]:
+    return optax.tree.norm(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree))
 
 
 def nll_sums(model: Model, params: Params, batch: Batch) -> Float[Array, "2"]:
