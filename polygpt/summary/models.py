@@ -13,6 +13,7 @@ from polygpt.errors import PolygptError, RequestError
 from polygpt.model import ModelConfig, model_of
 from polygpt.presets import PRESET_VOCAB
 from polygpt.recipes import load_recipe, model_changes, named_fields
+from polygpt.summary.schedule import schedule_points
 from polygpt.summary.tree import model_tree
 
 if TYPE_CHECKING:
@@ -101,7 +102,8 @@ def shown(name: str, overrides: Mapping[str, Any] | None = None) -> dict[str, An
     """Everything that `polygpt show` prints for `name`, ready for JSON.
 
     `yaml` is the configuration to be printed, of the whole run where there is one; `facts` is what `summary` gives, and
-    the run's other settings under `run`; `tree` holds the parts; `vocabulary` and `repeatable` are those of `Resolved`.
+    of a run its other settings under `run` and its learning rate by step under `schedule`; `tree` holds the parts;
+    `vocabulary` and `repeatable` are those of `Resolved`.
 
     Raises:
         RequestError: as `resolve_model`.
@@ -110,6 +112,7 @@ def shown(name: str, overrides: Mapping[str, Any] | None = None) -> dict[str, An
     run = resolved.run
     facts = summary(resolved.model, run and run.training)
     if run is not None:
+        facts["schedule"] = schedule_points(run.training)
         facts["run"] = {key: value for key, value in run.to_dict().items() if key != "model"}
     text = to_yaml(resolved.model if run is None else {"model": resolved.model.to_dict(), **facts["run"]})
     own = any(":" in kind for kind in _kinds(facts))  # the code of a user's own part may change
