@@ -42,9 +42,11 @@ class Snapshot:
         step: updates done.
         params: the model's parameters.
         optimizer: the optimizer's state; None for a model alone, which cannot be resumed.
-        data: fingerprint of the training batches; the next batch is number `step`.
+        data: fingerprint of the training batches; the next batch is number `step` + `batch_offset`.
         recent_losses: of the last steps, for the mean that a run reports.
         tokens_per_second: training speed so far.
+        batch_offset: batches left out by rollbacks.
+        rollbacks: how often the run has gone back to the newest periodic checkpoint.
     """
 
     step: int
@@ -53,6 +55,8 @@ class Snapshot:
     data: str | None = None
     recent_losses: tuple[float, ...] = ()
     tokens_per_second: float = 0.0
+    batch_offset: int = 0
+    rollbacks: int = 0
 
     @property
     def arrays(self) -> dict[str, PyTree]:
@@ -65,7 +69,8 @@ class Snapshot:
     @property
     def info(self) -> dict[str, Any]:
         """The plain values, for `info.json`."""
-        return {name: getattr(self, name) for name in ("step", "data", "recent_losses", "tokens_per_second")}
+        names = ("step", "data", "recent_losses", "tokens_per_second", "batch_offset", "rollbacks")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ to the list in `loop.py`.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Protocol
 
@@ -111,21 +112,39 @@ class Samples:
 
 
 class Saving:
-    """A checkpoint."""
+    """A checkpoint.
+
+    Attributes:
+        batch_offset: how many batches rollbacks have left out so far.
+        rollbacks: how often the run has gone back to the newest periodic checkpoint.
+    """
 
     def __init__(self, run: Run, meter: Meter, emit: Listener):
         training = run.config.training
         self.every, self.keep = in_steps(training.save_every, training.steps), training.keep
+        self.rolls_back = self.every > 0 and training.on_spike == "rollback"
         self.root, self.data = run.folder / CHECKPOINTS, run.train_loader.fingerprint
         self.meter, self.emit = meter, emit
         self.saved_step: int | None = None
+        self.batch_offset = self.rollbacks = 0
 
     def run(self, state: TrainState, last: bool) -> None:
         step, losses = int(state.step), tuple(self.meter.recent)
+        periodic = is_due(self, step)
+        self.rollbacks = 0 if periodic else self.rollbacks
         snapshot = checkpoint.Snapshot(
-            step, state.params, state.optimizer, self.data, losses, self.meter.tokens_per_second
+            step,
+            state.params,
+            state.optimizer,
+            self.data,
+            losses,
+            self.meter.tokens_per_second,
+            self.batch_offset,
+            self.rollbacks,
         )
-        saved = checkpoint.save(self.root, snapshot, self.keep)
+        # A spike may yet lead back to the newest periodic checkpoint, however often the run is interrupted before.
+        keep = self.keep if periodic or last or not self.rolls_back else sys.maxsize
+        saved = checkpoint.save(self.root, snapshot, keep)
         self.saved_step = step
         self.emit(Saved(step, saved.folder))
 

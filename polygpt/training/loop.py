@@ -17,9 +17,9 @@ from polygpt.checkpoint import NotFiniteError
 from polygpt.errors import PolygptError, RequestError
 from polygpt.loading import CHECKPOINTS
 from polygpt.model import Model, model_of
-from polygpt.process import memory_not_kept
+from polygpt.process import command_line, memory_not_kept
 from polygpt.training.config import RunConfig
-from polygpt.training.events import Compiled, Ended, Event, Finished, Listener, Note, RunResult, Started
+from polygpt.training.events import Compiled, Ended, Event, Finished, Listener, Note, RolledBack, RunResult, Started
 from polygpt.training.initial import initial_changes, initial_params
 from polygpt.training.interrupt import Interrupted, InterruptFlag
 from polygpt.training.jobs import Evaluation, Job, Samples, Saving, Validation, is_due, language_models
@@ -27,7 +27,7 @@ from polygpt.training.listeners import standard_listeners
 from polygpt.training.meter import Meter
 from polygpt.training.optimizers import ParameterGroups, in_steps
 from polygpt.training.resume import with_changes
-from polygpt.training.run_folder import Run, create_run, naming_evaluation, open_run, write_config
+from polygpt.training.run_folder import Run, create_run, naming_evaluation, open_run, read_config, write_config
 from polygpt.training.step import Batch, Trainer, TrainState
 
 
@@ -56,12 +56,20 @@ def train(
     try:
         return _Loop(_opened(config, out, resume, emit), emit, started).run(resume)
     except NotFiniteError as error:
-        kept = checkpoint.describe_saved(out / CHECKPOINTS)
-        raise PolygptError(
-            f"{error}: training diverged; lower training.optimizer.learning_rate, or use float32 ({kept})"
-        ) from error
+        raise PolygptError(_diverged(error, out)) from error
     finally:
         emit(Ended())
+
+
+def _diverged(error: NotFiniteError, out: Path) -> str:
+    """What happened, what is kept, and the command to go on with."""
+    config = read_config(out)
+    rate = config.training.optimizer.learning_rate / 2
+    again = command_line("train", "--resume", "--out", out, f"training.optimizer.learning_rate={rate:g}")
+    half = config.model.compute_dtype != "float32" or config.model.param_dtype != "float32"
+    kept = checkpoint.describe_saved(out / CHECKPOINTS)
+    advice = " (or start a new run in float32)" if half else ""
+    return f"{error}: training diverged ({kept})\ngo on with a lower learning rate: {again}{advice}"
 
 
 def _opened(config: RunConfig | None, out: Path, resume: bool, emit: Listener) -> Run:
@@ -116,7 +124,8 @@ class _Loop:
         self.vocabulary = run.tokenizer.vocab_size
         self.model = model_of(run.config.model)
         self.trainer = Trainer(self.model, self.training)
-        self.meter = Meter(emit, self.training.batch_size * run.config.model.context_length)
+        tokens = self.training.batch_size * run.config.model.context_length
+        self.meter = Meter(emit, tokens, roll_back=self.training.on_spike == "rollback")
         lm = language_models(run, self.trainer.evaluated)
         self.validation, self.saving = Validation(run, self.trainer.evaluated, emit), Saving(run, self.meter, emit)
         samples = Samples(run, lm, emit)
@@ -158,29 +167,71 @@ class _Loop:
 
     def _steps(self, state: TrainState, step_function: Callable, interrupt: InterruptFlag) -> TrainState:
         self.meter.restart()
-        for step in range(int(state.step) + 1, self.training.steps + 1):
-            state, metrics = step_function(state, Batch.of(self.loader.batch(step - 1)))
+        step = int(state.step)
+        while step < self.training.steps:
+            state, metrics = step_function(state, Batch.of(self.loader.batch(step + self.saving.batch_offset)))
+            step += 1
             self.meter.add(step, metrics)
-            if step == self.training.steps:
-                break
-            if step % self.training.log_every == 0:
-                self.meter.flush()
-            self._do([job for job in self.jobs if is_due(job, step)], state)
-            if interrupt.raised:
+            last = step == self.training.steps
+            due = [] if last else [job for job in self.jobs if is_due(job, step)]
+            fetch = due or last or interrupt.raised or step % self.training.log_every == 0
+            spike = self._flush(state) if fetch else None
+            if spike is not None:
+                state = self._roll_back(spike)
+                step = int(state.step)
+                continue
+            self._do(due, state)
+            if interrupt.raised and not last:
                 if self.saving.saved_step != step:
                     self._do([self.saving], state)
                 raise Interrupted(step, self.folder)
+        if int(state.guard.skipped) == step:
+            raise NotFiniteError(f"step {step}: every step was skipped")
         self._do(self.last_jobs, state, last=True)
+        return state
+
+    def _flush(self, state: TrainState) -> int | None:
+        """Emits the metrics so far; returns the step of a spike to roll back.
+
+        Where too many steps in a row have been skipped, the state before them is saved: unless its loss is not finite
+        and there is an earlier checkpoint, from which going on is more promising.
+        """
+        try:
+            return self.meter.flush()
+        except NotFiniteError:
+            updated = int(state.guard.skipped) < int(state.step)
+            if updated and (self.meter.finite_loss or self.saving.saved_step is None):
+                self.saving.run(state, last=False)
+            raise
+
+    def _roll_back(self, spike: int) -> TrainState:
+        """The state of the newest periodic checkpoint before step `spike`; the batches up to it are left out.
+
+        Only periodic checkpoints count, so that an interruption changes nothing.
+        """
+        every, saving = self.saving.every, self.saving
+        saving.rollbacks += 1
+        earlier = (saved for saved in checkpoint.verified(self.folder / CHECKPOINTS, self._warn) if saved.step < spike)
+        found = next((saved for saved in earlier if every and saved.step % every == 0), None)
+        self.meter.recent.clear()
+        state = self._start() if found is None else self._read(found)
+        step = int(state.step)
+        if saving.rollbacks > self.training.max_skipped_steps:
+            raise PolygptError(
+                f"step {spike}: the loss spiked again after {saving.rollbacks - 1} rollbacks to step {step}; lower "
+                "training.optimizer.learning_rate, raise training.spike_threshold, or set training.on_spike=log"
+            )
+        saving.batch_offset += spike - step
+        self.emit(RolledBack(spike, step, spike - step))
+        self.meter.restart()
         return state
 
     def _do(self, jobs: list[Job], state: TrainState, last: bool = False) -> None:
         """Runs jobs, none of which counts as training time."""
-        if not jobs:
-            return
-        self.meter.flush()  # raises if the state is not worth evaluating or saving
         for job in jobs:
             job.run(state, last)
-        self.meter.restart()
+        if jobs:
+            self.meter.restart()
 
     def _start(self) -> TrainState:
         """The state before the first step: new weights, or those of `training.initial`."""
@@ -194,21 +245,30 @@ class _Loop:
         """The state of the newest checkpoint that is intact and finite; the first state if there is none."""
         for saved in checkpoint.verified(self.folder / CHECKPOINTS, self._warn):
             self._check_resumable(saved)
-            like = self.trainer.abstract_state()
             try:
-                snapshot = checkpoint.restore(saved, like.params, like.optimizer)
+                state = self._read(saved)
             except NotFiniteError as error:
                 self._warn(f"{error}; trying the step before it")
                 continue
-            self.meter.recent.extend(snapshot.recent_losses)
-            self.meter.speeds.append(snapshot.tokens_per_second)
-            fresh = self.trainer.init(snapshot.params)
-            return fresh._replace(optimizer=snapshot.optimizer, step=jax.numpy.int32(snapshot.step))
+            self.saving.batch_offset = saved.info.get("batch_offset", 0)
+            self.saving.rollbacks = saved.info.get("rollbacks", 0)
+            if self.trainer.is_stopped(state):  # by skipped steps: they are counted anew
+                state = state._replace(guard=state.guard._replace(in_a_row=jax.numpy.int32(0)))
+            return state
         if any((self.folder / CHECKPOINTS).glob("step_*")):
             self._warn("no checkpoint is usable: training starts again from the first step")
         else:
             self.emit(Note("no checkpoint yet: starting from the first step"))
         return self._start()
+
+    def _read(self, saved: checkpoint.Checkpoint) -> TrainState:
+        """The state in a checkpoint."""
+        like = self.trainer.abstract_state()
+        snapshot = checkpoint.restore(saved, like.params, like.optimizer)
+        self.meter.recent.extend(snapshot.recent_losses)
+        self.meter.speeds.append(snapshot.tokens_per_second)
+        state = self.trainer.init(snapshot.params)
+        return state._replace(optimizer=snapshot.optimizer, step=jax.numpy.int32(snapshot.step))
 
     def _check_resumable(self, saved: checkpoint.Checkpoint) -> None:
         if saved.info["data"] != self.loader.fingerprint:

@@ -23,6 +23,7 @@ class Meter:
         self.recent: deque[float] = deque(maxlen=20)
         self.speeds: list[float] = []
         self.clock = time.perf_counter()
+        self.finite_loss = True  # the last step's
 
     def restart(self) -> None:
         """Restarts the clock, after work that was not training."""
@@ -58,6 +59,7 @@ class Meter:
     def _emit_step(self, step: int, metrics: Metrics, speed: float | None) -> None:
         loss, grad_norm = float(metrics.loss), float(metrics.grad_norm)
         scale = None if metrics.loss_scale is None else float(metrics.loss_scale)
+        self.finite_loss = math.isfinite(loss)
         if metrics.skipped:
             self.emit(Skipped(step, loss, grad_norm, int(metrics.in_a_row), scale))
             if metrics.stopped:
