@@ -22,9 +22,10 @@ from polygpt.errors import RequestError
 from polygpt.kernels import WeightType, pack
 from polygpt.model.block import LayerState
 from polygpt.model.config import ModelConfig
-from polygpt.model.decoder import Decoder, Output
+from polygpt.model.decoder import Decoder, Loads, Output
 from polygpt.model.initial import draw_parameters
 from polygpt.model.parts import Effects
+from polygpt.model.remat import Remat
 
 Params = dict[str, Any]
 
@@ -175,15 +176,19 @@ class Model:
         token_weights: Float[Array, "B T"],
         key: PRNGKeyArray | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
+        loads: Loads | None = None,
+        remat: Remat = "none",
     ) -> tuple[Float[Array, ""], Effects]:
         """Σ token_weights · nll in training form, and what the parts report beside it.
 
         Args:
             key: for dropout and noise; None draws nothing.
             segment_ids: each document of a packed row is a run of equal ids, and sees itself alone.
+            loads: the parts' loads over the whole batch, of which these tokens are a part.
+            remat: what is computed again for the gradient (see `remat.py`).
         """
         decoder = self.module(params)
-        output = decoder(tokens, segment_ids=segment_ids, training=True, key=key)
+        output = decoder(tokens, segment_ids=segment_ids, training=True, key=key, loads=loads, remat=remat)
         return decoder.loss(output.hidden, targets, token_weights), output.effects
 
     def with_updates(self, params: Params, loads: dict[int, dict[str, Array]]) -> Params:

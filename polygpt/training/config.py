@@ -138,6 +138,16 @@ class TrainingConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _accumulation_divides_the_batch(self) -> TrainingConfig:
+        if self.batch_size % self.accumulation_steps:
+            fitting = [count for count in range(1, self.batch_size + 1) if self.batch_size % count == 0]
+            raise ValueError(
+                f"accumulation_steps={self.accumulation_steps} does not divide batch_size={self.batch_size}; these do: "
+                + ", ".join(map(str, fitting))
+            )
+        return self
+
+    @model_validator(mode="after")
     def _names_differ(self) -> TrainingConfig:
         titles = [evaluation.title for evaluation in self.evaluations]
         twice = next((title for index, title in enumerate(titles) if title in titles[:index]), None)

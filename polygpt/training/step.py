@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from polygpt.model import Effects, Model, Params
+from polygpt.model import Effects, Loads, Model, Params, matmul_precision
 from polygpt.sharding import make_mesh, placement
 from polygpt.training.config import TrainingConfig
 from polygpt.training.guard import Guard, choose
@@ -138,25 +140,84 @@ class Trainer:
     def gradients(self, state: TrainState, batch: Batch) -> tuple[Params, Metrics, Effects]:
         """Gradients of the mean loss over what counts, plus auxiliary losses; and what the model's parts report.
 
-        Dropout's key depends on (seed, step) alone, so that a resumed run repeats it.
+        With `accumulation_steps` the batch is cut into as many parts of equal size, and gradients are summed in
+        float32. Tokens count as in the whole batch, and so do loads: for auxiliary losses that depend on them they are
+        gathered first, at the cost of another forward pass. Dropout's key depends on (seed, step, part) alone, so that
+        a resumed run repeats it.
         """
         key = jax.random.fold_in(jax.random.key(self.config.seeds.dropout), state.step)
-        weights = batch.mask / jnp.maximum(batch.mask.sum(), 1)
-        scale = None if state.loss_scale is None else state.loss_scale.scale
+        batch = batch._replace(mask=batch.mask / jnp.maximum(batch.mask.sum(), 1))  # now each token's weight
+        count = self.config.accumulation_steps
+        if count == 1:
+            gradients, metrics, effects = self._part_gradients(state, batch, key)
+        else:
+            parts = jax.tree.map(lambda leaf: leaf.reshape(count, -1, *leaf.shape[1:]), batch)
+            keys = jax.vmap(lambda part: jax.random.fold_in(key, part))(jnp.arange(count))
+            loads = self._loads(state, parts, keys) if self._needs_loads else None
+
+            def one(total: PyTree, part: tuple[Batch, PRNGKeyArray]) -> tuple[PyTree, None]:
+                found = self._part_gradients(state, *part, loads=loads, share=1 / count)
+                return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, found), None
+
+            shapes = self._part_shapes(state, parts, keys, loads)
+            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes)
+            (gradients, metrics, effects), _ = lax.scan(one, zeros, (parts, keys))
+        dtypes = jax.tree.map(lambda leaf: leaf.dtype, state.params)
+        # The squares of float16's gradients would overflow or vanish: they stay in float32.
+        gradients = jax.tree.map(
+            lambda g, dtype: g.astype(jnp.float32 if dtype == jnp.float16 else dtype), gradients, dtypes
+        )
+        if state.loss_scale is not None:
+            gradients = jax.tree.map(lambda g: g / state.loss_scale.scale.astype(g.dtype), gradients)
+        return gradients, metrics, effects
+
+    def _part_gradients(
+        self,
+        state: TrainState,
+        part: Batch,
+        key: PRNGKeyArray,
+        loads: Loads | None = None,
+        share: float = 1,
+    ) -> tuple[Params, Metrics, Effects]:
+        """What a part of the batch adds to the (scaled) gradients, to the metrics and to the effects.
+
+        Args:
+            part: its mask holds each token's weight in the batch.
+            loads: of the whole batch.
+            share: the part's share in the batch, with which means over tokens count.
+        """
+        scale = jnp.float32(1) if state.loss_scale is None else state.loss_scale.scale
 
         def objective(params: Params) -> tuple[Float[Array, ""], tuple[Float[Array, ""], Effects]]:
             # Weights are scaled rather than the loss: the logits' gradients would be 0 in float16 otherwise.
-            scaled = weights if scale is None else weights * scale
-            loss, effects = self.model.loss(params, batch.input, batch.target, scaled, key, batch.segment_ids)
-            auxiliary = sum(effects.losses.values(), jnp.float32(0))
-            return loss + (auxiliary if scale is None else auxiliary * scale), (loss, effects)
+            weights = part.mask * scale
+            loss, effects = self.model.loss(
+                params, part.input, part.target, weights, key, part.segment_ids, loads, self.config.remat
+            )
+            effects = jax.tree.map(lambda leaf: leaf * share, effects)
+            return loss + scale * sum(effects.losses.values(), jnp.float32(0)), (loss / scale, effects)
 
-        (_, (loss, effects)), gradients = jax.value_and_grad(objective, has_aux=True)(state.params)
-        # The squares of float16's gradients would overflow or vanish.
-        gradients = jax.tree.map(lambda g: g.astype(jnp.float32) if g.dtype == jnp.float16 else g, gradients)
-        if scale is not None:
-            loss, gradients = jax.tree.map(lambda leaf: leaf / scale.astype(leaf.dtype), (loss, gradients))
+        with matmul_precision(self.model.config):
+            (_, (loss, effects)), gradients = jax.value_and_grad(objective, has_aux=True)(state.params)
         return gradients, Metrics(loss, {**effects.losses, **effects.metrics}), effects
+
+    def _part_shapes(self, state: TrainState, parts: Batch, keys: PRNGKeyArray, loads: Loads | None) -> PyTree:
+        first = jax.tree.map(lambda leaf: leaf[0], (parts, keys))
+        return jax.eval_shape(lambda part, key: self._part_gradients(state, part, key, loads), *first)
+
+    @cached_property
+    def _needs_loads(self) -> bool:
+        return any(layer.feedforward.loss_needs_loads() for layer in self.model.config.layers)
+
+    def _loads(self, state: TrainState, parts: Batch, keys: PRNGKeyArray) -> Loads:
+        """The model's loads over the whole batch."""
+
+        def one(_: None, part: tuple[Batch, PRNGKeyArray]) -> tuple[None, Loads]:
+            batch, key = part
+            output = self.model.hidden(state.params, batch.input, segment_ids=batch.segment_ids, training=True, key=key)
+            return None, output.effects.loads
+
+        return jax.tree.map(lambda leaf: leaf.mean(0), lax.scan(one, None, (parts, keys))[1])
 
     def apply(
         self, state: TrainState, gradients: Params, metrics: Metrics, effects: Effects
