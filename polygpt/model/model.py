@@ -43,6 +43,7 @@ class ParameterInfo:
         stack: how many leading axes count matrices: layers, experts.
         active: the share of it that one token uses.
         mean, deviation: of its initial values; a deviation of 0 leaves them all equal.
+        trained: whether a gradient moves it; a balance bias follows the experts' loads instead.
     """
 
     shape: tuple[int, ...]
@@ -53,6 +54,7 @@ class ParameterInfo:
     active: Fraction = Fraction(1)
     mean: float = 0.0
     deviation: float = 0.0
+    trained: bool = True
 
     @property
     def size(self) -> int:
@@ -70,7 +72,7 @@ def _info(path: tuple, variable: nnx.Variable) -> ParameterInfo:
     if "axes" not in metadata:
         name = ".".join(map(str, path))
         raise RequestError(f"parameter {name} has no logical axes: make it by init.weight or init.constant")
-    names = ("axes", "inputs", "stack", "active", "mean", "deviation")
+    names = ("axes", "inputs", "stack", "active", "mean", "deviation", "trained")
     declared = {name: metadata[name] for name in names if name in metadata}
     return ParameterInfo(tuple(variable.shape), jnp.dtype(variable.dtype), **declared)
 

@@ -113,10 +113,19 @@ class Initializer:
         axes: tuple[str, ...],
         active: Fraction = Fraction(1),
         dtype: DTypeLike | None = None,
+        trained: bool = True,
     ) -> nnx.Param:
-        """A vector of equal values: a bias or a gain, which is not decayed. `dtype`: if not that of all parameters."""
+        """A vector of equal values: a bias or a gain, which is not decayed.
+
+        Args:
+            value: every number of it.
+            shape, axes, active: as for `weight`.
+            dtype: if not that of all parameters.
+            trained: whether a gradient moves it.
+        """
         full, axes = self._stack(shape, axes)
-        return nnx.Param(jax.ShapeDtypeStruct(full, dtype or self.dtype), axes=axes, active=active, mean=value)
+        array = jax.ShapeDtypeStruct(full, dtype or self.dtype)
+        return nnx.Param(array, axes=axes, active=active, mean=value, trained=trained)
 
     def _stack(self, shape: tuple[int, ...], axes: tuple[str, ...]) -> tuple[tuple[int, ...], tuple[str, ...]]:
         if len(shape) != len(axes):

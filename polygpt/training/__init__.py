@@ -21,7 +21,7 @@ from polygpt.training.events import (
 )
 from polygpt.training.interrupt import Interrupted
 from polygpt.training.loop import train
-from polygpt.training.optimizers import OptimizerConfig, ScheduleConfig
+from polygpt.training.optimizers import OptimizerConfig, ScheduleConfig, build_optimizer
 from polygpt.training.run_folder import Run, open_run, read_config
 from polygpt.training.step import Batch, Trainer, TrainState
 
@@ -53,6 +53,7 @@ __all__ = [
     "TrainState",
     "Trainer",
     "TrainingConfig",
+    "build_optimizer",
     "differences",
     "open_run",
     "read_config",

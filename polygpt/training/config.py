@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, PositiveInt, model_validator
@@ -18,6 +18,7 @@ from polygpt.training.optimizers import (
     SCHEDULES,
     AdamWConfig,
     CosineConfig,
+    GroupConfig,
     OptimizerConfig,
     ScheduleConfig,
     StepCount,
@@ -67,7 +68,11 @@ class TrainingConfig(Config):
         spike_threshold: a loss this many deviations above its mean is a spike (see `guard.py`); None looks for none.
         on_spike: `log` reports it. `rollback` also goes back to the newest periodic checkpoint (the start, if there is
             none) and leaves out the batches up to the spike.
-        optimizer, schedule: chosen by `kind`.
+        optimizer: chosen by `kind`.
+        schedule: chosen by `kind`; for the optimizer `schedule_free`, the default is `constant` with a warm-up of 0.05.
+        groups: learning rates and weight decay of parameters by their names; each names the pattern that it is for.
+        ema_decay: an exponential moving average of the weights with this decay is evaluated and saved as the model. The
+            decay warms up with the number of updates t, as min(ema_decay, (1 + t) / (10 + t)). None keeps none.
         clip_norm: the gradient's global norm is clipped to this; None does not clip.
         seed: of dropout, and of initial values and batches unless they have their own.
         init_seed: of initial values; None is `seed`.
@@ -97,6 +102,8 @@ class TrainingConfig(Config):
     on_spike: Literal["log", "rollback"] = "log"
     optimizer: slot(OptimizerConfig, OPTIMIZERS, default="adamw") = AdamWConfig()
     schedule: slot(ScheduleConfig, SCHEDULES, default="cosine") = CosineConfig()
+    groups: Tuple[GroupConfig] = ()
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     seed: Seed = 0
     init_seed: Seed | None = None
@@ -117,6 +124,25 @@ class TrainingConfig(Config):
         """The seeds, the defaults filled in."""
         own = (self.seed if seed is None else seed for seed in (self.init_seed, self.data_seed))
         return Seeds(*own, dropout=self.seed)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _constant_for_schedule_free(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        optimizer, schedule = data.get("optimizer"), data.get("schedule", {})
+        kind = optimizer.get("kind") if isinstance(optimizer, Mapping) else getattr(optimizer, "kind", optimizer)
+        if kind != "schedule_free" or not isinstance(schedule, Mapping) or "kind" in schedule:
+            return data
+        return {**data, "schedule": {"kind": "constant", "warmup_steps": 0.05, **schedule}}
+
+    @model_validator(mode="after")
+    def _one_average(self) -> TrainingConfig:
+        if self.ema_decay is not None and self.optimizer.averages:
+            raise ValueError(
+                f"ema_decay: {self.optimizer.kind} averages the weights already; leave it out (ema_decay=)"
+            )
+        return self
 
     @model_validator(mode="after")
     def _best_is_known(self) -> TrainingConfig:

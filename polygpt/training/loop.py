@@ -26,7 +26,7 @@ from polygpt.training.interrupt import Interrupted, InterruptFlag, Stop
 from polygpt.training.jobs import Evaluation, Job, Samples, Validation, is_due, language_models
 from polygpt.training.listeners import standard_listeners
 from polygpt.training.meter import Meter
-from polygpt.training.optimizers import in_steps
+from polygpt.training.optimizers import ParameterGroups, in_steps
 from polygpt.training.resume import finished_result, restored, with_changes
 from polygpt.training.run_folder import Run, create_run, naming_evaluation, open_run, read_config, write_config
 from polygpt.training.saving import Saving
@@ -139,6 +139,7 @@ def _check(run: Run) -> None:
     model = model_of(run.config.model)
     model.check()
     model.attention_implementation()  # refuses one that cannot run here
+    ParameterGroups(model.parameters, run.config.training.groups)
 
 
 class _Loop:
@@ -371,6 +372,11 @@ def _warnings(config: RunConfig, model: Model, ids: int) -> list[str]:
         found.append(
             f"training.schedule.warmup_steps={warmup} is not shorter than the run (training.steps={steps}): the "
             "learning rate rises to the end and never decays; lower it"
+        )
+    if config.training.optimizer.averages and config.training.schedule.decays:
+        found.append(
+            f"training.schedule.kind={config.training.schedule.kind} decays; {config.training.optimizer.kind} is meant "
+            "for a constant learning rate: training.schedule.kind=constant"
         )
     if len(devices) > 1:
         found.append(f"{len(devices)} {devices[0].platform} devices are here; training uses one, the first")

@@ -18,7 +18,7 @@ from polygpt.sharding import make_mesh, placement
 from polygpt.training.config import TrainingConfig
 from polygpt.training.guard import Guard, choose
 from polygpt.training.loss_scale import LossScale
-from polygpt.training.optimizers import build_optimizer
+from polygpt.training.optimizers import build_optimizer, start_average, update_average
 
 
 class Batch(NamedTuple):
@@ -99,13 +99,17 @@ class Trainer:
         self.model, self.config = model, config
         self.shardings = placement(model.parameters, make_mesh())
         self.learning_rate = config.schedule.build(config.optimizer.learning_rate, config.steps)
-        self.optimizer = build_optimizer(config.optimizer, model, self.learning_rate)
+        self.optimizer = build_optimizer(config.optimizer, model, self.learning_rate, config.groups)
+        self.groups = self.optimizer.parameters
+        self._evaluated = jax.jit(self.optimizer.evaluated)
 
     def init(self, params: Params | None = None) -> TrainState:
         """The state before the first step, with newly drawn parameters if none are given."""
         params = self.model.init(self.config.seeds.init, self.shardings) if params is None else self.place(params)
         scale = LossScale.new(self.config.loss_scale) if self.scales_loss else None
-        return TrainState(params, jax.jit(self.optimizer.init)(params), jnp.zeros((), jnp.int32), Guard.new(), scale)
+        average = None if self.config.ema_decay is None else start_average(params)
+        optimizer = jax.jit(self.optimizer.init)(params)
+        return TrainState(params, optimizer, jnp.zeros((), jnp.int32), Guard.new(), scale, average)
 
     @property
     def scales_loss(self) -> bool:
@@ -113,8 +117,13 @@ class Trainer:
         return self.model.config.compute_dtype == "float16"
 
     def evaluated(self, state: TrainState) -> Params:
-        """The weights that are validated, sampled from, saved as the model's and exported."""
-        return state.params
+        """The weights that are validated, sampled from, saved as the model's and exported.
+
+        They are the moving average, or schedule-free's, where there is one, and the `params` themselves otherwise.
+        """
+        if state.average is not None:
+            return jax.tree.map(lambda average, p: average.astype(p.dtype), state.average, state.params)
+        return self._evaluated(state.optimizer, state.params) if self.config.optimizer.averages else state.params
 
     def place(self, params: Params) -> Params:
         """`params` on the devices where their logical axes put them."""
@@ -219,17 +228,23 @@ class Trainer:
         change. After `max_skipped_steps` such steps in a row nothing changes any more, `step` included: the state in
         which a run stops does not depend on when the metrics are looked at.
         """
+        gradients = self.groups.freeze(gradients, jax.tree.map(jnp.zeros_like, gradients))
         norm = _norm(gradients)
         if self.config.clip_norm is not None:
             factor = jnp.minimum(1.0, self.config.clip_norm / jnp.maximum(norm, 1e-12))
             gradients = jax.tree.map(lambda g: g * factor.astype(g.dtype), gradients)
         updates, optimizer = self.optimizer.update(gradients, state.optimizer, state.params)
         params = self.model.with_updates(optax.apply_updates(state.params, updates), effects.loads)
+        params = self.groups.freeze(params, state.params)
         params_norm = _norm(params)
         finite = jnp.isfinite(metrics.loss) & jnp.isfinite(norm) & jnp.isfinite(params_norm)
         limit = state.guard.limit(self.config.spike_threshold)
         after = state._replace(
-            params=params, optimizer=optimizer, step=state.step + 1, guard=state.guard.after_step(metrics.loss, limit)
+            params=params,
+            optimizer=optimizer,
+            step=state.step + 1,
+            guard=state.guard.after_step(metrics.loss, limit),
+            average=self._average(state, params),
         )
         skipped = state._replace(step=state.step + 1, guard=state.guard.after_skipping())
         stopped = self.is_stopped(state)
@@ -249,6 +264,13 @@ class Trainer:
             spike_limit=limit,
             loss_scale=None if state.loss_scale is None else state.loss_scale.scale,
         )
+
+    def _average(self, state: TrainState, params: Params) -> Params | None:
+        """The moving average after the update that made `params`."""
+        if state.average is None:
+            return None
+        updates = state.step + 1 - state.guard.skipped
+        return update_average(state.average, params, self.config.ema_decay, updates)
 
     def is_stopped(self, state: TrainState) -> Bool[Array, ""]:
         """Whether `max_skipped_steps` in a row have been skipped (in float16: at the smallest loss scale)."""

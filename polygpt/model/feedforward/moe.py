@@ -112,7 +112,7 @@ class MoE(Experts):
         self.router = init.weight((model.width, config.num_experts), ("embed", "expert"))
         # Not trained: moved by `updates`, in steps that 16 bits would lose.
         shape = (config.num_experts,), ("expert",)
-        self.balance = init.constant(0.0, *shape, dtype=jnp.float32) if config.balance_rate else None
+        self.balance = init.constant(0.0, *shape, dtype=jnp.float32, trained=False) if config.balance_rate else None
         self.shared = _shared(config).build(model, init) if config.shared_experts else None
 
     def __call__(
