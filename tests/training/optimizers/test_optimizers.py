@@ -9,6 +9,7 @@ from flax.traverse_util import flatten_dict
 from polygpt.config import validate
 from polygpt.errors import RequestError
 from polygpt.model import Model, ModelConfig
+from polygpt.training import TrainingConfig
 from polygpt.training.optimizers import (
     OPTIMIZERS,
     AdafactorConfig,
@@ -249,3 +250,18 @@ def test_the_moving_average_is_its_recurrence_with_a_decay_that_warms_up():
         decay = min(0.25, (1 + t) / (10 + t))
         expected = decay * expected + (1 - decay) * float(params["w"][0])
         np.testing.assert_allclose(average["w"], expected, rtol=1e-6)
+
+
+def test_schedule_free_has_a_constant_schedule_by_default_and_no_second_average():
+    fields = {"steps": 10, "batch_size": 1, "optimizer": {"kind": "schedule_free"}}
+    for changes, kind, warmup in (
+        ({}, "constant", 0.05),
+        ({"optimizer": "schedule_free"}, "constant", 0.05),
+        ({"schedule": {"warmup_steps": 3}}, "constant", 3),
+        ({"schedule": {"kind": "cosine"}}, "cosine", 0),
+        ({"optimizer": "adamw"}, "cosine", 0),
+    ):
+        schedule = validate(TrainingConfig, fields | changes).schedule
+        assert (schedule.kind, schedule.warmup_steps) == (kind, warmup)
+    with pytest.raises(RequestError, match="ema_decay: schedule_free averages the weights already"):
+        validate(TrainingConfig, fields | {"ema_decay": 0.9})

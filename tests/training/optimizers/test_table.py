@@ -32,7 +32,7 @@ RATES = {"adamw": 3e-3, "muon": 0.02, "lion": 1e-3, "adafactor": 0.02, "schedule
 ACCUMULATION, DTYPES = (1, 2, 4, 8), ("float32", "bfloat16", "float16")
 # The largest relative difference of a loss from that without accumulation.
 BOUNDS = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3}
-ALWAYS = {("adamw", 4, "float32"), ("muon", 2, "bfloat16"), ("schedule_free", 8, "float16")}
+ALWAYS = {("adamw", 4, "float32"), ("schedule_free", 2, "float16")}
 
 CELLS = [
     pytest.param(kind, parts, dtype, marks=() if (kind, parts, dtype) in ALWAYS else pytest.mark.slow)
@@ -74,7 +74,9 @@ def trained(kind, parts, dtype):
 
         return jax.lax.scan(one, state, batches)
 
-    first, second = (jax.tree.map(lambda leaf, part=part: leaf[part], batches()) for part in np.split(range(STEPS), 2))
+    first, second = (
+        jax.tree.map(lambda leaf, part=part: leaf[part], batches()) for part in np.split(np.arange(STEPS), 2)
+    )
     half = jax.jit(half)
     middle, losses = half(trainer.init(), first)
     end, rest = half(middle, second)
