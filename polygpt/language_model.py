@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from polygpt.config import validate
-from polygpt.errors import RequestError
+from polygpt.errors import PolygptError, RequestError
 from polygpt.generation import (
     Continuation,
     FinishReason,
@@ -32,6 +32,8 @@ from polygpt.kernels import WEIGHT_TYPES, WeightType
 from polygpt.model import ModelConfig, Params, model_of
 from polygpt.tokenizers import Tokenizer, chat_tokens
 
+LOGITS_NOT_FINITE = "the model's logits are not finite numbers (NaN or infinity)"
+NOT_FINITE_CAUSES = "its weights are damaged, or its numbers exceed the range of compute_dtype"
 NO_TOKENIZER = "this model has no tokenizer: a preset has none, nor has a folder without tokenizer.json"
 
 
@@ -160,16 +162,24 @@ class LanguageModel:
         return self.model.training_bytes()
 
     @cached_property
-    def _logits(self) -> Callable[[Params, Array], Array]:
-        return jax.jit(self.model.logits)
+    def _logits(self) -> Callable[[Params, Array], tuple[Array, Array]]:
+        def compute(params: Params, tokens: Array) -> tuple[Array, Array]:
+            logits = self.model.logits(params, tokens)
+            return logits, jnp.isfinite(logits).all()
+
+        return jax.jit(compute)
 
     def logits(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
         """float32 logits of the token after each position.
 
         Raises:
             RequestError: tokens are not [B, T] integers inside the vocabulary, or T exceeds the context.
+            PolygptError: the logits are not finite numbers.
         """
-        tokens = np.asarray(tokens)
+        try:
+            tokens = np.asarray(tokens)
+        except ValueError:
+            raise RequestError("tokens must be integers [B, T]: these rows differ in length") from None
         if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
             raise RequestError(f"tokens must be integers [B, T], not {tokens.dtype}{list(tokens.shape)}")
         if not tokens.size:
@@ -178,7 +188,10 @@ class LanguageModel:
             raise RequestError(f"{tokens.shape[1]} tokens exceed the context_length of {self.config.context_length}")
         if not (tokens.min() >= 0 and tokens.max() < self.config.vocab_size):
             raise RequestError(f"token ids must lie in 0..{self.config.vocab_size - 1}")
-        return self._logits(self.params, jnp.asarray(tokens, jnp.int32))
+        logits, finite = self._logits(self.params, jnp.asarray(tokens, jnp.int32))
+        if not finite:
+            raise PolygptError(f"{LOGITS_NOT_FINITE}: {NOT_FINITE_CAUSES}")
+        return logits
 
     def nll(self, text: str) -> Float[Array, "T-1"]:
         """Negative log likelihood, in nats, of each token of `text` after the first; float32 [T-1].
@@ -186,8 +199,11 @@ class LanguageModel:
         Where the tokenizer puts a start token before a text, the model sees it.
 
         Raises:
-            RequestError: the text has more tokens than the context.
+            RequestError: it is not text, or has more tokens than the context.
+            PolygptError: the logits are not finite numbers.
         """
+        if not isinstance(text, str):
+            raise RequestError(f"nll takes text, not {text!r:.40} ({type(text).__name__})")
         start = len(self.tokenizer.start)
         tokens = np.asarray([*self.tokenizer.start, *self.tokenizer.encode(text)], np.int32)
         logits, tokens = self.logits(tokens[None])[0, start:-1], tokens[start:]
@@ -217,7 +233,10 @@ class LanguageModel:
     def _chat_tokens(self, prompt: str) -> list[int]:
         template = self.origin.chat_template
         if template is None:
-            raise RequestError("this model came without a chat template; leave chat out and write the prompt in full")
+            raise RequestError(
+                "this model came without a chat template: generate without --chat (chat=True in Python) and write the "
+                "prompt in full"
+            )
         return chat_tokens(self.tokenizer, template, prompt)
 
     def generate(

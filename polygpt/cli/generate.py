@@ -43,22 +43,24 @@ def generate(
 ) -> None:
     """Continue a prompt; text streams to standard output as it is decoded.
 
-    With several prompts each text is printed when all are done, and --json prints a line for each. A prompt's text does
-    not depend on the others.
+    With several prompts the texts are printed when all are done, an empty line between two; --json prints a line for
+    each. A prompt's text does not depend on the others.
 
     MODEL is a run's folder, an imported or a Hugging Face folder, hf:owner/name, a .gguf file, or a preset (random
     weights, without text).
     """
-    texts = [_standard_input() if prompt == "-" else prompt for prompt in prompts]
+    texts = [_standard_input() if prompt == "-" else _checked(prompt) for prompt in prompts]
     lm = reading(model, dtype, {}, weights=weights or "auto", for_text=True)
     if len(texts) == 1 and not as_json:
         _stream(lm, texts[0], settings)
         return
     results = lm.generate(texts, **settings)
-    for text, result in zip(texts, results, strict=True):
+    for number, (text, result) in enumerate(zip(texts, results, strict=True)):
         if as_json:
             print_json(({"prompt": text} if len(texts) > 1 else {}) | dataclasses.asdict(result))
         else:
+            if number:
+                click.echo()
             click.echo(("" if settings["chat"] else text) + result.text)
             _report(lm, text, result, settings["chat"])
 
@@ -72,6 +74,8 @@ def _stream(lm: LanguageModel, prompt: str, settings: dict) -> None:
         sys.stdout.flush()
         unseen.clear()
 
+    if sys.stderr.isatty():
+        click.echo("reading the prompt; the first time this compiles a program …", err=True)
     result = lm.generate(prompt, on_text=show, **settings)
     show("\n")
     _report(lm, prompt, result, settings["chat"])
@@ -83,6 +87,16 @@ def _report(lm: LanguageModel, prompt: str, result: Generation, chat: bool) -> N
     past = f"; {whole - context} of them past the context_length of {context}" if whole > context else ""
     count = f"{len(result.tokens)} token" + ("" if len(result.tokens) == 1 else "s")
     click.echo(f"{count},{speed} finished: {result.finish_reason}{past}", err=True)
+
+
+def _checked(prompt: str) -> str:
+    from polygpt.errors import RequestError
+
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"--prompt: not UTF-8 text (character {error.start})") from None
+    return prompt
 
 
 def _standard_input() -> str:

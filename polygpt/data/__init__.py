@@ -5,13 +5,14 @@
 """
 
 from polygpt.data.config import DataConfig
-from polygpt.data.loader import Loader
+from polygpt.data.loader import ORDER, Loader
 from polygpt.data.preparation import prepare, training_texts
 from polygpt.data.reading import format_of, open_bytes
 from polygpt.data.shards import Manifest, Shards, TokenSplit, is_prepared, open_shards
 from polygpt.data.sources import Document, InvalidText, Source, open_source
 
 __all__ = [
+    "ORDER",
     "DataConfig",
     "Document",
     "InvalidText",

@@ -14,6 +14,7 @@ from polygpt.data import builtin
 from polygpt.data.config import BUILTIN, DataConfig
 from polygpt.data.reading import SUFFIXES, format_of, open_bytes, text_documents
 from polygpt.errors import RequestError
+from polygpt.files import expand
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -150,7 +151,7 @@ def open_source(config: DataConfig) -> Source:
 def _files(path: str) -> list[str | Path]:
     if path == BUILTIN:
         return [BUILTIN]
-    found = Path(path).expanduser()
+    found = expand(path)
     if found.is_dir():
         return _folder(found)
     if not found.exists() and glob.has_magic(path):

@@ -1,6 +1,6 @@
 """Training: from a configuration to a run's folder with a verified checkpoint."""
 
-from polygpt.training.config import RunConfig, SamplingConfig, TrainingConfig
+from polygpt.training.config import ExpectedConfig, RunConfig, SamplingConfig, TrainingConfig, differences
 from polygpt.training.events import (
     Compiled,
     Ended,
@@ -21,7 +21,7 @@ from polygpt.training.events import (
 )
 from polygpt.training.interrupt import Interrupted
 from polygpt.training.loop import train
-from polygpt.training.optimizers import OptimizerConfig, ScheduleConfig
+from polygpt.training.optimizers import OptimizerConfig, ScheduleConfig, build_optimizer
 from polygpt.training.profiling import Profile
 from polygpt.training.run_folder import Run, open_run, read_config
 from polygpt.training.step import Batch, Trainer, TrainState
@@ -32,6 +32,7 @@ __all__ = [
     "Ended",
     "Evaluated",
     "Event",
+    "ExpectedConfig",
     "Finished",
     "Interrupted",
     "Listener",
@@ -54,6 +55,8 @@ __all__ = [
     "TrainState",
     "Trainer",
     "TrainingConfig",
+    "build_optimizer",
+    "differences",
     "open_run",
     "read_config",
     "train",

@@ -20,13 +20,17 @@ class Note:
 
 @dataclass(frozen=True)
 class Started:
-    """Training is about to begin after `step` steps (0 unless the run is resumed)."""
+    """Training is about to begin after `step` steps (0 unless the run is resumed).
+
+    `held_out` is the first 12 digits of the fingerprint of the held-out tokens.
+    """
 
     config: RunConfig
     folder: Path
     step: int
     num_parameters: int
     facts: dict[str, Any]
+    held_out: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Periodic jobs of a run: validation, further evaluations, samples and checkpoints.
+"""Periodic jobs of a run: validation, further evaluations and samples (checkpoints are in `saving.py`).
 
 Each is done every so many steps and at the end of training. To add one, write a class with `every` and `run` and add it
 to the list in `loop.py`.
@@ -7,7 +7,7 @@ to the list in `loop.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import jax
@@ -16,10 +16,9 @@ import numpy as np
 from polygpt import checkpoint
 from polygpt.evaluation import EvaluationConfig, Ready
 from polygpt.language_model import LanguageModel
-from polygpt.loading import CHECKPOINTS, read_origin
+from polygpt.loading import read_origin
 from polygpt.model import Params, model_of
-from polygpt.training.events import Evaluated, Listener, Measured, Sampled, Saved
-from polygpt.training.meter import Meter
+from polygpt.training.events import Evaluated, Listener, Measured, Sampled
 from polygpt.training.optimizers import in_steps
 from polygpt.training.prompts import prompts_of
 from polygpt.training.run_folder import Run
@@ -53,6 +52,7 @@ class Validation:
         training, self.emit, self.loader = run.config.training, emit, run.validation_loader
         self.every = in_steps(training.eval_every, training.steps)
         self.batches = training.eval_batches or self.loader.num_batches
+        self.text = run.shards.validation.fingerprint[:12]
         self.tokens_per_byte = run.shards.validation.tokens / run.shards.validation.bytes
         model = model_of(run.config.model)
         self.sums = jax.jit(lambda params, batch: nll_sums(model, params, batch))
@@ -61,16 +61,26 @@ class Validation:
         count = self.loader.num_batches
         wanted = count if last else min(self.batches, count)
         indices = np.linspace(0, count - 1, wanted).round().astype(int)
-        weights = self.weights(state)
-        # Summed on the device: fetching each batch's sums would wait for it.
-        total = sum(self.sums(weights, Batch.of(self.loader.batch(int(i)))) for i in indices)
-        nats, tokens = np.asarray(total, np.float64)
-        loss = float(nats / tokens)
+        weights, sums = self.weights(state), {}
+        for previous, index in zip([None, *indices[:-1]], indices, strict=True):
+            sums[index] = self.sums(weights, Batch.of(self.loader.batch(int(index))))
+            if previous is not None:  # at most two are computed ahead, so that an interruption need not wait for all
+                jax.block_until_ready(sums[previous])
+        loss = _mean(sums.values())
         if not math.isfinite(loss):
             raise checkpoint.NotFiniteError(f"step {int(state.step)}: validation loss {loss}")
         bits = loss * self.tokens_per_byte / math.log(2)
         self.latest = Evaluated(int(state.step), loss, bits, full=wanted == count)
+        # On the windows that every evaluation reads, so that losses can be compared.
+        every = np.linspace(0, count - 1, min(self.batches, count)).round().astype(int)
+        self.compared = _mean(sums[index] for index in every)
         self.emit(self.latest)
+
+
+def _mean(sums: Iterable[jax.Array]) -> float:
+    """Mean nats per token of batches' sums."""
+    nats, tokens = np.sum(np.asarray(jax.device_get(list(sums)), np.float64), 0)
+    return float(nats / tokens)
 
 
 class Evaluation:
@@ -108,26 +118,6 @@ class Samples:
                 seed=self.settings.seed,
             ).text
             self.emit(Sampled(int(state.step), prompt, text))
-
-
-class Saving:
-    """A checkpoint."""
-
-    def __init__(self, run: Run, meter: Meter, emit: Listener):
-        training = run.config.training
-        self.every, self.keep = in_steps(training.save_every, training.steps), training.keep
-        self.root, self.data = run.folder / CHECKPOINTS, run.train_loader.fingerprint
-        self.meter, self.emit = meter, emit
-        self.saved_step: int | None = None
-
-    def run(self, state: TrainState, last: bool) -> None:
-        step, losses = int(state.step), tuple(self.meter.recent)
-        snapshot = checkpoint.Snapshot(
-            step, state.params, state.optimizer, self.data, losses, self.meter.tokens_per_second
-        )
-        saved = checkpoint.save(self.root, snapshot, self.keep)
-        self.saved_step = step
-        self.emit(Saved(step, saved.folder))
 
 
 def language_models(run: Run, weights: Weights) -> Current:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Annotated, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 from pydantic import Field, PositiveInt
 
 from polygpt.config import Config
+
+LARGEST = 2.0**24
 
 
 class LossScaleConfig(Config):
@@ -23,7 +25,7 @@ class LossScaleConfig(Config):
         growth_interval: steps without an overflow after which the scale doubles.
     """
 
-    initial: Annotated[float, Field(ge=1, le=2**24)] = 2.0**15
+    initial: Annotated[float, Field(ge=1, le=LARGEST)] = 2.0**15
     growth_interval: PositiveInt = 2000
 
 
@@ -37,3 +39,15 @@ class LossScale(NamedTuple):
     def new(cls, config: LossScaleConfig) -> LossScale:
         """Before the first step."""
         return cls(jnp.float32(config.initial), jnp.zeros((), jnp.int32))
+
+    def next(self, finite: Bool[Array, ""], config: LossScaleConfig) -> LossScale:
+        """After a step whose gradients were `finite` or not."""
+        steps = jnp.where(finite, self.steps + 1, 0)
+        grows = steps >= config.growth_interval
+        grown = jnp.where(grows, jnp.minimum(self.scale * 2, LARGEST), self.scale)
+        return LossScale(jnp.where(finite, grown, jnp.maximum(self.scale / 2, 1)), jnp.where(grows, 0, steps))
+
+    @property
+    def is_least(self) -> Bool[Array, ""]:
+        """Whether halving it again would not help."""
+        return self.scale <= 1

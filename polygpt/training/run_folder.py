@@ -3,7 +3,8 @@
 config.yaml      the resolved configuration
 tokenizer.json   the tokenizer
 data/            token shards (absent if `data.path` is a folder of prepared shards)
-checkpoints/     verified steps
+checkpoints/     verified steps; best.json says which had the lowest validation loss, if that is kept
+.lock            held while a process trains in the folder
 metrics.jsonl    one JSON object per line: what it is (`event`), `step`, and `loss`, `val_loss` or other metrics
 samples.jsonl    text sampled during training
 result.json      the final figures; like loss.png and report.html, written at the end
@@ -149,7 +150,8 @@ def _prepare_again(run: Run, note: Callable[[str], None]) -> Run:
     note(f"data: {own} is missing; preparing it again from {path}")
     run = dataclasses.replace(run, shards=_write_shards(run.config, run.tokenizer, own, note))
     saved = checkpoint.newest(run.folder / CHECKPOINTS, warn=note)
-    if saved is not None and saved.info["data"] not in (None, run.train_loader.fingerprint):
+    data = saved.info.get("fingerprints", {}).get("data") if saved is not None else None
+    if data is not None and data != run.train_loader.split.fingerprint:
         remove_folder(own)
         raise RequestError(
             f"{own}: is missing, and cannot be prepared again: data.path={path} now gives other tokens than those of "

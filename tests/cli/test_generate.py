@@ -51,7 +51,7 @@ def test_the_prompt_and_its_continuation_stream_to_standard_output(run, program,
 def test_every_prompt_is_continued(run, program, text):
     other = json.loads(program("generate", run, "--prompt", "a cat", *GREEDY, "--json").out)["text"]
     done = program("generate", run, "--prompt", "the ", "--prompt", "a cat", *GREEDY)
-    assert (done.code, done.out) == (0, f"the {text}\na cat{other}\n")
+    assert (done.code, done.out) == (0, f"the {text}\n\na cat{other}\n")
     assert done.err.count("finished: length\n") == 2
     done = program("generate", run, "--prompt", "the ", "--prompt", "a cat", *GREEDY, "--json")
     lines = [json.loads(line) for line in done.out.splitlines()]
@@ -102,3 +102,27 @@ def test_a_prompt_is_read_from_standard_input_as_utf8(run, text, process, data, 
         assert done.err.startswith(b"polygpt: ")
     else:
         assert done.out == f"the {text}\n".encode()
+
+
+def test_a_folder_of_runs_names_them(run, program, workdir):
+    parent = workdir / "several"
+    (parent / "one").mkdir(parents=True)
+    (parent / "one/config.yaml").write_text("model: {}")
+    done = program("generate", parent, "--prompt", "a")
+    assert (done.code, done.out) == (2, "")
+    assert f"there are models inside: {parent / 'one'}" in done.err
+
+
+def test_a_text_is_no_recipe(program, workdir):
+    (workdir / "notes.txt").write_text("a text")
+    done = program("train", workdir / "notes.txt", "--out", workdir / "new")
+    assert (done.code, (workdir / "new").exists()) == (2, False)
+    assert f"write own_text data.path={workdir / 'notes.txt'}" in done.err
+
+
+def test_a_mistake_in_a_file_has_its_line(program, workdir):
+    path = workdir / "mine.yaml"
+    path.write_text("model: {preset: gpt}\ndata: {path: x.txt}\ntraining:\n  stepz: 5 # steps\n")
+    done = program("train", path, "--out", workdir / "new")
+    assert done.code == 2
+    assert f"{path} line 4: training.stepz: no such key; did you mean 'steps'?" in done.err

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+from contextlib import suppress
 from typing import Any
 
-from polygpt import checkpoint
-from polygpt.errors import PolygptError
 from polygpt.files import write_text
-from polygpt.loading import CHECKPOINTS, RESULT
+from polygpt.loading import RESULT
 from polygpt.training.events import (
     Ended,
     Evaluated,
@@ -34,20 +34,15 @@ class RunFiles:
     """Writes the run's metrics and samples and, at the end, its result and report.
 
     Each line of the metrics says what it is: `event` is `step`, `validation`, `evaluation`, `skipped`, `spiked` or
-    `rolled_back`. The lines of a group of steps, whose metrics are fetched together, are written together.
+    `rolled_back`. The lines of a group of steps, whose metrics are fetched together, are written together. Lines that
+    could not be written (on a full disk) are written with the next one that can.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.group: list[str] = []
+        self.unwritten: dict[str, str] = {}
 
     def __call__(self, event: Event) -> None:
-        try:
-            self._handle(event)
-        except OSError as error:
-            kept = checkpoint.describe_saved(self.folder / CHECKPOINTS)
-            raise PolygptError(f"{self.folder}: cannot be written ({error.strerror or error}); {kept}") from error
-
-    def _handle(self, event: Event) -> None:
         match event:
             case Started(folder=folder, step=step):
                 self.folder = folder
@@ -93,8 +88,17 @@ class RunFiles:
             self._append(METRICS, lines)
 
     def _append(self, name: str, text: str) -> None:
-        with (self.folder / name).open("a", encoding="utf-8") as stream:
-            stream.write(text)
+        path, text = self.folder / name, self.unwritten.pop(name, "") + text
+        before = path.stat().st_size if path.is_file() else None
+        try:
+            with path.open("a", encoding="utf-8") as stream:
+                stream.write(text)
+        except OSError:
+            self.unwritten[name] = text
+            if before is not None:
+                with suppress(OSError):  # half a line would hide those after it
+                    os.truncate(path, before)
+            raise
 
 
 def up_to(step: int, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
