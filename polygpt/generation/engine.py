@@ -35,6 +35,8 @@ class Request:
         seed: of its random numbers, 0 to 2^32 - 1. The key of a token is a function of the seed and of the token's
             position in the sequence alone, so a request's text does not depend on those it is decoded with.
         stop_tokens: ids that end it.
+        logprobs: None for no log probabilities; otherwise those of the chosen tokens are given, and of this many of the
+            likeliest.
     """
 
     prompt: Sequence[int]
@@ -42,6 +44,7 @@ class Request:
     sampler: Sampler = field(default_factory=Sampler)
     seed: int = 0
     stop_tokens: tuple[int, ...] = ()
+    logprobs: int | None = None
 
     @property
     def stops(self) -> list[int]:
