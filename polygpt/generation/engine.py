@@ -22,6 +22,8 @@ from polygpt.model import Model, ModelConfig, Params
 FinishReason = Literal["length", "stop", "context_length"]
 # Stop tokens a row has room for; more double it, and each such width is compiled.
 STOP_TOKENS = 8
+# The likeliest tokens of which log probabilities are given at most.
+MOST_LOGPROBS = 20
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,14 @@ def check_requests(config: ModelConfig, requests: Sequence[Request]) -> None:
             raise RequestError(f"max_new_tokens must be a whole number of at least 1, not {most!r:.40}")
         if not isinstance(request.seed, Integral) or not 0 <= request.seed < 2**32:
             raise RequestError(f"seed must be a whole number in 0..{2**32 - 1}, not {request.seed!r:.40}")
+        wanted = request.logprobs
+        if wanted is not None and (
+            isinstance(wanted, bool) or not isinstance(wanted, Integral) or not 0 <= wanted <= MOST_LOGPROBS
+        ):
+            raise RequestError(f"logprobs must be a whole number in 0..{MOST_LOGPROBS} or None, not {wanted!r:.40}")
+        bias = next((token for token in request.sampler.logit_bias if not 0 <= token < config.vocab_size), None)
+        if bias is not None:
+            raise RequestError(f"logit_bias.{bias}: the model's ids are 0..{config.vocab_size - 1}")
         if not len(prompt):
             raise RequestError("the prompt is empty and the tokenizer has no end-of-text token to start from")
         if len(prompt) > config.context_length:

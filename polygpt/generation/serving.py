@@ -22,7 +22,7 @@ from polygpt.generation.penalties import stack_penalties
 from polygpt.generation.prefix_cache import PrefixCache
 from polygpt.generation.programs import CHUNK, Settings
 from polygpt.generation.sampling import NOT_FINITE, Sampler, stack_samplers
-from polygpt.generation.slots import MOST_LOGPROBS, Asked, Decoded, empty_slots, slot_programs
+from polygpt.generation.slots import Asked, Decoded, empty_slots, slot_programs
 from polygpt.generation.text import TextStream
 from polygpt.model import Model, Params
 
@@ -101,15 +101,10 @@ class Engine:
         check_requests(self.model.config, [request])
         if len(request.prompt) > self.length:
             raise RequestError(f"the prompt has {len(request.prompt)} tokens, the engine's length is {self.length}")
-        wanted = request.logprobs
-        if wanted is not None and (not isinstance(wanted, Integral) or not 0 <= wanted <= MOST_LOGPROBS):
-            raise RequestError(f"logprobs must be a whole number in 0..{MOST_LOGPROBS} or None, not {wanted!r:.40}")
-        bad = next((i for i in request.sampler.logit_bias if not 0 <= i < self.model.config.vocab_size), None)
-        if bad is not None:
-            raise RequestError(f"logit_bias.{bad}: the model's ids are 0..{self.model.config.vocab_size - 1}")
         handle = Handle(self, request, stream, self._limit(request) - len(request.prompt))
         with self._lock:
-            if len(self._waiting) >= self.queue + self._running.count(None):
+            free = sum(other is None or other.ended for other in self._running) - (self._reading is not None)
+            if len(self._waiting) >= self.queue + free:
                 raise RequestError(f"the queue is full: {self.queue} requests wait already; try again later")
             if handle._budget:
                 self._waiting.append(handle)
@@ -129,7 +124,8 @@ class Engine:
     def idle(self) -> bool:
         """Whether there is nothing to do."""
         with self._lock:
-            return not self._waiting and all(handle is None or handle.ended for handle in self._running)
+            held = [*self._running, self._reading]
+            return not self._waiting and all(handle is None or handle.ended for handle in held)
 
     def step(self, most: int | None = None, waiting: Handle | None = None) -> list[tuple[Handle, Part]]:
         """Reads a chunk of prompts, then decodes some tokens of every running request.

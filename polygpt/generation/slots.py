@@ -15,13 +15,11 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from polygpt.generation import states
+from polygpt.generation.engine import MOST_LOGPROBS
 from polygpt.generation.penalties import History, Penalties, edit_logits
 from polygpt.generation.programs import CHUNK, Settings
 from polygpt.generation.sampling import NOT_FINITE, are_finite, choose, token_keys
 from polygpt.model import ModelConfig, Params, model_of
-
-# The likeliest tokens of which log probabilities are given at most.
-MOST_LOGPROBS = 20
 
 
 class Slots(NamedTuple):
