@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from polygpt.errors import PolygptError
 from polygpt.generation.engine import FinishReason, Request, check_requests, generate_tokens
 from polygpt.generation.handle import Handle, Logprob
-from polygpt.generation.serving import Engine
 from polygpt.generation.programs import CHUNK
+from polygpt.generation.serving import Engine
 from polygpt.generation.text import TextStream
 from polygpt.model import Model, Params
 

@@ -74,8 +74,11 @@ def generate_tokens(model: Model, params: Params, requests: Sequence[Request]) -
     Raises:
         RequestError: a prompt is empty or longer than the context, or a number is out of its range.
         PolygptError: logits are not finite numbers.
+        ValueError: a request asks for penalties, a bias or log probabilities, which only `Engine` has.
     """
     check_requests(model.config, requests)
+    if any(request.sampler.edits_logits or request.logprobs is not None for request in requests):
+        raise ValueError("penalties, logit_bias and logprobs need an Engine")
     longest = model.longest_sequence
     rows = [_Row(request, longest) for request in requests]
     if not any(row.budget for row in rows):
