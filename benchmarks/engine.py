@@ -19,7 +19,13 @@ import numpy as np
 import polygpt
 from polygpt.generation import Engine, Request, Sampler, generate_tokens
 
-SMALL = {"context_length": 1024, "vocab_size": 8192}  # of the model that is made without --model
+SMALL = {
+    "num_layers": 4,
+    "embed_dim": 256,
+    "attention.num_heads": 4,
+    "context_length": 1024,
+    "vocab_size": 8192,
+}  # of the model that is made without --model
 
 
 def requests_of(count: int, vocab: int) -> list[Request]:
@@ -82,7 +88,7 @@ def main() -> None:
     if arguments.model:
         lm = polygpt.load(arguments.model, weights=arguments.weights)
     else:
-        lm = polygpt.build(polygpt.preset("gpt2", num_layers=4, embed_dim=256, **SMALL), seed=0)
+        lm = polygpt.build(polygpt.preset("gpt2", **SMALL), seed=0)
         lm.pack(arguments.weights)
     requests = requests_of(arguments.requests, lm.config.vocab_size)
     engine = Engine(lm.model, lm.params, slots=arguments.slots, length=768, queue=len(requests), cache_bytes=0)

@@ -136,12 +136,17 @@ def test_a_static_batch_gives_the_same_ids():
     assert [engine.submit(request).result().tokens for request in requests] == rows
 
 
-@pytest.mark.parametrize("name", zoo.evaluated())
+STATES = zoo.evaluated()
+QUICK = ("attention-", "feedforward-")
+EVERY = [pytest.param(name, marks=() if name.startswith(QUICK) else pytest.mark.slow) for name in STATES]
+
+
+@pytest.mark.parametrize("name", EVERY)
 def test_every_state_survives_reading_in_chunks_insert_take_and_put(name):
     """A prompt read in chunks, taken out and put into another row, then decoded in slot 1 of 2: as a full pass."""
     from polygpt.generation import states
 
-    model = Model(zoo.evaluated()[name])
+    model = Model(STATES[name])
     params, length = zoo.lively(model), zoo.LENGTH
     tokens = jnp.asarray(np.random.default_rng(7).integers(0, zoo.VOCAB, (1, 11)))
 
