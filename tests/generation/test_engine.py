@@ -196,7 +196,7 @@ def test_a_long_prompt_does_not_stall_the_others():
     steps = 0
     while not long.tokens:
         before = len(busy.tokens)
-        engine.step()
+        engine.step(1)
         steps += 1
         assert len(busy.tokens) == before + 1
     assert steps == 8  # 59 tokens in chunks of 8, decoded once the last is read
