@@ -126,3 +126,25 @@ def test_a_mistake_in_a_file_has_its_line(program, workdir):
     done = program("train", path, "--out", workdir / "new")
     assert done.code == 2
     assert f"{path} line 4: training.stepz: no such key; did you mean 'steps'?" in done.err
+
+
+def test_samples_and_log_probabilities(run, program):
+    words = ["generate", run, "--prompt", "the ", "--max-new-tokens", "3", "--json"]
+    done = program(*words, "--n", "3", "--seed", "5", "--logprobs", "2")
+    lines = [json.loads(line) for line in done.out.splitlines()]
+    assert (done.code, len(lines)) == (0, 3), done.err
+    for number, line in enumerate(lines):
+        alone = json.loads(program(*words, "--seed", str(5 + number)).out)
+        assert line["tokens"] == alone["tokens"]
+        assert len(line["logprobs"]) == len(line["top_logprobs"]) == 3
+        assert [len(top) for top in line["top_logprobs"]] == [2, 2, 2]
+    assert program("generate", run, "--prompt", "the ", "--logprobs", "2").code == 2
+
+
+def test_penalties_reach_the_sampler(run, program):
+    done = program("generate", run, "--prompt", "a", *GREEDY, "--no-repeat-ngram", "1", "--json")
+    tokens = json.loads(done.out)["tokens"]
+    assert len(set(tokens)) == len(tokens) == 6
+    wrong = program("generate", run, "--prompt", "a", "--repetition-penalty", "0")
+    assert (wrong.code, wrong.out) == (2, "")
+    assert "repetition_penalty" in wrong.err
