@@ -16,7 +16,10 @@ from jaxtyping import Array, Float, Int
 from polygpt.config import validate
 from polygpt.errors import RequestError
 from polygpt.generation import (
+    Beam,
+    BeamSettings,
     Continuation,
+    EarlyStopping,
     FinishReason,
     Prompt,
     Request,
@@ -27,6 +30,7 @@ from polygpt.generation import (
     as_seeds,
     as_stop_strings,
     continue_all,
+    search_beams,
 )
 from polygpt.kernels import WEIGHT_TYPES, WeightType
 from polygpt.model import ModelConfig, Params, model_of
@@ -57,6 +61,17 @@ class Generation:
         """The result of a finished continuation."""
         text = None if done.stream is None else done.stream.text
         return cls(text, done.tokens, done.finish_reason, done.tokens_per_second)
+
+
+@dataclass(frozen=True)
+class ScoredGeneration(Generation):
+    """A continuation that beam search found.
+
+    Attributes:
+        score: the sum of its tokens' log probabilities, the stop token included, over (their number)^length_penalty.
+    """
+
+    score: float
 
 
 @dataclass(frozen=True)
@@ -234,7 +249,13 @@ class LanguageModel:
         stop_tokens: Sequence[int] = (),
         chat: bool = False,
         on_text: Callable[[str], None] | None = None,
-    ) -> Generation | list[Generation]:
+        beams: int | None = None,
+        n: int | None = None,
+        length_penalty: float = 1.0,
+        early_stopping: EarlyStopping = False,
+        beam_groups: int = 1,
+        diversity_penalty: float = 0.0,
+    ) -> Generation | list[Generation] | list[list[Generation]]:
         """Continues a prompt until end of text, a stop, `max_new_tokens`, or the end of the context.
 
         A prompt's text depends on the prompt, the settings and the seed alone, not on the prompts beside it.
@@ -248,6 +269,10 @@ class LanguageModel:
             stop, stop_tokens: strings, and ids besides the model's own, that end the text and are not part of it.
             chat: the prompt is a user's message, laid out by the model's chat template.
             on_text: called with each new piece of text as soon as it can no longer change; for a single prompt.
+            beams: search for the likeliest continuation, keeping so many at every step, instead of sampling. Gives
+                `ScoredGeneration`s.
+            n: with beams, give a list of the n best continuations of each prompt, the best first.
+            length_penalty, early_stopping, beam_groups, diversity_penalty: of the search, as `BeamSettings` says.
 
         Raises:
             RequestError: the prompt is no prompt or longer than the context, a number is out of its range, or text is
@@ -264,6 +289,17 @@ class LanguageModel:
             _ = self.tokenizer  # refuses a model that has none
         ends = tuple(dict.fromkeys([*self.stop_tokens, *as_ids(stop_tokens, "stop_tokens")]))
         ids = [self._ids_of(each, chat) for each in prompts]
+        if beams is not None:
+            _refuse_with_beams({"stop": stops, "on_text": on_text, "seed": any(seeds)}, sampler)
+            settings = BeamSettings(beams, length_penalty, early_stopping, beam_groups, diversity_penalty, n or 1)
+            found = search_beams(
+                self.model, self.params, [Request(row, max_new_tokens, stop_tokens=ends) for row in ids], settings
+            )
+            scored = [[self._scored(row, beam) for beam in best] for row, best in zip(ids, found, strict=True)]
+            results = [best[0] for best in scored] if n is None else scored
+            return results[0] if single else results
+        if n is not None or (length_penalty, early_stopping, beam_groups, diversity_penalty) != (1.0, False, 1, 0.0):
+            raise RequestError("n, length_penalty, early_stopping and groups belong to beam search: give beams as well")
         streams = [TextStream(self.tokenizer.decode_after, row, stops) if self.has_tokenizer else None for row in ids]
         requests = [Request(row, max_new_tokens, sampler, own, ends) for row, own in zip(ids, seeds, strict=True)]
         continuations = list(map(Continuation, requests, streams))
@@ -271,9 +307,22 @@ class LanguageModel:
         generations = list(map(Generation.of, continuations))
         return generations[0] if single else generations
 
+    def _scored(self, prompt: Sequence[int], beam: Beam) -> ScoredGeneration:
+        text = self.tokenizer.decode_after(prompt, beam.tokens) if self.has_tokenizer else None
+        return ScoredGeneration(text, beam.tokens, beam.finish_reason, None, beam.score)
+
     def _ids_of(self, prompt: Prompt, chat: bool) -> list[int]:
         if isinstance(prompt, str):
             return self.prompt_tokens(prompt, chat)
         if chat:
             raise RequestError("chat=True lays out a message, which is text; a prompt of ids is taken as it is")
         return list(prompt)
+
+
+def _refuse_with_beams(settings: Mapping[str, Any], sampler: Sampler) -> None:
+    """Refuses what beam search would ignore: it chooses by probability alone, and its text is only known at the end."""
+    given = [name for name, value in settings.items() if value]
+    if sampler not in (Sampler(), Sampler(temperature=0.0)):
+        given.append("temperature, top_k, top_p or min_p")
+    if given:
+        raise RequestError(f"beam search takes no {given[0]}: leave it out, or leave beams out to sample")

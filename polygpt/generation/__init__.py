@@ -1,5 +1,6 @@
 """Generation: how tokens are sampled, the compiled loop that decodes them, and the stream from ids to text."""
 
+from polygpt.generation.beams import Beam, BeamSettings, EarlyStopping, search_beams
 from polygpt.generation.continuation import Continuation, continue_all
 from polygpt.generation.engine import Chunk, FinishReason, Piece, Request, generate_tokens
 from polygpt.generation.prompts import Prompt, as_ids, as_prompts, as_seeds, as_stop_strings
@@ -7,8 +8,11 @@ from polygpt.generation.sampling import Sampler
 from polygpt.generation.text import TextStream
 
 __all__ = [
+    "Beam",
+    "BeamSettings",
     "Chunk",
     "Continuation",
+    "EarlyStopping",
     "FinishReason",
     "Piece",
     "Prompt",
@@ -21,4 +25,5 @@ __all__ = [
     "as_stop_strings",
     "continue_all",
     "generate_tokens",
+    "search_beams",
 ]
