@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from polygpt.language_model import Generation, LanguageModel
 
 
+SAMPLING = ("temperature", "top_p", "min_p", "seed")
+
+
 @click.command()
 @click.argument("model", metavar="MODEL")
 @click.option(
@@ -34,6 +37,9 @@ if TYPE_CHECKING:
 )
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
 @click.option("--stop", multiple=True, help="End at this text; may be given several times.")
+@click.option("--beams", type=int, help="Search for the likeliest text with so many beams, instead of sampling.")
+@click.option("--n", type=int, help="With --beams: give the n best texts, the best first.")
+@click.option("--length-penalty", type=float, help="With --beams: above 0 favours long texts, below 0 short ones.  [1]")
 @click.option("--chat", is_flag=True, help="The prompt is a message: lay it out by the model's chat template.")
 @dtype_option
 @weights_option
@@ -49,8 +55,12 @@ def generate(
     MODEL is a run's folder, an imported or a Hugging Face folder, hf:owner/name, a .gguf file, or a preset (random
     weights, without text).
     """
+    settings = _chosen(settings)
     texts = [_standard_input() if prompt == "-" else prompt for prompt in prompts]
     lm = reading(model, dtype, {}, weights=weights or "auto", for_text=True)
+    if "beams" in settings:
+        _search(lm, texts, settings, as_json)
+        return
     if len(texts) == 1 and not as_json:
         _stream(lm, texts[0], settings)
         return
@@ -61,6 +71,29 @@ def generate(
         else:
             click.echo(("" if settings["chat"] else text) + result.text)
             _report(lm, text, result, settings["chat"])
+
+
+def _chosen(settings: dict) -> dict:
+    """The settings to call `generate` with; beam search takes those of sampling only where they were given."""
+    chosen = {name: value for name, value in settings.items() if value is not None}
+    if "beams" not in chosen:
+        return chosen
+    source = click.get_current_context().get_parameter_source
+    default = click.core.ParameterSource.DEFAULT
+    return {name: value for name, value in chosen.items() if name not in SAMPLING or source(name) != default}
+
+
+def _search(lm: LanguageModel, texts: list[str], settings: dict, as_json: bool) -> None:
+    """Prints what beam search finds: the text, or with --n each text below its score."""
+    every = settings.pop("n", None)
+    for text in texts:
+        found = lm.generate(text, n=every or 1, **settings)
+        shown = "" if settings["chat"] else text
+        for result in found:
+            if as_json:
+                print_json(({"prompt": text} if len(texts) > 1 else {}) | dataclasses.asdict(result))
+            else:
+                click.echo(f"{f'[{result.score:.4f}] ' if every else ''}{shown}{result.text}")
 
 
 def _stream(lm: LanguageModel, prompt: str, settings: dict) -> None:

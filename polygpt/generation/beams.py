@@ -33,7 +33,7 @@ class BeamSettings:
         beams: continuations that are kept at every step.
         length_penalty: a continuation's score is the sum of its log probabilities divided by
             (its number of tokens)^length_penalty: a positive penalty favours long continuations, a negative one short.
-        early_stopping: True ends the search as soon as `beams` continuations have ended; False, when the best unfinished
+        early_stopping: True ends the search once `beams` continuations have ended; False, when the best unfinished
             one would not rank among them if it ended now; `never`, when none can, however long it becomes.
         beam_groups: groups that the beams are divided into; each is searched by itself.
         diversity_penalty: subtracted from a token's log probability, where beams are chosen, once for each beam of an

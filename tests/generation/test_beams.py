@@ -84,7 +84,7 @@ def slow_search(log_probs, count, beams, penalty, early, groups=1, diversity=0.0
             open_[g] = open_[g] and better and not (full and early is True)
         if not any(open_):
             break
-    return sorted(sum(ended, []), key=lambda item: -item[1])
+    return sorted(itertools.chain(*ended), key=lambda item: -item[1])
 
 
 def search(model, params, count=4, n=None, **settings):
