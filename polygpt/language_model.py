@@ -34,7 +34,7 @@ from polygpt.generation import (
 )
 from polygpt.kernels import WEIGHT_TYPES, WeightType
 from polygpt.model import ModelConfig, Params, model_of
-from polygpt.tokenizers import Tokenizer, chat_tokens
+from polygpt.tokenizers import Messages, Tokenizer, chat_tokens
 
 NO_TOKENIZER = "this model has no tokenizer: a preset has none, nor has a folder without tokenizer.json"
 
@@ -225,15 +225,30 @@ class LanguageModel:
         """
         tokenizer = self.tokenizer
         if chat:
-            return self._chat_tokens(prompt)
+            return self.chat_tokens(prompt)
         ids = [*tokenizer.start, *tokenizer.encode(prompt)]
         return ids or ([] if tokenizer.end_of_text is None else [tokenizer.end_of_text])
 
-    def _chat_tokens(self, prompt: str) -> list[int]:
+    def chat_tokens(self, messages: str | Messages) -> list[int]:
+        """The ids from which the answer to a conversation, or to a single message of a user, is continued.
+
+        Raises:
+            RequestError: the model has no chat template, or the template refuses the messages.
+        """
         template = self.origin.chat_template
         if template is None:
             raise RequestError("this model came without a chat template; leave chat out and write the prompt in full")
-        return chat_tokens(self.tokenizer, template, prompt)
+        return chat_tokens(self.tokenizer, template, messages)
+
+    def chat(self, messages: Messages, **settings: Any) -> Generation:
+        """The model's answer to a conversation: messages with a `role` and `content`, the oldest first.
+
+        Special tokens typed in a message are ordinary text. `settings` are those of `generate`.
+
+        Raises:
+            RequestError: as `chat_tokens` and `generate`.
+        """
+        return self.generate(self.chat_tokens(messages), **settings)
 
     def generate(
         self,

@@ -26,6 +26,7 @@ COMMANDS = {
     "train": "Train a model from a recipe or a file.",
     "eval": "Perplexity, HellaSwag, or a task of lm-evaluation-harness.",
     "generate": "Continue a prompt.",
+    "chat": "Talk with a model in the terminal.",
     "import": "Bring in a model from Hugging Face, GGUF or llama2.c.",
     "export": "Write a model for transformers or llama.cpp.",
 }

@@ -81,7 +81,7 @@ def test_a_published_model(penalty):
     path = Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name).float().eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     found = open_gguf(path)
     config = adapted(found.config, "float32", {})
     tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
