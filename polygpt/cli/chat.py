@@ -96,12 +96,23 @@ class Conversation:
         elif command == "/help":
             click.echo(COMMANDS)
         elif command == "/save" and argument:
-            write_text(Path(argument).expanduser(), json.dumps(self.messages, indent=1, ensure_ascii=False) + "\n")
+            self.save(Path(argument).expanduser())
         elif command == "/seed" and argument.isdecimal() and int(argument) < 2**32:
             self.seed = int(argument)
         else:
             raise RequestError(f"{line.strip():.60} is no command; there are\n{COMMANDS}")
         return True
+
+    def save(self, path: Path) -> None:
+        """Writes the messages as JSON.
+
+        Raises:
+            RequestError: the file cannot be written.
+        """
+        try:
+            write_text(path, json.dumps(self.messages, indent=1, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise RequestError(f"{path}: cannot be written ({error.strerror})") from None
 
     def answer(self, line: str) -> None:
         """Streams the answer to a message; an interruption ends it, and what was said stays in the conversation."""
