@@ -25,11 +25,14 @@ from polygpt.generation import (
     Request,
     Sampler,
     TextStream,
+    Vocabulary,
+    as_grammar,
     as_ids,
     as_prompts,
     as_seeds,
     as_stop_strings,
     continue_all,
+    continue_constrained,
     search_beams,
 )
 from polygpt.kernels import WEIGHT_TYPES, WeightType
@@ -270,6 +273,10 @@ class LanguageModel:
         early_stopping: EarlyStopping = False,
         beam_groups: int = 1,
         diversity_penalty: float = 0.0,
+        schema: Mapping[str, Any] | str | None = None,
+        regex: str | None = None,
+        choices: Sequence[str] | None = None,
+        grammar: str | None = None,
     ) -> Generation | list[Generation] | list[list[Generation]]:
         """Continues a prompt until end of text, a stop, `max_new_tokens`, or the end of the context.
 
@@ -288,6 +295,7 @@ class LanguageModel:
                 `ScoredGeneration`s.
             n: with beams, give a list of the n best continuations of each prompt, the best first.
             length_penalty, early_stopping, beam_groups, diversity_penalty: of the search, as `BeamSettings` says.
+            schema, regex, choices, grammar: what the whole text must match, as `as_grammar` says; needs llguidance.
 
         Raises:
             RequestError: the prompt is no prompt or longer than the context, a number is out of its range, or text is
@@ -304,7 +312,10 @@ class LanguageModel:
             _ = self.tokenizer  # refuses a model that has none
         ends = tuple(dict.fromkeys([*self.stop_tokens, *as_ids(stop_tokens, "stop_tokens")]))
         ids = [self._ids_of(each, chat) for each in prompts]
+        constraint = as_grammar(schema, regex, choices, grammar)
         if beams is not None:
+            if constraint is not None:
+                raise RequestError("beam search takes no constraint: leave one of them out")
             _refuse_with_beams({"stop": stops, "on_text": on_text, "seed": any(seeds)}, sampler)
             settings = BeamSettings(beams, length_penalty, early_stopping, beam_groups, diversity_penalty, n or 1)
             found = search_beams(
@@ -318,9 +329,18 @@ class LanguageModel:
         streams = [TextStream(self.tokenizer.decode_after, row, stops) if self.has_tokenizer else None for row in ids]
         requests = [Request(row, max_new_tokens, sampler, own, ends) for row, own in zip(ids, seeds, strict=True)]
         continuations = list(map(Continuation, requests, streams))
-        continue_all(self.model, self.params, continuations, on_text)
+        if constraint is None:
+            continue_all(self.model, self.params, continuations, on_text)
+        else:
+            continue_constrained(self.model, self.params, continuations, self._vocabulary, constraint, on_text)
         generations = list(map(Generation.of, continuations))
         return generations[0] if single else generations
+
+    @cached_property
+    def _vocabulary(self) -> Vocabulary:
+        tokenizer = self.tokenizer
+        special = tuple(tokenizer.special_tokens.values())
+        return Vocabulary(tokenizer.vocabulary_bytes(), special, tokenizer.end_of_text, tokenizer.encode)
 
     def _scored(self, prompt: Sequence[int], beam: Beam) -> ScoredGeneration:
         text = self.tokenizer.decode_after(prompt, beam.tokens) if self.has_tokenizer else None

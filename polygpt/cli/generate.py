@@ -40,6 +40,8 @@ SAMPLING = ("temperature", "top_p", "min_p", "seed")
 @click.option("--beams", type=int, help="Search for the likeliest text with so many beams, instead of sampling.")
 @click.option("--n", type=int, help="With --beams: give the n best texts, the best first.")
 @click.option("--length-penalty", type=float, help="With --beams: above 0 favours long texts, below 0 short ones.  [1]")
+@click.option("--schema", type=click.File(encoding="utf-8"), help="A file with a JSON schema that the text must fit.")
+@click.option("--regex", help="A regular expression that the whole text must match.")
 @click.option("--chat", is_flag=True, help="The prompt is a message: lay it out by the model's chat template.")
 @dtype_option
 @weights_option
@@ -56,6 +58,8 @@ def generate(
     weights, without text).
     """
     settings = _chosen(settings)
+    if "schema" in settings:
+        settings["schema"] = settings["schema"].read()
     texts = [_standard_input() if prompt == "-" else prompt for prompt in prompts]
     lm = reading(model, dtype, {}, weights=weights or "auto", for_text=True)
     if "beams" in settings:

@@ -1,6 +1,8 @@
 """Generation: how tokens are sampled, the compiled loop that decodes them, and the stream from ids to text."""
 
 from polygpt.generation.beams import Beam, BeamSettings, EarlyStopping, search_beams
+from polygpt.generation.constrained import continue_constrained
+from polygpt.generation.constraints import Vocabulary, as_grammar
 from polygpt.generation.continuation import Continuation, continue_all
 from polygpt.generation.engine import Chunk, FinishReason, Piece, Request, generate_tokens
 from polygpt.generation.prompts import Prompt, as_ids, as_prompts, as_seeds, as_stop_strings
@@ -19,11 +21,14 @@ __all__ = [
     "Request",
     "Sampler",
     "TextStream",
+    "Vocabulary",
+    "as_grammar",
     "as_ids",
     "as_prompts",
     "as_seeds",
     "as_stop_strings",
     "continue_all",
+    "continue_constrained",
     "generate_tokens",
     "search_beams",
 ]
