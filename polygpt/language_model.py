@@ -33,6 +33,7 @@ from polygpt.generation import (
     as_stop_strings,
     continue_all,
     continue_constrained,
+    refuse_with_beams,
     search_beams,
 )
 from polygpt.kernels import WEIGHT_TYPES, WeightType
@@ -68,11 +69,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class ScoredGeneration(Generation):
-    """A continuation that beam search found.
-
-    Attributes:
-        score: the sum of its tokens' log probabilities, the stop token included, over (their number)^length_penalty.
-    """
+    """A continuation that beam search found; `score` is as `BeamSettings` says, the stop token included."""
 
     score: float
 
@@ -316,11 +313,10 @@ class LanguageModel:
         if beams is not None:
             if constraint is not None:
                 raise RequestError("beam search takes no constraint: leave one of them out")
-            _refuse_with_beams({"stop": stops, "on_text": on_text, "seed": any(seeds)}, sampler)
+            refuse_with_beams({"stop": stops, "on_text": on_text, "seed": any(seeds)}, sampler)
             settings = BeamSettings(beams, length_penalty, early_stopping, beam_groups, diversity_penalty, n or 1)
-            found = search_beams(
-                self.model, self.params, [Request(row, max_new_tokens, stop_tokens=ends) for row in ids], settings
-            )
+            requests = [Request(row, max_new_tokens, stop_tokens=ends) for row in ids]
+            found = search_beams(self.model, self.params, requests, settings)
             scored = [[self._scored(row, beam) for beam in best] for row, best in zip(ids, found, strict=True)]
             results = [best[0] for best in scored] if n is None else scored
             return results[0] if single else results
@@ -352,12 +348,3 @@ class LanguageModel:
         if chat:
             raise RequestError("chat=True lays out a message, which is text; a prompt of ids is taken as it is")
         return list(prompt)
-
-
-def _refuse_with_beams(settings: Mapping[str, Any], sampler: Sampler) -> None:
-    """Refuses what beam search would ignore: it chooses by probability alone, and its text is only known at the end."""
-    given = [name for name, value in settings.items() if value]
-    if sampler not in (Sampler(), Sampler(temperature=0.0)):
-        given.append("temperature, top_k, top_p or min_p")
-    if given:
-        raise RequestError(f"beam search takes no {given[0]}: leave it out, or leave beams out to sample")

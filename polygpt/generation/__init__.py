@@ -1,6 +1,6 @@
 """Generation: how tokens are sampled, the compiled loop that decodes them, and the stream from ids to text."""
 
-from polygpt.generation.beams import Beam, BeamSettings, EarlyStopping, search_beams
+from polygpt.generation.beams import Beam, BeamSettings, EarlyStopping, refuse_with_beams, search_beams
 from polygpt.generation.constrained import continue_constrained
 from polygpt.generation.constraints import Vocabulary, as_grammar
 from polygpt.generation.continuation import Continuation, continue_all
@@ -30,5 +30,6 @@ __all__ = [
     "continue_all",
     "continue_constrained",
     "generate_tokens",
+    "refuse_with_beams",
     "search_beams",
 ]

@@ -6,11 +6,11 @@ and scores it gives; diverse groups are those of Vijayakumar et al. 2016 (arXiv 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from numbers import Integral
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +18,7 @@ import numpy as np
 from polygpt.errors import PolygptError, RequestError
 from polygpt.generation.beam_programs import EARLY, Rules, Search, beam_programs
 from polygpt.generation.engine import FinishReason, Request, check_requests
+from polygpt.generation.sampling import Sampler
 from polygpt.model import Model, Params
 
 EarlyStopping = Literal["never"] | bool
@@ -96,6 +97,19 @@ def search_beams(model: Model, params: Params, requests: Sequence[Request], sett
     settings.check()
     check_requests(model.config, requests)
     return [_search(model, params, request, settings) for request in requests]
+
+
+def refuse_with_beams(settings: Mapping[str, Any], sampler: Sampler) -> None:
+    """Refuses what beam search would ignore: it chooses by probability alone, and its text is only known at the end.
+
+    Raises:
+        RequestError: names the setting.
+    """
+    given = [name for name, value in settings.items() if value]
+    if sampler not in (Sampler(), Sampler(temperature=0.0)):
+        given.append("temperature, top_k, top_p or min_p")
+    if given:
+        raise RequestError(f"beam search takes no {given[0]}: leave it out, or leave beams out to sample")
 
 
 def _search(model: Model, params: Params, request: Request, settings: BeamSettings) -> list[Beam]:
