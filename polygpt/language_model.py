@@ -293,7 +293,7 @@ class LanguageModel:
             _ = self.tokenizer  # refuses a model that has none
         ends = tuple(dict.fromkeys([*self.stop_tokens, *as_ids(stop_tokens, "stop_tokens")]))
         if beams is not None:
-            given = {"stop": stops, "on_text": on_text, "seed": any(seeds), "a constraint": constraint}
+            given = {"stop": stops, "on_text": on_text, "seed": any(seeds), "constraint": constraint}
             refuse_with_beams(given | {"logprobs": logprobs is not None}, sampler)
             requests = [Request(self._ids_of(each, chat), max_new_tokens, stop_tokens=ends) for each in prompts]
             found = self._search(requests, BeamSettings(beams, **search, n=samples))
