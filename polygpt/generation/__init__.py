@@ -11,6 +11,7 @@ from polygpt.generation.results import Generation, ScoredGeneration
 from polygpt.generation.sampling import Sampler
 from polygpt.generation.serving import Engine
 from polygpt.generation.text import TextStream
+from polygpt.generation.windowed import windowed
 
 __all__ = [
     "Beam",
@@ -41,4 +42,5 @@ __all__ = [
     "generate_tokens",
     "refuse_with_beams",
     "search_beams",
+    "windowed",
 ]
