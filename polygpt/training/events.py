@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -177,3 +177,20 @@ Event = (
     | Ended
 )
 Listener = Callable[[Event], None]
+
+
+def emitter(listeners: Iterable[Listener]) -> Listener:
+    """A function that gives an event to all listeners. One that cannot write is only warned of, once."""
+    listeners, failed = tuple(listeners), set()
+
+    def emit(event: Event) -> None:
+        for index, listener in enumerate(listeners):
+            try:
+                listener(event)
+            except OSError as error:
+                if index not in failed:
+                    failed.add(index)
+                    reason = error.strerror or str(error)
+                    emit(Note(f"{error.filename or 'a file'}: cannot be written ({reason}); the run goes on", True))
+
+    return emit
