@@ -9,16 +9,16 @@ from polygpt.data.loader import Loader
 from polygpt.data.preparation import prepare, training_texts
 from polygpt.data.reading import format_of, open_bytes
 from polygpt.data.shards import Manifest, Shards, TokenSplit, is_prepared, open_shards
-from polygpt.data.sources import Document, InvalidText, Source, open_source
+from polygpt.data.sources import Document, Source, Tally, open_source
 
 __all__ = [
     "DataConfig",
     "Document",
-    "InvalidText",
     "Loader",
     "Manifest",
     "Shards",
     "Source",
+    "Tally",
     "TokenSplit",
     "format_of",
     "is_prepared",

@@ -15,9 +15,10 @@ class DataConfig(Config):
     """Where text comes from and how it becomes windows of tokens.
 
     Attributes:
-        path: `builtin` (the documentation and standard library of the running Python); a .txt or .jsonl file, plain or
-            compressed (.gz, .zst); a folder of these; a glob; a list of any of them; or one folder of prepared shards.
-        text_key: the key of a .jsonl object that holds the text.
+        path: `builtin` (the documentation and standard library of the running Python); a .txt, .jsonl or .csv file,
+            plain or compressed (.gz, .zst), or a .parquet file; a folder of these; a glob; a list of any of them; or
+            one folder of prepared shards.
+        text_key: the key of a .jsonl object, or the column of a .csv or .parquet file, that holds the text.
         split: `document` assigns each document to training or validation by a hash of its text; `fraction` holds out
             the end of the whole text, as nanoGPT does; `auto` is `fraction` for fewer than 100 documents.
         validation_fraction: share of the text, or of the documents, that is held out.

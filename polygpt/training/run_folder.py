@@ -246,8 +246,8 @@ def _prepare(config: RunConfig, partial: Path, note: Callable[[str], None]) -> t
 def _write_shards(config: RunConfig, tokenizer: Tokenizer, folder: Path, note: Callable[[str], None]) -> Shards:
     source = open_source(config.data)
     shards = prepare(source, tokenizer, folder, config.data)
-    if source.invalid.documents:
-        note(f"data: {source.invalid.documents} documents were not UTF-8 ({config.data.invalid_utf8})")
+    if source.tally.invalid:
+        note(f"data: {source.tally.invalid} documents were not UTF-8 ({config.data.invalid_utf8})")
     lost = shards.manifest.validation.lost_bytes
     if lost:
         note(f"data: the tokenizer has no tokens for {lost:,} bytes of held-out text; bits per byte leave them out")
