@@ -6,6 +6,7 @@
 
 from polygpt.data.config import DataConfig
 from polygpt.data.loader import Loader
+from polygpt.data.mixing import MixedLoader
 from polygpt.data.preparation import prepare, training_texts
 from polygpt.data.reading import format_of, open_bytes
 from polygpt.data.shards import Manifest, Shards, TokenSplit, is_prepared, open_shards
@@ -16,6 +17,7 @@ __all__ = [
     "Document",
     "Loader",
     "Manifest",
+    "MixedLoader",
     "Shards",
     "Source",
     "Tally",

@@ -77,11 +77,13 @@ class TokenSplit:
 
     Attributes:
         tokens, documents, bytes: counts; `bytes` of the raw text in UTF-8, for bits per byte.
+        end_of_text: the id before each document; None if the tokenizer has none.
         fingerprint: SHA-256, in hexadecimal, of the SHA-256 sums of the files.
     """
 
-    def __init__(self, name: str, entry: SplitEntry, folder: Path, dtype: np.dtype):
+    def __init__(self, name: str, entry: SplitEntry, folder: Path, dtype: np.dtype, end_of_text: int | None = None):
         """Maps the files, which `open_shards` has verified."""
+        self.end_of_text = end_of_text
         self.name, self.tokens, self.documents, self.bytes = name, entry.tokens, entry.documents, entry.bytes
         hashes = [file.sha256 for s in entry.shards for file in (s.tokens_file, s.offsets_file)]
         self.fingerprint = hashlib.sha256("".join(hashes).encode()).hexdigest()
@@ -112,6 +114,11 @@ class TokenSplit:
             filled, shard = filled + len(part), shard + 1
         return out
 
+    def document_offsets(self) -> np.ndarray:
+        """Where each document starts in the stream, and the stream's length: int64 `[documents + 1]`."""
+        starts = [offsets + start for offsets, start in zip(self._offsets, self._starts, strict=False)]
+        return np.concatenate([*starts, [self.tokens]]).astype(np.int64)
+
     def document(self, i: int) -> np.ndarray:
         """The tokens of document `i`, int32, including the end-of-text token before it if the tokenizer has one.
 
@@ -134,8 +141,8 @@ class Shards:
         """Maps the files, which `open_shards` has verified."""
         self.folder, self.manifest = folder, manifest
         dtype = DTYPES[manifest.dtype]
-        self.train = TokenSplit("train", manifest.train, folder, dtype)
-        self.validation = TokenSplit("validation", manifest.validation, folder, dtype)
+        self.train = TokenSplit("train", manifest.train, folder, dtype, manifest.end_of_text)
+        self.validation = TokenSplit("validation", manifest.validation, folder, dtype, manifest.end_of_text)
 
 
 def is_prepared(config: DataConfig) -> bool:

@@ -231,6 +231,7 @@ class _Loop:
             "attention": self.model.attention_implementation(),
             "tokens a step": self.training.batch_size * self.config.model.context_length,
             "steps an epoch": self.loader.num_batches,
+            **self.loader.facts(self.training.steps),
         }
 
 

@@ -61,13 +61,15 @@ class Run:
             batch_size=training.batch_size,
             stride=self.config.data.stride,
             seed=training.seeds.data,
+            packing=self.config.data.packing,
         )
 
     @cached_property
     def validation_loader(self) -> Loader:
         """Validation batches, in order."""
         size, context = self.config.training.batch_size, self.config.model.context_length
-        return Loader(self.shards.validation, context_length=context, batch_size=size, shuffle=False)
+        packing = self.config.data.packing
+        return Loader(self.shards.validation, context_length=context, batch_size=size, shuffle=False, packing=packing)
 
     @cached_property
     def evaluations(self) -> list[tuple[EvaluationConfig, Ready]]:
