@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_right
+from collections.abc import Sequence
+from copy import copy
 from itertools import accumulate
 from pathlib import Path
 from typing import Literal
@@ -93,6 +95,19 @@ class TokenSplit:
         self._starts = [0, *accumulate(s.tokens for s in entry.shards)]
         self._first_documents = [0, *accumulate(s.documents for s in entry.shards)]
 
+    @classmethod
+    def joined(cls, splits: Sequence[TokenSplit]) -> TokenSplit:
+        """Several splits as one stream, in order."""
+        one = copy(splits[0])
+        for name in ("tokens", "documents", "bytes"):
+            setattr(one, name, sum(getattr(split, name) for split in splits))
+        one.fingerprint = hashlib.sha256("".join(split.fingerprint for split in splits).encode()).hexdigest()
+        one._ids = [ids for split in splits for ids in split._ids]
+        one._offsets = [offsets for split in splits for offsets in split._offsets]
+        one._starts = [0, *accumulate(len(ids) for ids in one._ids)]
+        one._first_documents = [0, *accumulate(len(offsets) for offsets in one._offsets)]
+        return one
+
     def __len__(self) -> int:
         return self.tokens
 
@@ -145,9 +160,23 @@ class Shards:
         self.validation = TokenSplit("validation", manifest.validation, folder, dtype, manifest.end_of_text)
 
 
+class JoinedShards:
+    """The shards of several sources, by name.
+
+    `train` and `validation` are those of all sources together, and `manifest` is the first source's: tokenizer and
+    end-of-text token are the same in all.
+    """
+
+    def __init__(self, sources: dict[str, Shards]):
+        self.sources, shards = sources, list(sources.values())
+        self.manifest = shards[0].manifest
+        self.train = TokenSplit.joined([each.train for each in shards])
+        self.validation = TokenSplit.joined([each.validation for each in shards])
+
+
 def is_prepared(config: DataConfig) -> bool:
     """Whether `config.path` is a folder of prepared shards rather than text."""
-    return len(config.paths) == 1 and (Path(config.paths[0]).expanduser() / MANIFEST).is_file()
+    return not config.sources and len(config.paths) == 1 and (Path(config.paths[0]).expanduser() / MANIFEST).is_file()
 
 
 def open_shards(folder: str | Path, tokenizer: Tokenizer | None = None) -> Shards:

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from polygpt import checkpoint
+from polygpt.data import Loader
 from polygpt.evaluation import EvaluationConfig, Ready
 from polygpt.language_model import LanguageModel
 from polygpt.loading import CHECKPOINTS, read_origin
@@ -42,29 +43,39 @@ def is_due(job: Job, step: int) -> bool:
 
 
 class Validation:
-    """Loss on the validation windows: during training on some of them, the same every time; at the end on all."""
+    """Loss on the validation windows: during training on some of them, the same every time; at the end on all.
+
+    Of a mixture, each source is measured by itself as well.
+    """
 
     def __init__(self, run: Run, emit: Listener):
         training, self.emit, self.loader = run.config.training, emit, run.validation_loader
         self.every = in_steps(training.eval_every, training.steps)
-        self.batches = training.eval_batches or self.loader.num_batches
-        self.tokens_per_byte = run.shards.validation.tokens / run.shards.validation.bytes
+        self.sources, self.batches = run.source_loaders, training.eval_batches
         model = model_of(run.config.model)
         self.sums = jax.jit(lambda params, batch: nll_sums(model, params, batch))
 
     def run(self, state: TrainState, last: bool) -> None:
-        count = self.loader.num_batches
-        wanted = count if last else min(self.batches, count)
+        step = int(state.step)
+        loss, bits, full = self._measure(self.loader, state, last)
+        self.latest = Evaluated(step, loss, bits, full)
+        self.emit(self.latest)
+        for name, loader in self.sources.items():
+            loss, bits, _ = self._measure(loader, state, last)
+            self.emit(Measured(step, {f"{name}/val_loss": loss, f"{name}/val_bits_per_byte": bits}))
+
+    def _measure(self, loader: Loader, state: TrainState, last: bool) -> tuple[float, float, bool]:
+        """Nats per token, bits per byte, and whether they are of all windows."""
+        count = loader.num_batches
+        wanted = count if last else min(self.batches or count, count)
         indices = np.linspace(0, count - 1, wanted).round().astype(int)
         # Summed on the device: fetching each batch's sums would wait for it.
-        total = sum(self.sums(state.params, Batch.of(self.loader.batch(int(i)))) for i in indices)
+        total = sum(self.sums(state.params, Batch.of(loader.batch(int(i)))) for i in indices)
         nats, tokens = np.asarray(total, np.float64)
         loss = float(nats / tokens)
         if not math.isfinite(loss):
             raise checkpoint.NotFiniteError(f"step {int(state.step)}: validation loss {loss}")
-        bits = loss * self.tokens_per_byte / math.log(2)
-        self.latest = Evaluated(int(state.step), loss, bits, full=wanted == count)
-        self.emit(self.latest)
+        return loss, loss * loader.split.tokens / loader.split.bytes / math.log(2), wanted == count
 
 
 class Evaluation:

@@ -27,7 +27,7 @@ from polygpt.training.listeners import standard_listeners
 from polygpt.training.meter import Meter
 from polygpt.training.optimizers import in_steps
 from polygpt.training.resume import with_changes
-from polygpt.training.run_folder import Run, create_run, naming_evaluation, open_run, write_config
+from polygpt.training.run_folder import Run, create_run, naming, open_run, write_config
 from polygpt.training.step import Batch, Trainer, TrainState
 
 
@@ -72,7 +72,7 @@ def _opened(config: RunConfig | None, out: Path, resume: bool, emit: Listener) -
         raise RequestError(f"train takes a RunConfig, such as polygpt.load_recipe('demo'), not {config!r:.60}")
     # Mistakes in these are found first: preparing the data may take long.
     for index, evaluation in enumerate(config.training.evaluations if config is not None else ()):
-        with naming_evaluation(index):
+        with naming(f"training.evaluations.{index}"):
             evaluation.check()
 
     def note(text: str) -> None:
@@ -100,7 +100,8 @@ def _emitter(listeners: Iterable[Listener]) -> Listener:
 
 def _check(run: Run) -> None:
     """Refuses a run whose data is too short or whose model cannot be built, before its folder is written."""
-    _ = run.train_loader, run.validation_loader, run.evaluations
+    _ = run.validation_loader, run.source_loaders, run.evaluations
+    run.train_loader.facts(run.config.training.steps)  # refuses sources that do not last so long
     model = model_of(run.config.model)
     model.check()
     model.attention_implementation()  # refuses one that cannot run here
