@@ -4,6 +4,7 @@
 `Loader(shards.train, ...).batch(i)` is a pure function of (seed, i).
 """
 
+from polygpt.data.catalogue import DATASETS, Dataset
 from polygpt.data.config import DataConfig, SourceConfig
 from polygpt.data.loader import Loader
 from polygpt.data.mixing import MixedLoader
@@ -13,7 +14,9 @@ from polygpt.data.shards import JoinedShards, Manifest, Shards, TokenSplit, is_p
 from polygpt.data.sources import Document, Source, Tally, open_source
 
 __all__ = [
+    "DATASETS",
     "DataConfig",
+    "Dataset",
     "Document",
     "JoinedShards",
     "Loader",

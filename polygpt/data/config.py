@@ -43,8 +43,9 @@ class DataConfig(Config):
 
     Attributes:
         path: `builtin` (the documentation and standard library of the running Python); a .txt, .jsonl or .csv file,
-            plain or compressed (.gz, .zst), or a .parquet file; a folder of these; a glob; a list of any of them; or
-            one folder of prepared shards.
+            plain or compressed (.gz, .zst), or a .parquet file; a folder of these; a glob; a name from
+            `polygpt data list`; `hf:datasets/owner/name[@revision]/GLOB` on the Hugging Face hub; a list of any of
+            them; or one folder of prepared shards.
         sources: a mixture, in place of `path`: each source is prepared and validated by itself, and training windows
             are taken from them in proportion to their weights.
         text_key: the key of a .jsonl object, or the column of a .csv or .parquet file, that holds the text.

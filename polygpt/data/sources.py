@@ -9,11 +9,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-from polygpt.data import builtin
+from polygpt.data import builtin, hub
+from polygpt.data.catalogue import DATASETS
 from polygpt.data.config import BUILTIN, DataConfig
 from polygpt.data.formats import Part, part_name, parts_of, rows_of
 from polygpt.data.reading import SUFFIXES, format_of
-from polygpt.errors import RequestError
+from polygpt.errors import RequestError, suggest
 
 
 class Document(NamedTuple):
@@ -69,7 +70,11 @@ class Source:
             RequestError: a file cannot be read, or is not what its suffix says.
         """
         for file in self.files:
-            yield from [Part(BUILTIN)] if file == BUILTIN else parts_of(Path(file))
+            if file == BUILTIN:
+                yield Part(BUILTIN)
+            else:
+                for path in hub.fetched(str(file)) if _is_remote(file) else [Path(file)]:
+                    yield from parts_of(path)
 
     def __iter__(self) -> Iterator[Document]:
         """Yields each document.
@@ -129,7 +134,10 @@ class Source:
 
 
 def open_source(config: DataConfig) -> Source:
-    """The documents that `config.path` names. Files are found now, and read during iteration.
+    """The documents that `config.path` names. Local files are found now, and read during iteration.
+
+    A file or folder has precedence over a data set of the same name (`polygpt data list`). Files on a hub are found and
+    downloaded during iteration.
 
     Raises:
         RequestError: a path is missing, a glob matches nothing, or a file's suffix is not one that is read.
@@ -138,10 +146,33 @@ def open_source(config: DataConfig) -> Source:
     return Source(config, tuple(dict.fromkeys(files)))  # a file that two globs match is read once
 
 
+def _is_remote(file: str | Path) -> bool:
+    return isinstance(file, str) and file.startswith(hub.PREFIX)
+
+
+def _not_found(path: str) -> RequestError:
+    known = [BUILTIN, *DATASETS]
+    near = suggest(path, known) if "/" not in path and "." not in path else ""
+    hint = (
+        near
+        if "did you mean" in near
+        else "data.path is a file, a folder, a glob, 'builtin', or a name of: polygpt data list"
+    )
+    return RequestError(f"{path}: no such file; {hint}")
+
+
 def _files(path: str) -> list[str | Path]:
     if path == BUILTIN:
         return [BUILTIN]
     found = Path(path).expanduser()
+    if path.startswith(hub.PREFIX) and not found.exists():
+        hub.check_name(path)
+        return [path]
+    if path in DATASETS and not found.exists():
+        dataset = DATASETS[path]
+        if not dataset.is_read:
+            raise RequestError(f"{path}: download it from {dataset.where} first, and give data.path=FILE")
+        return [dataset.where]
     if found.is_dir():
         return _folder(found)
     if not found.exists() and glob.has_magic(path):
@@ -153,7 +184,7 @@ def _files(path: str) -> list[str | Path]:
         files = [found]
     for file in files:
         if not file.exists():
-            raise RequestError(f"{path}: no such file; data.path is a file, a folder, a glob or 'builtin'")
+            raise _not_found(path)
         if not file.is_file():
             raise RequestError(f"{path}: not a regular file")
         if format_of(file) is None:
