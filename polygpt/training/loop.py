@@ -100,8 +100,8 @@ def _emitter(listeners: Iterable[Listener]) -> Listener:
 
 def _check(run: Run) -> None:
     """Refuses a run whose data is too short or whose model cannot be built, before its folder is written."""
-    _ = run.validation_loader, run.source_loaders, run.evaluations
     run.train_loader.facts(run.config.training.steps)  # refuses sources that do not last so long
+    _ = run.validation_loader, run.source_loaders, run.evaluations
     model = model_of(run.config.model)
     model.check()
     model.attention_implementation()  # refuses one that cannot run here
