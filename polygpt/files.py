@@ -13,6 +13,14 @@ from pathlib import Path
 from polygpt.errors import PolygptError, RequestError
 
 
+def expand(path: str | os.PathLike) -> Path:
+    """`path` with `~` as the home folder; where there is no such home, `~name` is a file's own name."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # no user of that name
+        return Path(path)
+
+
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """A temporary sibling of `folder`: renamed to `folder` on success, removed on failure.

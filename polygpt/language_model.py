@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from polygpt.config import validate
-from polygpt.errors import RequestError
+from polygpt.errors import PolygptError, RequestError
 from polygpt.generation import (
     Continuation,
     FinishReason,
@@ -32,6 +32,8 @@ from polygpt.kernels import WEIGHT_TYPES, WeightType
 from polygpt.model import ModelConfig, Params, model_of
 from polygpt.tokenizers import Tokenizer, chat_tokens
 
+LOGITS_NOT_FINITE = "the model's logits are not finite numbers (NaN or infinity)"
+NOT_FINITE_CAUSES = "its weights are damaged, or its numbers exceed the range of compute_dtype"
 NO_TOKENIZER = "this model has no tokenizer: a preset has none, nor has a folder without tokenizer.json"
 
 
@@ -44,19 +46,27 @@ class Generation:
         tokens: the ids of that text.
         finish_reason: `length` (max_new_tokens reached), `stop` (end of text or a stop string), or
             `context_length` (the sequence fills the model's context).
-        tokens_per_second: of decoding after the first token, compilation left out; None if there was only one.
+        tokens_per_second: of decoding after the first token, compilation left out; None if there was only one, or
+            with penalties or log probabilities.
+        logprobs: of `tokens` in nats, by the model alone, if asked for.
+        top_logprobs: for each token, (id, log probability) of the likeliest, if asked for.
     """
 
     text: str | None
     tokens: list[int]
     finish_reason: FinishReason
     tokens_per_second: float | None
+    logprobs: list[float] | None = None
+    top_logprobs: list[list[tuple[int, float]]] | None = None
 
     @classmethod
     def of(cls, done: Continuation) -> Generation:
         """The result of a finished continuation."""
         text = None if done.stream is None else done.stream.text
-        return cls(text, done.tokens, done.finish_reason, done.tokens_per_second)
+        asked = done.request.logprobs
+        own = None if asked is None else [score.logprob for score in done.logprobs]
+        top = [list(score.top) for score in done.logprobs] if asked else None
+        return cls(text, done.tokens, done.finish_reason, done.tokens_per_second, own, top)
 
 
 @dataclass(frozen=True)
@@ -160,16 +170,24 @@ class LanguageModel:
         return self.model.training_bytes()
 
     @cached_property
-    def _logits(self) -> Callable[[Params, Array], Array]:
-        return jax.jit(self.model.logits)
+    def _logits(self) -> Callable[[Params, Array], tuple[Array, Array]]:
+        def compute(params: Params, tokens: Array) -> tuple[Array, Array]:
+            logits = self.model.logits(params, tokens)
+            return logits, jnp.isfinite(logits).all()
+
+        return jax.jit(compute)
 
     def logits(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
         """float32 logits of the token after each position.
 
         Raises:
             RequestError: tokens are not [B, T] integers inside the vocabulary, or T exceeds the context.
+            PolygptError: the logits are not finite numbers.
         """
-        tokens = np.asarray(tokens)
+        try:
+            tokens = np.asarray(tokens)
+        except ValueError:
+            raise RequestError("tokens must be integers [B, T]: these rows differ in length") from None
         if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
             raise RequestError(f"tokens must be integers [B, T], not {tokens.dtype}{list(tokens.shape)}")
         if not tokens.size:
@@ -178,7 +196,10 @@ class LanguageModel:
             raise RequestError(f"{tokens.shape[1]} tokens exceed the context_length of {self.config.context_length}")
         if not (tokens.min() >= 0 and tokens.max() < self.config.vocab_size):
             raise RequestError(f"token ids must lie in 0..{self.config.vocab_size - 1}")
-        return self._logits(self.params, jnp.asarray(tokens, jnp.int32))
+        logits, finite = self._logits(self.params, jnp.asarray(tokens, jnp.int32))
+        if not finite:
+            raise PolygptError(f"{LOGITS_NOT_FINITE}: {NOT_FINITE_CAUSES}")
+        return logits
 
     def nll(self, text: str) -> Float[Array, "T-1"]:
         """Negative log likelihood, in nats, of each token of `text` after the first; float32 [T-1].
@@ -186,8 +207,11 @@ class LanguageModel:
         Where the tokenizer puts a start token before a text, the model sees it.
 
         Raises:
-            RequestError: the text has more tokens than the context.
+            RequestError: it is not text, or has more tokens than the context.
+            PolygptError: the logits are not finite numbers.
         """
+        if not isinstance(text, str):
+            raise RequestError(f"nll takes text, not {text!r:.40} ({type(text).__name__})")
         start = len(self.tokenizer.start)
         tokens = np.asarray([*self.tokenizer.start, *self.tokenizer.encode(text)], np.int32)
         logits, tokens = self.logits(tokens[None])[0, start:-1], tokens[start:]
@@ -217,7 +241,10 @@ class LanguageModel:
     def _chat_tokens(self, prompt: str) -> list[int]:
         template = self.origin.chat_template
         if template is None:
-            raise RequestError("this model came without a chat template; leave chat out and write the prompt in full")
+            raise RequestError(
+                "this model came without a chat template: generate without --chat (chat=True in Python) and write the "
+                "prompt in full"
+            )
         return chat_tokens(self.tokenizer, template, prompt)
 
     def generate(
@@ -225,16 +252,15 @@ class LanguageModel:
         prompt: Prompt | Sequence[Prompt],
         *,
         max_new_tokens: int = 100,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
         seed: int | Sequence[int] = 0,
+        n: int | None = None,
+        logprobs: int | None = None,
         stop: Sequence[str] = (),
         stop_tokens: Sequence[int] = (),
         chat: bool = False,
         on_text: Callable[[str], None] | None = None,
-    ) -> Generation | list[Generation]:
+        **sampling: Any,
+    ) -> Generation | list[Generation] | list[list[Generation]]:
         """Continues a prompt until end of text, a stop, `max_new_tokens`, or the end of the context.
 
         A prompt's text depends on the prompt, the settings and the seed alone, not on the prompts beside it.
@@ -242,12 +268,14 @@ class LanguageModel:
         Args:
             prompt: text or a list of ids; a list of prompts gives a list of generations.
             max_new_tokens: how many tokens are added at most.
-            temperature: 0 is greedy.
-            top_k, top_p, min_p: keep only likely tokens, as `Sampler` says.
             seed: of the random numbers; for a list of prompts also a list of seeds, one each.
+            n: this many samples of each prompt, with seeds seed, seed + 1, ...; a prompt then gives a list.
+            logprobs: also the log probability of each token, and of this many of the likeliest (0 to 20).
             stop, stop_tokens: strings, and ids besides the model's own, that end the text and are not part of it.
             chat: the prompt is a user's message, laid out by the model's chat template.
             on_text: called with each new piece of text as soon as it can no longer change; for a single prompt.
+            sampling: the settings of a `Sampler`: temperature (0 is greedy), top_k, top_p, min_p, repetition_penalty,
+                presence_penalty, frequency_penalty, no_repeat_ngram, min_new_tokens, logit_bias.
 
         Raises:
             RequestError: the prompt is no prompt or longer than the context, a number is out of its range, or text is
@@ -256,20 +284,25 @@ class LanguageModel:
         """
         prompts, single = as_prompts(prompt)
         seeds = as_seeds(seed, None if single else len(prompts))
-        if on_text is not None and not single:
-            raise RequestError("on_text goes with a single prompt, not with a list of prompts")
-        sampler = validate(Sampler, {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p})
+        if on_text is not None and (not single or n is not None):
+            raise RequestError("on_text goes with a single prompt, not with a list of prompts or with n")
+        sampler = validate(Sampler, sampling)
+        samples = _number_of_samples(n)
         stops = as_stop_strings(stop)
         if stops or chat or on_text is not None:
             _ = self.tokenizer  # refuses a model that has none
         ends = tuple(dict.fromkeys([*self.stop_tokens, *as_ids(stop_tokens, "stop_tokens")]))
-        ids = [self._ids_of(each, chat) for each in prompts]
+        ids = [self._ids_of(each, chat) for each in prompts for _ in range(samples)]
+        seeds = [own + sample for own in seeds for sample in range(samples)]
+        rows = zip(ids, seeds, strict=True)
+        requests = [Request(row, max_new_tokens, sampler, own, ends, logprobs) for row, own in rows]
         streams = [TextStream(self.tokenizer.decode_after, row, stops) if self.has_tokenizer else None for row in ids]
-        requests = [Request(row, max_new_tokens, sampler, own, ends) for row, own in zip(ids, seeds, strict=True)]
         continuations = list(map(Continuation, requests, streams))
-        continue_all(self.model, self.params, continuations, on_text)
-        generations = list(map(Generation.of, continuations))
-        return generations[0] if single else generations
+        vocab_size = self.tokenizer.vocab_size if self.has_tokenizer else None
+        continue_all(self.model, self.params, continuations, on_text, vocab_size=vocab_size)
+        found = list(map(Generation.of, continuations))
+        results = found if n is None else [found[start : start + n] for start in range(0, len(found), n)]
+        return results[0] if single else results
 
     def _ids_of(self, prompt: Prompt, chat: bool) -> list[int]:
         if isinstance(prompt, str):
@@ -277,3 +310,9 @@ class LanguageModel:
         if chat:
             raise RequestError("chat=True lays out a message, which is text; a prompt of ids is taken as it is")
         return list(prompt)
+
+
+def _number_of_samples(n: int | None) -> int:
+    if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
+        raise RequestError(f"n must be a whole number of at least 1, not {n!r:.40}")
+    return n or 1

@@ -19,19 +19,19 @@ from jax.sharding import Mesh
 from polygpt import checkpoint
 from polygpt.config import Config, merge, read_yaml, to_yaml, validate
 from polygpt.errors import RequestError
-from polygpt.files import check_checkpoint_path, new_folder, write_text
+from polygpt.files import check_checkpoint_path, expand, new_folder, write_text
 from polygpt.interop import HUB, StoredModel, fetch, is_huggingface, open_huggingface
 from polygpt.kernels import WeightType
 from polygpt.language_model import NO_TOKENIZER, LanguageModel, Origin
 from polygpt.model import ModelConfig, ParameterInfo, Params, model_of
-from polygpt.presets import PRESET_VOCAB, check_model_name, preset
+from polygpt.presets import PRESET_VOCAB, check_model_name, models_in, preset
 from polygpt.process import command_line
 from polygpt.settings import read_json
 from polygpt.sharding import placement
 from polygpt.tokenizers import Tokenizer, load_tokenizer
 
 CONFIG, TOKENIZER, CHECKPOINTS, ORIGIN = "config.yaml", "tokenizer.json", "checkpoints", "origin.json"
-RESULT = "result.json"
+RESULT, BEST = "result.json", "best.json"  # BEST is in CHECKPOINTS: which step had the lowest validation loss
 Warn = Callable[[str], None]
 
 
@@ -64,7 +64,8 @@ def load(
     """The model called `name`, with its weights.
 
     Args:
-        name: a run's folder (its newest verified checkpoint), an imported or a Hugging Face folder,
+        name: a run's folder (its newest verified checkpoint), one step of it (`RUN/checkpoints/step_00000200`, or
+            `RUN/checkpoints/best` where `training.keep_best` is set), an imported or a Hugging Face folder,
             `hf:owner/name[@revision]`, a llama2.c or GGUF file, or a preset (random weights).
         dtype: of parameters and activations; None keeps the checkpoint's.
         overrides: fields of the model's configuration to change, nested. Parameters must keep their shapes, except that
@@ -84,6 +85,8 @@ def load(
     found = find(name, warn)
     if for_text and found.tokenizer is None:
         raise RequestError(NO_TOKENIZER)
+    if found.tokenizer is not None and found.tokenizer.dropout:
+        warn(f"the tokenizer's BPE dropout of {found.tokenizer.dropout} is off: a text always has the same ids")
     config = adapted(found.config, dtype, overrides or {})
     check_shapes(found.config, config, str(name))
     if check is not None:
@@ -110,8 +113,10 @@ def find(name: str | Path, warn: Warn = warnings.warn) -> StoredModel:
     """
     if str(name).startswith(HUB):
         return open_huggingface(fetch(str(name)))
+    path = expand(name)
+    if path.parent.name == CHECKPOINTS and (path.parent.parent / CONFIG).is_file():
+        return _open_own(path.parent.parent, warn, path.name)
     check_model_name(str(name))
-    path = Path(name).expanduser()
     if path.is_dir():
         return open_huggingface(path) if _is_foreign(path) else _open_own(path, warn)
     if path.is_file():
@@ -221,11 +226,32 @@ def read_origin(folder: Path) -> Origin:
     return Origin.from_json(read_json(path), str(path)) if path.is_file() else Origin()
 
 
-def _open_own(folder: Path, warn: Warn) -> StoredModel:
+def _step_called(checkpoints: Path, name: str) -> checkpoint.Checkpoint:
+    """The step whose folder is `name`, or the best one.
+
+    Raises:
+        RequestError: there is no such step.
+        PolygptError: it fails verification.
+    """
+    folder = checkpoints / name
+    if name == "best":
+        path = checkpoints / BEST
+        if not path.is_file():
+            raise RequestError(f"{folder}: this run has marked no best step (training.keep_best=true does)")
+        folder = checkpoint.step_folder(checkpoints, read_json(path)["step"])
+    if not folder.is_dir():
+        there = ", ".join(sorted(p.name for p in checkpoints.glob("step_*"))) or "none"
+        raise RequestError(f"{folder}: no such checkpoint; there are: {there}")
+    return checkpoint.verify(folder)
+
+
+def _open_own(folder: Path, warn: Warn, step: str | None = None) -> StoredModel:
     path = folder / CONFIG
     if not path.is_file():
         start = command_line("train", "RECIPE", "--out", folder)
-        raise RequestError(f"{folder}: no model here (neither {CONFIG} nor config.json); start a run with: {start}")
+        inside = models_in(folder)
+        near = f"there are models inside: {', '.join(sorted(inside)[:5])}" if inside else f"start a run with: {start}"
+        raise RequestError(f"{folder}: no model here (neither {CONFIG} nor config.json); {near}")
     fields = read_yaml(path)
     config = validate(ModelConfig, fields.get("model") or {}, f"{path}: model")
     # A run always has a tokenizer; an imported model may have none.
@@ -237,7 +263,8 @@ def _open_own(folder: Path, warn: Warn) -> StoredModel:
         check_checkpoint_path(folder)
     except RequestError:
         raise RequestError(f"{folder}: not UTF-8, so its checkpoints cannot be read; rename the folder") from None
-    saved = checkpoint.newest(folder / CHECKPOINTS, warn)
+    checkpoints = folder / CHECKPOINTS
+    saved = checkpoint.newest(checkpoints, warn) if step is None else _step_called(checkpoints, step)
     if saved is None:
         command = command_line("train", "--resume", "--out", folder)
         raise RequestError(f"{folder}: no usable checkpoint; train it with: {command}")
@@ -248,7 +275,7 @@ def _open_own(folder: Path, warn: Warn) -> StoredModel:
         params = _converted(checkpoint.restore(saved, like).params, wanted)
         return model_of(wanted).pack(params, weights) if weights else params
 
-    facts = {**origin.facts, **_figures(folder)}
+    facts = {**origin.facts, **({} if step else _figures(folder))}
     return StoredModel(config, read, tokenizer, origin.stop_tokens, origin.chat_template, facts)
 
 

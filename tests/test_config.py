@@ -116,9 +116,9 @@ def test_nan_and_infinity_are_refused_everywhere(key, value):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_infinity_is_refused_where_a_number_has_no_upper_bound(value):
-    with pytest.raises(RequestError, match=r"^gpt: position\.theta: input should be a finite number"):
+    with pytest.raises(RequestError, match=r"^gpt: position\.theta: must be a finite number"):
         small(position={"kind": "rope", "theta": value})
-    with pytest.raises(RequestError, match=r"^training\.clip_norm: input should be a finite number"):
+    with pytest.raises(RequestError, match=r"^training\.clip_norm: must be a finite number"):
         load_recipe("demo", {"training": {"clip_norm": value}})
 
 
@@ -130,7 +130,7 @@ def test_an_override_that_is_no_finite_number_is_refused(word):
 
 @pytest.mark.parametrize("value", ["4", 4.0, True])
 def test_types_are_not_bent(value):
-    with pytest.raises(RequestError, match="num_layers: input should be a valid integer"):
+    with pytest.raises(RequestError, match="num_layers: must be a valid integer"):
         small(num_layers=value)
 
 
@@ -169,9 +169,9 @@ def test_a_path_is_the_text_that_was_typed(text):
         ("data.path=[1e3, 'b c', \"d #e\"]", ("1e3", "b c", "d #e")),
         ("data.path='quoted'", "quoted"),
         ("training.initial=null", None),
-        ("data.stride=1e1", "data.stride: input should be a valid integer, not 10.0"),
+        ("data.stride=1e1", "data.stride: must be a valid integer, not 10.0"),
         ("data.stride=null", None),
-        ("data.stride=x y #z", "data.stride: input should be a valid integer, not 'x y'"),
+        ("data.stride=x y #z", "data.stride: must be a valid integer, not 'x y'"),
         ("tokenizer={kind: file, path: 1e3}", "1e3"),
         ("training.clip_norm=1e3", 1000.0),
         ("training.samples.prompts=[\"'x'\", 12]", ("'x'", "12")),
@@ -311,11 +311,11 @@ def test_a_configuration_cannot_be_changed():
         ("model.norm.kind", "rmsnrm", "model.norm: no kind 'rmsnrm'; did you mean 'rmsnorm'?"),
         ("model.norm", 5, "model.norm: a mapping with a 'kind' is needed here, not 5"),
         ("model.norm", {}, None),
-        ("data.path", 5, "data.path: input should be a valid string, not 5"),
+        ("data.path", 5, "data.path: must be a valid string, not 5"),
         ("data.path", [], "data.path: it must not be empty, not []"),
         ("model.pattern", 5, "model.pattern: a list is needed, not 5"),
         ("model", 5, "model: a mapping is needed, not 5"),
-        ("training.seed", 2**32, "training.seed: input should be less than 4294967296, not 4294967296"),
+        ("training.seed", 2**32, "training.seed: must be less than 4294967296, not 4294967296"),
     ],
 )
 def test_a_mistake_is_named_with_its_path_and_mend(key, value, message):
@@ -402,3 +402,11 @@ def test_an_entry_of_a_list_is_reached_by_its_number():
     assert merge(base, {"pattern": [{}]}) == {"pattern": [{}]}
     with pytest.raises(RequestError, match="no entry 2: the list has 2"):
         merge(base, dotted_to_nested({"pattern.2.b": 5}))
+
+
+def test_yaml_has_no_blanks_at_the_ends_of_lines_but_those_of_strings():
+    long = {"part": {f"a_rather_long_key_{i}": None for i in range(9)}, "text": "a  \nb " * 40}
+    text = to_yaml({"part": long["part"]})
+    assert not [line for line in text.splitlines() if line != line.rstrip()]
+    assert parse_yaml(text) == {"part": long["part"]}
+    assert parse_yaml(to_yaml(long)) == long

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from polygpt import RequestError, build, preset
+from polygpt import LanguageModel, PolygptError, RequestError, build, preset
 from polygpt.tokenizers import TokenizerConfig, train_tokenizer
 
 
@@ -122,6 +122,9 @@ def test_tokens_per_second_are_those_of_decoding(lm):
         (lambda lm: lm.generate([257]), "257"),
         (lambda lm: lm.generate([1], chat=True), "chat"),
         (lambda lm: lm.nll("a" * 65), "65"),
+        (lambda lm: lm.nll(b"a"), "nll takes text, not b'a'"),
+        (lambda lm: lm.nll(None), "nll takes text, not None"),
+        (lambda lm: lm.logits([[1, 2], [3]]), "differ in length"),
         (lambda lm: lm.logits(np.zeros((1, 3))), "integers"),
         (lambda lm: lm.logits(np.asarray([[257]])), "256"),
         (lambda lm: build(preset("giant")), "vocab_size"),
@@ -132,3 +135,10 @@ def test_tokens_per_second_are_those_of_decoding(lm):
 def test_what_cannot_be_is_refused_by_name(lm, call, word):
     with pytest.raises(RequestError, match=word):
         call(lm)
+
+
+def test_logits_that_are_not_finite_are_an_error(lm):
+    damaged = LanguageModel(lm.config, jax.tree.map(lambda leaf: leaf * np.nan, lm.params), lm.tokenizer)
+    for ask in (lambda: damaged.logits([[1, 2]]), lambda: damaged.nll("ab")):
+        with pytest.raises(PolygptError, match="logits are not finite numbers"):
+            ask()

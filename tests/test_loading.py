@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh
 
 import polygpt
 from polygpt.errors import RequestError
+from polygpt.files import expand
 from polygpt.interop import export_huggingface
 from polygpt.model import Model
 from polygpt.recipes import load_recipe
@@ -178,3 +179,9 @@ def test_a_folder_whose_name_is_not_utf_8(tiny_run, tmp_path):
     lm = polygpt.load(folder)
     with pytest.raises(RequestError, match="not UTF-8"):
         export_huggingface(tmp_path / "out\udcff", lm.config, lm.params)
+
+
+def test_a_tilde_that_is_no_users_home_is_part_of_the_name():
+    with pytest.raises(RequestError, match="no model '~nobody_here'"):
+        polygpt.load("~nobody_here")
+    assert expand("~nobody_here/a").name == "a"

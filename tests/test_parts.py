@@ -112,7 +112,7 @@ def test_a_part_of_the_users_own_is_found_beside_them_and_comes_back_from_yaml(m
         (":Wide", {}, r"feedforward: cannot import '' of kind ':Wide'"),
         ("json:", {}, r"feedforward: module 'json' has no ''"),
         ("{0}:Wide", {"factro": 2}, r"feedforward\.factro: no such key; did you mean 'factor'\?"),
-        ("{0}:Wide", {"factor": 0}, r"feedforward\.factor: input should be greater than 0, not 0"),
+        ("{0}:Wide", {"factor": 0}, r"feedforward\.factor: must be greater than 0, not 0"),
         ("{0}:Wide", {"factor": 9}, r"factor=9 is too much"),
         ("{0}:Unbuilt", {}, r"feedforward: '{0}:Unbuilt' lacks 'build' \(see docs/add-a-part\.md\)"),
     ],

@@ -24,25 +24,45 @@ class NotFiniteError(PolygptError):
     """A value that should be a finite number is NaN or infinite."""
 
 
-def read_arrays(folder: Path, like: PyTree) -> PyTree:
+def read_arrays(folder: Path, like: PyTree, cast: bool = False) -> PyTree:
+    """The arrays in `folder`, in the structure, shapes and dtypes of `like`.
+
+    Raises:
+        RequestError: names or shapes differ, or dtypes without `cast`; each array that differs is named.
+        NotFiniteError: an array holds NaN or infinity.
+    """
     import orbax.checkpoint as ocp
 
     wanted = flatten(like)
     with quiet_orbax(), _plain(folder) as plain, ocp.StandardCheckpointer() as checkpointer:
         stored = {name: (tuple(m.shape), np.dtype(m.dtype)) for name, m in _metadata(checkpointer, plain).items()}
         expected = {name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in wanted.items()}
-        for name in sorted(stored.keys() | expected.keys()):
-            if stored.get(name) != expected.get(name):
-                have, want = _spell(stored.get(name)), _spell(expected.get(name))
-                raise RequestError(f"{folder}: {name} is {have} here, {want} in the model; load it with its own config")
+        _check_same(folder, stored, expected, cast)
         placement = SingleDeviceSharding(jax.local_devices()[0])
         abstract = {
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or placement)
             for name, leaf in wanted.items()
         }
-        arrays = checkpointer.restore(plain, abstract)
+        arrays = checkpointer.restore(plain, abstract) if abstract else {}
     check_finite(str(folder), arrays)
     return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted])
+
+
+_Leaves = dict[str, tuple[tuple[int, ...], np.dtype]]
+
+
+def _check_same(folder: Path, stored: _Leaves, expected: _Leaves, cast: bool) -> None:
+    """Refuses stored arrays that are not the expected ones; all that differ are named, up to ten."""
+    differ = [name for name in sorted(stored.keys() | expected.keys()) if stored.get(name) != expected.get(name)]
+    same_but_dtype = [n for n in differ if n in stored and n in expected and stored[n][0] == expected[n][0]]
+    if not differ or (cast and differ == same_but_dtype):
+        return
+    named = [f"{name} is {_spell(stored.get(name))} here, {_spell(expected.get(name))} in the model" for name in differ]
+    more = [f"and {len(named) - 10} more"] if len(named) > 10 else []
+    fix = "load it with its own config"
+    if differ == same_but_dtype:
+        fix += " (checkpoint.restore converts dtypes with cast=True)"
+    raise RequestError(f"{folder}: {'; '.join([*named[:10], *more])}; {fix}")
 
 
 def _metadata(checkpointer: Any, folder: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Checkpoints on disk: a step is saved whole or not at all, and verified before it is loaded.
 
 A step is a folder `step_00000200/` with two folders of arrays (Orbax), `params` and, where training can continue,
-`optimizer`; `info.json` with the plain values of `Snapshot`; and `manifest.json`, written last, with the size and
+`training`; `info.json` with the plain values of `Snapshot`; and `manifest.json`, written last, with the size and
 SHA-256 of every file. The folder has a temporary name until it is complete. The newest step whose files all match is
 the one that loads; Orbax alone restores a flipped byte silently three times out of four.
 
@@ -14,71 +14,60 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from errno import EACCES, EDQUOT, EFBIG, EIO, ENOSPC, EROFS
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from polygpt.checkpoint.arrays import check_finite, flatten, quiet_orbax, read_arrays, write_arrays
+from polygpt.checkpoint.snapshot import Snapshot, snapshot_of
 from polygpt.errors import PolygptError
 from polygpt.files import remove_folder
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, FORMAT)  # of format 1, the weights alone
 MANIFEST = "manifest.json"
 _STEP = re.compile(r"step_(\d{8,})")
 
 
 @dataclass(frozen=True)
-class Snapshot:
-    """What a checkpoint holds.
-
-    Attributes:
-        step: updates done.
-        params: the model's parameters.
-        optimizer: the optimizer's state; None for a model alone, which cannot be resumed.
-        data: fingerprint of the training batches; the next batch is number `step`.
-        recent_losses: of the last steps, for the mean that a run reports.
-        tokens_per_second: training speed so far.
-    """
-
-    step: int
-    params: PyTree
-    optimizer: PyTree | None = None
-    data: str | None = None
-    recent_losses: tuple[float, ...] = ()
-    tokens_per_second: float = 0.0
-
-    @property
-    def arrays(self) -> dict[str, PyTree]:
-        """The trees of arrays by the name of their folder."""
-        items = {"params": self.params}
-        if self.optimizer is not None:
-            items["optimizer"] = (self.optimizer, jnp.int32(self.step))
-        return items
-
-    @property
-    def info(self) -> dict[str, Any]:
-        """The plain values, for `info.json`."""
-        return {name: getattr(self, name) for name in ("step", "data", "recent_losses", "tokens_per_second")}
-
-
-@dataclass(frozen=True)
 class Checkpoint:
-    """A verified step on disk, its arrays not yet read."""
+    """A verified step on disk, its arrays not yet read; `resumable` if it holds a state of training, too."""
 
     folder: Path
     step: int
     info: dict[str, Any]
+    resumable: bool = True
 
 
-def save(root: Path, snapshot: Snapshot, keep: int = 2) -> Checkpoint:
-    """Writes a snapshot below `root`, then deletes all but it and the `keep - 1` steps before it.
+@dataclass(frozen=True)
+class Keep:
+    """Which steps are kept after a new one is saved.
+
+    Attributes:
+        last: how many of the newest.
+        every: those whose number is a multiple of this; 0 for none.
+        best: this one, if it is there.
+    """
+
+    last: int = 2
+    every: int = 0
+    best: int | None = None
+
+    def __contains__(self, step: int) -> bool:
+        """Whether `step` is kept however old it is."""
+        return step == self.best or (self.every > 0 and step % self.every == 0)
+
+
+def save(root: Path, snapshot: Snapshot, keep: Keep = Keep()) -> Checkpoint:
+    """Writes a snapshot below `root`, then deletes earlier steps that `keep` does not name.
 
     Later steps stay: they failed verification, and their owner may want to look at them.
 
@@ -87,26 +76,37 @@ def save(root: Path, snapshot: Snapshot, keep: int = 2) -> Checkpoint:
         PolygptError: writing failed (a full disk, say); steps saved before are untouched.
     """
     final = root / _name(snapshot.step)
-    partial = root / f".{final.name}.partial"
+    # Unique, so that two processes never write, or remove, each other's.
+    partial = root / f".{final.name}.{secrets.token_hex(4)}.partial"
     for name, tree in snapshot.arrays.items():
         check_finite(f"step {snapshot.step}: {name}", tree)
     with quiet_orbax():
         try:
-            for left in root.glob(".step_*.partial"):  # by a process that was killed while saving
-                shutil.rmtree(left, ignore_errors=True)
             _write(partial, snapshot)
             if final.exists():  # a step that failed verification and was trained again
                 shutil.rmtree(final)
             partial.rename(final)
-            complete = [folder for number, folder in _complete_steps(root) if number <= snapshot.step]
-            for old in complete[keep:]:
-                shutil.rmtree(old, ignore_errors=True)
+            _sync_folder(root)
+            _delete_old(root, snapshot.step, keep)
         except (OSError, ValueError) as error:  # TensorStore reports a full disk as ValueError
             remove_folder(partial, settle=0.5)  # its threads may be at work still
             raise PolygptError(f"{final}: cannot be saved ({_reason(error)}); {describe_saved(root)}") from error
         finally:
             remove_folder(partial)
-    return Checkpoint(final, snapshot.step, snapshot.info)
+    return Checkpoint(final, snapshot.step, snapshot.info, snapshot.training is not None)
+
+
+def _delete_old(root: Path, newest: int, keep: Keep) -> None:
+    complete = [(number, folder) for number, folder in _complete_steps(root) if number <= newest]
+    for number, folder in complete[keep.last :]:
+        if number not in keep:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_partial(root: Path) -> None:
+    """Removes what processes that were killed while saving left. The caller must be the only one to save here."""
+    for left in root.glob(".step_*.partial"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _write(folder: Path, snapshot: Snapshot) -> None:
@@ -116,6 +116,8 @@ def _write(folder: Path, snapshot: Snapshot) -> None:
     _write_json(folder / "info.json", snapshot.info)
     files = {str(path.relative_to(folder)): _fingerprint(path, sync=True) for path in _files(folder)}
     _write_json(folder / MANIFEST, {"format": FORMAT, "step": snapshot.step, "files": files})
+    for inner in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
+        _sync_folder(inner)
 
 
 def verified(root: Path, warn: Callable[[str], None] = warnings.warn) -> Iterator[Checkpoint]:
@@ -132,6 +134,16 @@ def newest(root: Path, warn: Callable[[str], None] = warnings.warn) -> Checkpoin
     return next(verified(root, warn), None)
 
 
+def exists(root: Path, step: int) -> bool:
+    """Whether `step` was saved completely below `root`; its files are not verified."""
+    return (root / _name(step) / MANIFEST).is_file()
+
+
+def step_folder(root: Path, step: int) -> Path:
+    """The folder of `step` below `root`."""
+    return root / _name(step)
+
+
 def describe_saved(root: Path) -> str:
     """What a failed save leaves, for its error message."""
     return "earlier checkpoints are intact" if _complete_steps(root) else "no checkpoint has been saved"
@@ -146,36 +158,39 @@ def verify(folder: Path) -> Checkpoint:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         step, files = manifest["step"], manifest["files"]
-        if manifest["format"] != FORMAT:
-            raise PolygptError(f"{folder}: checkpoint format {manifest['format']}; this version reads {FORMAT}")
+        if manifest["format"] not in READABLE:
+            known = " and ".join(map(str, READABLE))
+            raise PolygptError(f"{folder}: checkpoint format {manifest['format']}; this version reads {known}")
         if folder.name != _name(step):
             raise PolygptError(f"{folder}: holds step {step}, which its name does not say")
         for name, expected in files.items():
             if _fingerprint(folder / name) != expected:
                 raise PolygptError(f"{folder / name}: does not match its SHA-256 in {MANIFEST}")
-        return Checkpoint(folder, step, json.loads((folder / "info.json").read_text()))
+        info = json.loads((folder / "info.json").read_text())
+        return Checkpoint(folder, step, info, resumable=(folder / "training").is_dir())
     except FileNotFoundError as error:
         raise PolygptError(f"{folder}: incomplete checkpoint, {Path(error.filename).name} is missing") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise PolygptError(f"{folder}: unreadable checkpoint ({error})") from None
 
 
-def restore(checkpoint: Checkpoint, params: PyTree, optimizer: PyTree | None = None) -> Snapshot:
-    """Reads a step in the structure, shapes and dtypes of `params` and `optimizer` (abstract or concrete arrays).
+def restore(checkpoint: Checkpoint, params: PyTree, training: PyTree | None = None, *, cast: bool = False) -> Snapshot:
+    """Reads a step in the structure, shapes and dtypes of `params` and `training` (abstract or concrete arrays).
 
-    Without `optimizer` its state is left unread.
+    Args:
+        checkpoint: a verified step.
+        params: the model's weights.
+        training: everything else; None leaves it unread.
+        cast: converts arrays of another dtype, which are refused otherwise. (Orbax alone would cast float32 to bfloat16
+            silently.)
 
     Raises:
-        RequestError: names, shapes or dtypes differ; the first difference is named. (Orbax alone would cast float32
-            to bfloat16 silently.)
+        RequestError: names, shapes or dtypes differ; each array that differs is named.
         NotFiniteError: an array holds NaN or infinity.
     """
-    like = Snapshot(checkpoint.step, params, optimizer)
-    arrays = {name: read_arrays(checkpoint.folder / name, tree) for name, tree in like.arrays.items()}
-    state = arrays["optimizer"][0] if "optimizer" in arrays else None
-    info = {name: value for name, value in checkpoint.info.items() if name in like.info}
-    info["recent_losses"] = tuple(info.get("recent_losses", ()))
-    return Snapshot(params=arrays["params"], optimizer=state, **info)
+    like = Snapshot(checkpoint.step, params, training)
+    arrays = {name: read_arrays(checkpoint.folder / name, tree, cast) for name, tree in like.arrays.items()}
+    return snapshot_of(checkpoint.info, arrays["params"], arrays.get("training"))
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -187,6 +202,16 @@ def _fingerprint(path: Path, sync: bool = False) -> dict[str, Any]:
         if sync:  # the manifest must not reach the disk before the files it lists
             os.fsync(file.fileno())
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes the names in a folder reach the disk, where the system can do that."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

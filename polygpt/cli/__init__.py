@@ -24,10 +24,23 @@ COMMANDS = {
     "tokenizer": "Train a tokenizer.",
     "data": "Prepare token shards from text.",
     "train": "Train a model from a recipe or a file.",
+    "report": "Redraw a run's report, or compare several runs in one page.",
     "eval": "Perplexity, HellaSwag, or a task of lm-evaluation-harness.",
     "generate": "Continue a prompt.",
     "import": "Bring in a model from Hugging Face, GGUF or llama2.c.",
     "export": "Write a model for transformers or llama.cpp.",
+}
+
+# Shown where a required argument or option is missing.
+EXAMPLES = {
+    "train": "polygpt train own_text data.path=notes.txt --out runs/notes",
+    "eval": "polygpt eval runs/notes --task perplexity --data book.txt",
+    "generate": "polygpt generate runs/notes --prompt 'Once upon a time'",
+    "show": "polygpt show gpt2",
+    "import": "polygpt import hf:owner/name --out models/name",
+    "export": "polygpt export runs/notes --format hf --out exported/notes",
+    "tokenizer train": "polygpt tokenizer train book.txt --kind bpe --vocab-size 4096 --out tokenizers/book",
+    "data prepare": "polygpt data prepare book.txt --tokenizer tokenizers/book --out shards/book",
 }
 
 OUT_OF_MEMORY = "out of memory: lower training.batch_size, model.context_length or the model"
@@ -62,7 +75,8 @@ def polygpt(debug: bool) -> None:
     """One decoder, every GPT: compose, train, evaluate and sample from GPT-style language models.
 
     Every command takes --json: one JSON object on standard output, everything else on standard error. Exit codes:
-    0 done, 1 failed, 2 invalid request, 130 interrupted.
+    0 done, 1 failed, 2 invalid request, 130 (Ctrl-C) or 143
+    (SIGTERM) interrupted.
     """
 
 
@@ -75,15 +89,23 @@ def main(argv: list[str] | None = None) -> None:
     keep_compiled_programs()
     keep_freed_memory()
     keep_interrupts()
-    # SIGTERM acts like Ctrl-C: half-written files are removed on the way out.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # As Ctrl-C does: half-written files are removed on the way out.
+    signal.signal(signal.SIGTERM, _terminate)
     sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 must not end a run
     code = _run([word for word in words if word != "--debug"], debug)
-    if code == 130:  # XLA may still be compiling in its threads, which crash when the interpreter shuts down
+    if code in (130, 143):  # XLA may still be compiling in its threads, which crash when the interpreter shuts down
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
+
+
+def _terminate(*_: object) -> None:
+    raise _Terminated
 
 
 def _run(words: list[str], debug: bool) -> int:
@@ -94,12 +116,14 @@ def _run(words: list[str], debug: bool) -> int:
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
         return 2
+    except click.MissingParameter as error:
+        return _fail(error, " ".join(error.format_message().split()) + _example(error), 2, debug)
     except click.ClickException as error:
         return _fail(error, error.format_message(), 2, debug)
     except PolygptError as error:
         return _fail(error, str(error), error.exit_code, debug)
     except (KeyboardInterrupt, click.Abort) as error:
-        return _fail(error, "interrupted", 130, debug)
+        return _fail(error, "interrupted", 143 if isinstance(error, _Terminated) else 130, debug)
     except (BrokenPipeError, SystemExit):
         # The reader has closed the pipe (`| head`). click raises SystemExit for that; without a new stdout Python would
         # report the broken pipe again when it flushes at exit.
@@ -114,6 +138,11 @@ def _run(words: list[str], debug: bool) -> int:
             return _fail(error, OUT_OF_MEMORY, 1, debug)
         first = (str(error).splitlines() or [""])[0][:300]
         return _fail(error, f"a fault in polygpt: {type(error).__name__}: {first} (--debug shows where)", 1, debug)
+
+
+def _example(error: click.MissingParameter) -> str:
+    command = "" if error.ctx is None else error.ctx.command_path.partition(" ")[2]
+    return f"\nfor example: {EXAMPLES[command]}" if command in EXAMPLES else ""
 
 
 def _fail(error: BaseException, message: str, code: int, debug: bool) -> int:

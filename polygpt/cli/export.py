@@ -47,7 +47,7 @@ def export(model: str, form: str, out: Path, dtype: str | None, as_json: bool) -
         **({} if dtype is None else {"dtype": dtype}),  # each format has its own default
         stop_tokens=lm.origin.stop_tokens,
         chat_template=lm.origin.chat_template,
-        facts=lm.origin.facts,
+        facts={"name": _name(model), **lm.origin.facts},
     )
     size = sum(path.stat().st_size for path in ([out] if out.is_file() else out.iterdir()))
     facts = {"out": str(out), "format": form, "architecture": architecture, "parameters": lm.num_parameters}
@@ -56,3 +56,8 @@ def export(model: str, form: str, out: Path, dtype: str | None, as_json: bool) -
         print_json(facts)
         return
     print_result((key, f"{value:,}" if isinstance(value, int) else str(value)) for key, value in facts.items())
+
+
+def _name(model: str) -> str:
+    """The last part of a MODEL, such as the name of a run's folder."""
+    return Path(model).absolute().name.removesuffix(".gguf") if Path(model).exists() else model.rpartition("/")[2]

@@ -32,6 +32,15 @@ if TYPE_CHECKING:
 @click.option(
     "--min-p", type=float, default=0.0, show_default=True, help="Only tokens this share as likely as the likeliest."
 )
+@click.option("--repetition-penalty", type=float, default=1.0, show_default=True, help="Divides what occurred before.")
+@click.option(
+    "--presence-penalty", type=float, default=0.0, show_default=True, help="Off each generated token's logit."
+)
+@click.option("--frequency-penalty", type=float, default=0.0, show_default=True, help="The same, for each occurrence.")
+@click.option("--no-repeat-ngram", type=int, default=0, show_default=True, help="No run of this many tokens twice.")
+@click.option("--min-new-tokens", type=int, default=0, show_default=True, help="No stop token before.")
+@click.option("--n", type=click.IntRange(1), help="Samples of each prompt, with seeds SEED, SEED + 1, ...")
+@click.option("--logprobs", type=click.IntRange(0, 20), help="With --json: also of this many of the likeliest.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
 @click.option("--stop", multiple=True, help="End at this text; may be given several times.")
 @click.option("--chat", is_flag=True, help="The prompt is a message: lay it out by the model's chat template.")
@@ -43,24 +52,36 @@ def generate(
 ) -> None:
     """Continue a prompt; text streams to standard output as it is decoded.
 
-    With several prompts each text is printed when all are done, and --json prints a line for each. A prompt's text does
-    not depend on the others.
+    With several prompts the texts are printed when all are done, an empty line between two; --json prints a line for
+    each. A prompt's text does not depend on the others.
 
     MODEL is a run's folder, an imported or a Hugging Face folder, hf:owner/name, a .gguf file, or a preset (random
     weights, without text).
     """
-    texts = [_standard_input() if prompt == "-" else prompt for prompt in prompts]
+    texts = [_standard_input() if prompt == "-" else _checked(prompt) for prompt in prompts]
+    if settings["logprobs"] is not None and not as_json:
+        raise click.UsageError("--logprobs goes with --json")
     lm = reading(model, dtype, {}, weights=weights or "auto", for_text=True)
-    if len(texts) == 1 and not as_json:
+    if len(texts) == 1 and not as_json and settings["n"] is None:
         _stream(lm, texts[0], settings)
         return
-    results = lm.generate(texts, **settings)
-    for text, result in zip(texts, results, strict=True):
-        if as_json:
-            print_json(({"prompt": text} if len(texts) > 1 else {}) | dataclasses.asdict(result))
-        else:
+    several, shown = len(texts) > 1, 0
+    for text, results in zip(texts, lm.generate(texts, **settings), strict=True):
+        for result in results if isinstance(results, list) else [results]:
+            if as_json:
+                print_json(({"prompt": text} if several else {}) | _fields(result))
+                continue
+            if shown:
+                click.echo()
+            shown += 1
             click.echo(("" if settings["chat"] else text) + result.text)
             _report(lm, text, result, settings["chat"])
+
+
+def _fields(result: Generation) -> dict:
+    """What JSON shows: log probabilities only if they were asked for."""
+    fields = dataclasses.asdict(result)
+    return {key: value for key, value in fields.items() if value is not None or "logprobs" not in key}
 
 
 def _stream(lm: LanguageModel, prompt: str, settings: dict) -> None:
@@ -72,6 +93,8 @@ def _stream(lm: LanguageModel, prompt: str, settings: dict) -> None:
         sys.stdout.flush()
         unseen.clear()
 
+    if sys.stderr.isatty():
+        click.echo("reading the prompt; the first time this compiles a program …", err=True)
     result = lm.generate(prompt, on_text=show, **settings)
     show("\n")
     _report(lm, prompt, result, settings["chat"])
@@ -83,6 +106,16 @@ def _report(lm: LanguageModel, prompt: str, result: Generation, chat: bool) -> N
     past = f"; {whole - context} of them past the context_length of {context}" if whole > context else ""
     count = f"{len(result.tokens)} token" + ("" if len(result.tokens) == 1 else "s")
     click.echo(f"{count},{speed} finished: {result.finish_reason}{past}", err=True)
+
+
+def _checked(prompt: str) -> str:
+    from polygpt.errors import RequestError
+
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"--prompt: not UTF-8 text (character {error.start})") from None
+    return prompt
 
 
 def _standard_input() -> str:

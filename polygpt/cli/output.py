@@ -14,16 +14,29 @@ if TYPE_CHECKING:
     from polygpt.language_model import LanguageModel
 
 json_option: Callable = click.option(
-    "--json", "as_json", is_flag=True, help="One JSON object on standard output, everything else on standard error."
+    "--json", "as_json", is_flag=True, help="JSON on standard output, everything else on standard error."
 )
+
+
+class _Types(click.Choice):
+    """Names of numeric types; an abbreviation is answered with the name it stands for."""
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        meant = {"bf16": "bfloat16", "fp16": "float16", "f16": "float16", "half": "float16"}
+        meant |= {"fp32": "float32", "f32": "float32", "i8": "int8", "q8": "int8"}
+        if meant.get(str(value).lower()) in self.choices:
+            self.fail(f"{value!r}: did you mean '{meant[value.lower()]}'?", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 dtype_option: Callable = click.option(
     "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
+    type=_Types(["float32", "bfloat16", "float16"]),
     help="Of weights and activations.  [default: as stored]",
 )
 weights_option: Callable = click.option(
     "--weights",
-    type=click.Choice(["float32", "bfloat16", "float16", "int8"]),
+    type=_Types(["float32", "bfloat16", "float16", "int8"]),
     help="Store the weights in this type (activations keep --dtype); fewer bits decode faster.",
 )
 overrides_argument: Callable = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
@@ -39,6 +52,8 @@ def reading(name: str, dtype: str | None, overrides: Mapping[str, Any], **how: A
     from polygpt.recipes import model_changes
 
     check_model_name(name)
+    if sys.stderr.isatty():
+        click.echo(f"loading {name} …", err=True)
 
     from polygpt.loading import load
 
@@ -140,6 +155,36 @@ def _console(width: int) -> Any:
 
     # A pipe has no width: rows must not be wrapped for a program that reads them.
     return Console(highlight=False, width=None if sys.stdout.isatty() else width)
+
+
+def print_schedule(points: Mapping[str, Any], width: int = 60, height: int = 8) -> None:
+    """Draws a learning rate over the steps (`summary.schedule_points`) with braille characters."""
+    steps, rates = points["steps"], points["learning_rate"]
+    peak = max(rates)
+    label = f"{peak:.3g}"
+    click.echo(f"learning rate: {points['kind']}")
+    for row, line in enumerate(_braille([rate / peak for rate in rates], width, height)):
+        left = label if row == 0 else "0" if row == height - 1 else ""
+        click.echo(f"{left:>{len(label)}} │{line}".rstrip())
+    first, last = f"step {steps[0]:,}", f"{steps[-1]:,}"
+    click.echo(f"{'':{len(label)}} └{'─' * width}")
+    click.echo(f"{'':{len(label) + 2}}{first}{last:>{width - len(first)}}")
+
+
+def _braille(values: Sequence[float], width: int, height: int) -> list[str]:
+    """A line through `values` (between 0 and 1) on a grid of 2 by 4 dots for each character."""
+    columns, rows = 2 * width, 4 * height
+    levels = [round(values[round(x * (len(values) - 1) / (columns - 1))] * (rows - 1)) for x in range(columns)]
+    bits = ((0x40, 0x04, 0x02, 0x01), (0x80, 0x20, 0x10, 0x08))  # of each column of dots, from below
+    cells = [[0] * width for _ in range(height)]
+    for x, level in enumerate(levels):
+        before = levels[max(x - 1, 0)]
+        # A steep stretch is drawn as a vertical line from just beyond the level before.
+        low = min(level, before + 1) if before < level else level
+        high = max(level, before - 1) if before > level else level
+        for y in range(low, high + 1):
+            cells[height - 1 - y // 4][x // 2] |= bits[x % 2][y % 4]
+    return ["".join(chr(0x2800 + cell) if cell else " " for cell in row) for row in cells]
 
 
 def print_result(rows: Iterable[tuple[str, str]]) -> None:

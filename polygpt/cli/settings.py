@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import click
 
 from polygpt.cache import kept
+from polygpt.files import expand
 
 
 class SettingsCommand(click.Command):
@@ -55,6 +56,27 @@ def check_names(fields: Mapping[str, Any], where: str = "", *, of_run: bool = Tr
     check_keys(_keys(of_run), fields, where)
 
 
+def check_file(path: Path) -> None:
+    """Refuses a misspelled key in a run's YAML file, with the line it is on.
+
+    Raises:
+        RequestError: names the file, the line, and the nearest key.
+    """
+    from polygpt.config import unknown_keys
+    from polygpt.errors import RequestError
+    from polygpt.recipes import recipe_fields
+
+    problems = unknown_keys(_keys(), recipe_fields(str(path)))
+    if not problems:
+        return
+    lines, said = path.read_text(encoding="utf-8").splitlines(), []
+    for key, problem in list(problems.items())[:3]:
+        word = re.compile(rf"(?<![\w.]){re.escape(key.rpartition('.')[2])}\s*:")
+        found = [number for number, line in enumerate(lines, start=1) if word.search(line.partition("#")[0])]
+        said.append(f"{path}" + (f" line {found[0]}" if len(found) == 1 else "") + f": {problem}")
+    raise RequestError("\n".join(said))
+
+
 def shown(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """What `summary.shown` gives for a name and the settings as typed, cached if it is repeatable.
 
@@ -75,7 +97,7 @@ def shown(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
         return summary.shown(name, changes)
 
-    path = Path(name).expanduser()
+    path = expand(name)
     files = [path / CONFIG, path]
     content = next((file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file()), "")
     return kept(["show", name, *overrides, content], compute, keep=lambda answer: answer["repeatable"])

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from polygpt.cli.output import json_option, overrides_argument, print_json, print_result, print_tree
+from polygpt.cli.output import json_option, overrides_argument, print_json, print_result, print_schedule, print_tree
 from polygpt.cli.settings import RunCommand, shown
 
 
@@ -19,6 +19,8 @@ from polygpt.cli.settings import RunCommand, shown
 def show(name: str, overrides: tuple[str, ...], page: Path | None, as_json: bool) -> None:
     """Show the resolved configuration of a model or a run, the tree of the model's parts, and its costs.
 
+    Of a run, the learning-rate schedule is drawn as well.
+
     Settings are written as for `train`: polygpt show gpt2 model.num_layers=4
 
     The HTML page shows shapes; for a run's folder without settings it also shows the weights.
@@ -26,30 +28,33 @@ def show(name: str, overrides: tuple[str, ...], page: Path | None, as_json: bool
     answer = shown(name, overrides)
     facts = answer["facts"]
     if page is not None:
-        _write_page(page, name, overrides)
+        _write_page(page, name, overrides, facts.get("schedule"))
     if as_json:
         print_json(facts | ({"page": str(page)} if page is not None else {}))
         return
     click.echo(answer["yaml"])
     print_tree(answer["tree"])
     click.echo()
+    if "schedule" in facts:
+        print_schedule(facts["schedule"])
+        click.echo()
     print_result(_lines(facts, answer["vocabulary"]) + ([("page", str(page))] if page is not None else []))
     for note in facts["notes"]:
         click.echo(f"note: {note}")
 
 
-def _write_page(page: Path, name: str, overrides: tuple[str, ...]) -> None:
+def _write_page(page: Path, name: str, overrides: tuple[str, ...], schedule: dict[str, Any] | None) -> None:
     from polygpt.config import parse_overrides
-    from polygpt.files import new_file
+    from polygpt.files import expand, new_file
     from polygpt.loading import load
     from polygpt.model import model_of
     from polygpt.summary import model_page, resolve_model
 
     model = model_of(resolve_model(name, parse_overrides(overrides)).model)
     with new_file(page) as partial:
-        trained = Path(name).expanduser().is_dir() and not overrides
+        trained = expand(name).is_dir() and not overrides
         params = load(name, warn=lambda line: click.echo(f"warning: {line}", err=True)).params if trained else None
-        partial.write_text(model_page(model, " ".join((name, *overrides)), params), encoding="utf-8")
+        partial.write_text(model_page(model, " ".join((name, *overrides)), params, schedule), encoding="utf-8")
 
 
 def _lines(facts: dict[str, Any], vocabulary: str | None) -> list[tuple[str, str]]:

@@ -8,7 +8,8 @@ from pathlib import Path
 import click
 
 from polygpt.cli.output import json_option, overrides_argument, print_json, print_result
-from polygpt.cli.settings import RunCommand, check_names
+from polygpt.cli.settings import RunCommand, check_file, check_names
+from polygpt.files import expand
 from polygpt.process import command_line
 
 
@@ -17,23 +18,38 @@ from polygpt.process import command_line
 @overrides_argument
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The run's folder.")
 @click.option("--resume", is_flag=True, help="Continue the run in --out; needs no recipe.")
+@click.option("--check", is_flag=True, help="Exit with 1 if the validation loss is outside the recipe's band.")
+@click.option("--profile", metavar="START:STOP", help="Trace these steps with JAX's profiler into RUN/profile.")
 @json_option
-def train(recipe: str | None, overrides: tuple[str, ...], out: Path, resume: bool, as_json: bool) -> None:
+def train(
+    recipe: str | None,
+    overrides: tuple[str, ...],
+    out: Path,
+    resume: bool,
+    check: bool,
+    profile: str | None,
+    as_json: bool,
+) -> None:
     """Train a model from a recipe or a YAML file, with settings changed by KEY=VALUE.
 
     polygpt train shakespeare_char_cpu data.path=input.txt training.steps=500 --out runs/try
     """
     from polygpt.config import dotted_to_nested, parse_overrides
     from polygpt.errors import RequestError
-    from polygpt.recipes import load_recipe, recipe_fields, resume_config
+    from polygpt.recipes import load_recipe, recipe_fields, resume_config, verdict
 
     if recipe is not None and "=" in recipe and not Path(recipe).exists():
         recipe, overrides = None, (recipe, *overrides)
     changes = parse_overrides(overrides)
+    if recipe is not None and Path(recipe).suffix in (".yaml", ".yml"):
+        check_file(expand(recipe))
     if recipe is not None or resume:
         check_names(dotted_to_nested(changes) if recipe is None else recipe_fields(recipe, changes))
 
+    from polygpt.training import Profile
     from polygpt.training import train as run_training
+
+    traced = None if profile is None else Profile.parse(profile)
 
     if resume:
         config = resume_config(out, recipe, changes)
@@ -41,17 +57,30 @@ def train(recipe: str | None, overrides: tuple[str, ...], out: Path, resume: boo
         raise RequestError("name a recipe or a .yaml file, or continue a run with --resume")
     else:
         config = load_recipe(recipe, changes)
-    result = run_training(config, out, resume=resume)
+    listeners = None
+    if check:
+        from polygpt.recipes import HeldOutCheck, as_written, check_band
+        from polygpt.training.listeners import standard_listeners
+
+        check_band(recipe or str(out / "config.yaml"), config, as_written(recipe) if recipe else config)
+        listeners = [HeldOutCheck(), *standard_listeners()]
+    result = run_training(config, out, resume=resume, listeners=listeners, profile=traced)
+    found = verdict(config, result)
     if as_json:
-        print_json(dataclasses.asdict(result))
-        return
-    print_result(
-        [
-            ("run", result.run),
-            ("validation loss", f"{result.val_loss:.4f} nats a token, {result.val_bits_per_byte:.4f} bits per byte"),
-            ("training loss", f"{result.train_loss:.4f}"),
-            ("speed", f"{result.tokens_per_second:,.0f} tokens/s"),
-            ("report", str(out / "report.html")),
-            ("next", command_line("generate", result.run, "--prompt", "…")),
-        ]
-    )
+        band = None if found is None else {"low": found.low, "high": found.high, "within": found.within}
+        print_json({**dataclasses.asdict(result), "band": band})
+    else:
+        bits = f"{result.val_bits_per_byte:.4f} bits per byte"
+        print_result(
+            [
+                ("run", result.run),
+                ("validation loss", f"{result.val_loss:.4f} nats a token, {bits}"),
+                *([("band", str(found))] if found is not None else []),
+                ("training loss", f"{result.train_loss:.4f}"),
+                ("speed", f"{result.tokens_per_second:,.0f} tokens/s"),
+                ("report", str(out / "report.html")),
+                ("next", command_line("generate", result.run, "--prompt", "…")),
+            ]
+        )
+    if check and not found.within:
+        raise click.exceptions.Exit(1)

@@ -163,7 +163,8 @@ def _describe(error: ValidationError, cls: type[Config], at: str = "") -> list[s
         elif item["type"] == "value_error":
             said = [f"{dotted}: {cause}" if dotted else str(cause)]
         else:
-            needed = _NEEDED.get(item["type"], item["msg"][0].lower() + item["msg"][1:])
+            message = item["msg"].removeprefix("Input ").replace("should ", "must ", 1)
+            needed = _NEEDED.get(item["type"], message[0].lower() + message[1:])
             said = [f"{dotted}: {needed}, not {item['input']!r}"]
         lines.setdefault(dotted, said)
     return [line for said in lines.values() for line in said]

@@ -11,6 +11,7 @@ from polygpt.config.fields import nested, slot_of
 from polygpt.errors import RequestError, suggest
 
 Keys = dict[str, Any]
+_ABBREVIATIONS = {"lr": "learning_rate", "wd": "weight_decay", "bs": "batch_size", "max_steps": "steps"}
 
 
 def known_keys(cls: type[BaseModel]) -> Keys:
@@ -35,7 +36,12 @@ def check_keys(keys: Keys, data: Mapping[str, Any], where: str = "") -> None:
     Raises:
         RequestError: the first ones, each with its path and the nearest that exists.
     """
-    refuse(list(_unknown(keys, data, "", {}).values()), where)
+    refuse(list(unknown_keys(keys, data).values()), where)
+
+
+def unknown_keys(keys: Keys, data: Mapping[str, Any]) -> dict[str, str]:
+    """The dotted path of each key or kind in `data` that `keys` does not know, and what is wrong with it."""
+    return _unknown(keys, data, "", {})
 
 
 def refuse(problems: list[str], where: str = "") -> None:
@@ -49,8 +55,16 @@ def refuse(problems: list[str], where: str = "") -> None:
 def no_such_key(path: str, keys: Keys) -> str:
     """Says that the last step of `path` is none of `keys`, and names the nearest, or the same key one level deeper."""
     key = path.rpartition(".")[2]
-    deeper = [name for name, below in keys.items() if below and key in below.get("keys", ())]
-    return f"{path}: no such key; " + (f"did you mean '{deeper[0]}.{key}'?" if deeper else suggest(key, keys))
+    meant = _ABBREVIATIONS.get(key, key)
+    if meant != key and meant in keys:
+        return f"{path}: no such key; did you mean '{meant}'?"
+    deeper = [name for name, below in keys.items() if below and any(meant in inner for inner in _inner(below))]
+    return f"{path}: no such key; " + (f"did you mean '{deeper[0]}.{meant}'?" if deeper else suggest(key, keys))
+
+
+def _inner(below: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The keys one level deeper: of a configuration, or of each kind that a slot may have."""
+    return [below.get("keys", {}), *below.get("kinds", {}).values()]
 
 
 def no_such_kind(kind: str, kinds: Mapping[str, Any]) -> str:

@@ -75,4 +75,7 @@ def to_yaml(value: Config | Mapping[str, Any]) -> str:
     """`value` as YAML text, keys in the order of declaration."""
     stream = io.StringIO()
     _yaml().dump(dict(value) if isinstance(value, Mapping) else value.to_dict(), stream)
-    return stream.getvalue()
+    text = stream.getvalue()
+    # A flow mapping is broken after a blank. Blanks at the end of a line may be part of a string, too.
+    stripped = "".join(line.rstrip(" ") + "\n" for line in text.split("\n")[:-1])
+    return stripped if parse_yaml(stripped) == parse_yaml(text) else text

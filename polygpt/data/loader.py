@@ -13,7 +13,7 @@ from polygpt.data.shards import TokenSplit
 from polygpt.data.windows import Arrays, DocumentWindows, StreamWindows, Windows
 from polygpt.errors import RequestError
 
-# Part of the fingerprint: when the order of windows changes, an older run must not resume silently.
+# When the order of windows changes, an older run must not resume silently.
 ORDER = "grain-index-shuffle-1"
 PACKED = "best-fit-decreasing-1"
 
@@ -122,6 +122,11 @@ class Loader:
         return (self.batch(i) for i in range(self.num_batches))
 
     @property
+    def order(self) -> str:
+        """The method by which windows are filled and ordered."""
+        return ORDER if self.packing == "windows" else f"{ORDER} {PACKED}-of-{LOOKAHEAD}"
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256, in hexadecimal, of everything that determines which tokens are in batch `i`."""
         parts = [
@@ -131,10 +136,8 @@ class Loader:
             self.stride,
             self.seed,
             self.shuffle,
-            ORDER,
+            self.order,
         ]
-        if self.packing != "windows":
-            parts.append([self.packing, PACKED, LOOKAHEAD])
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

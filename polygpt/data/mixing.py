@@ -157,6 +157,7 @@ class MixedLoader:
     Attributes:
         num_windows: windows of all sources together.
         num_batches: batches in which as many windows are read as the sources have.
+        order: the method and shares by which windows are ordered.
     """
 
     def __init__(
@@ -172,8 +173,9 @@ class MixedLoader:
         self.loaders, parts = loaders, list(loaders.values())
         epochs = [None] * len(parts) if epochs is None else epochs
         limits = [None if most is None else int(most * p.num_windows) for most, p in zip(epochs, parts, strict=True)]
-        self.mixture, self.limits = Mixture(weights, limits), limits
-        self.batch_size = parts[0].batch_size
+        self.mixture = Mixture(weights, limits)
+        self.batch_size, self.stride = parts[0].batch_size, parts[0].stride
+        self.order = json.dumps([parts[0].order, ORDER, self.mixture.shares, limits])
         self.num_windows = sum(part.num_windows for part in parts)
         self.num_batches = max(1, self.num_windows // self.batch_size)
         self._parts = parts
@@ -212,5 +214,5 @@ class MixedLoader:
     @property
     def fingerprint(self) -> str:
         """SHA-256, in hexadecimal, of everything that determines which tokens are in batch `i`."""
-        parts = [[part.fingerprint for part in self._parts], self.mixture.shares, self.limits, ORDER]
+        parts = [[part.fingerprint for part in self._parts], self.order]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

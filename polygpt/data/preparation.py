@@ -30,7 +30,7 @@ from polygpt.data.shards import (
 )
 from polygpt.data.sources import Source
 from polygpt.errors import RequestError
-from polygpt.files import new_folder
+from polygpt.files import expand, new_folder
 from polygpt.tokenizers import Tokenizer
 
 SHARD_TOKENS = 100_000_000
@@ -65,7 +65,7 @@ def prepare(
         RequestError: `out` exists, the source cannot be read or tokenized, or one side of the split would be empty.
         PolygptError: `out` cannot be written.
     """
-    out = Path(out).expanduser()
+    out = expand(out)
     if out.exists():
         raise RequestError(f"{out}: exists already; choose another folder, or remove it first")
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"

@@ -22,6 +22,7 @@ from pydantic import Field
 from polygpt.config import Config, Tuple, validate
 from polygpt.data.config import DataConfig
 from polygpt.errors import PolygptError, RequestError
+from polygpt.files import expand
 from polygpt.tokenizers import Tokenizer
 
 MANIFEST = "manifest.json"
@@ -176,7 +177,7 @@ class JoinedShards:
 
 def is_prepared(config: DataConfig) -> bool:
     """Whether `config.path` is a folder of prepared shards rather than text."""
-    return not config.sources and len(config.paths) == 1 and (Path(config.paths[0]).expanduser() / MANIFEST).is_file()
+    return not config.sources and len(config.paths) == 1 and (expand(config.paths[0]) / MANIFEST).is_file()
 
 
 def open_shards(folder: str | Path, tokenizer: Tokenizer | None = None) -> Shards:
@@ -186,7 +187,7 @@ def open_shards(folder: str | Path, tokenizer: Tokenizer | None = None) -> Shard
         RequestError: there is no manifest, a file is missing, truncated or changed, or it was prepared with another
             tokenizer.
     """
-    folder = Path(folder).expanduser()
+    folder = expand(folder)
     manifest = _read_manifest(folder)
     if tokenizer is not None and tokenizer.fingerprint != manifest.tokenizer:
         raise RequestError(

@@ -15,6 +15,7 @@ from polygpt.data.config import BUILTIN, DataConfig
 from polygpt.data.formats import Part, part_name, parts_of, rows_of
 from polygpt.data.reading import SUFFIXES, format_of
 from polygpt.errors import RequestError, suggest
+from polygpt.files import expand
 
 
 class Document(NamedTuple):
@@ -164,7 +165,7 @@ def _not_found(path: str) -> RequestError:
 def _files(path: str) -> list[str | Path]:
     if path == BUILTIN:
         return [BUILTIN]
-    found = Path(path).expanduser()
+    found = expand(path)
     if path.startswith(hub.PREFIX) and not found.exists():
         hub.check_name(path)
         return [path]

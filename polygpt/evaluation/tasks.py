@@ -16,6 +16,7 @@ from polygpt.evaluation.harness import metrics_of, run_harness, samples_of, task
 from polygpt.evaluation.hellaswag import Choice, Question, choose_endings, encode_questions, read_questions
 from polygpt.evaluation.perplexity import check_windows, encode_text, perplexity, read_text
 from polygpt.evaluation.scoring import ProgressCallback
+from polygpt.files import expand
 from polygpt.language_model import LanguageModel
 from polygpt.tokenizers import Tokenizer
 
@@ -187,7 +188,7 @@ EVALUATIONS: dict[str, type[EvaluationConfig]] = {
 
 
 def _path(path: str) -> Path:
-    return Path(path).expanduser()
+    return expand(path)
 
 
 def _outcome(result: dict[str, Any], metrics: tuple[str, ...], rows: list[Choice] | None = None) -> Outcome:

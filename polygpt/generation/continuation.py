@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from polygpt.errors import PolygptError
 from polygpt.generation.engine import FinishReason, Request, check_requests, generate_tokens
+from polygpt.generation.handle import Handle, Logprob
+from polygpt.generation.programs import CHUNK
+from polygpt.generation.serving import Engine
 from polygpt.generation.text import TextStream
 from polygpt.model import Model, Params
 
 # Sequences that are decoded together.
 BATCH = 16
+# The engine's length is a multiple of this many tokens: few shapes, so few programs.
+LENGTHS = 128
 
 
 @dataclass
@@ -21,6 +27,7 @@ class Continuation:
         request: what is continued, and how.
         stream: its text; None leaves it at tokens.
         tokens: the new ids; those of the stream's text.
+        logprobs: theirs, if the request asks for them.
         finish_reason: why it ended; None while it has not.
         tokens_per_second: of decoding after the first token, compilation left out; None where there was none.
     """
@@ -28,6 +35,7 @@ class Continuation:
     request: Request
     stream: TextStream | None = None
     tokens: list[int] = field(default_factory=list)
+    logprobs: list[Logprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     tokens_per_second: float | None = None
 
@@ -38,8 +46,12 @@ def continue_all(
     continuations: Sequence[Continuation],
     on_text: Callable[[str], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    vocab_size: int | None = None,
 ) -> None:
-    """Runs all requests, in batches of prompts of similar length, and fills in their outcome.
+    """Runs all requests and fills in their outcome.
+
+    Plain ones run in batches of prompts of similar length. Where any asks for penalties, a bias or log probabilities,
+    or the vocabulary is limited, all run through an `Engine`, which has these; ids are the same.
 
     Args:
         model: the decoder.
@@ -47,17 +59,57 @@ def continue_all(
         continuations: what is to be run.
         on_text: called with each new piece of text.
         progress: called with (done, total) after each batch.
+        vocab_size: ids from here on are never sampled; None allows all.
 
     Raises:
         RequestError: as `check_requests`, before any is run.
         PolygptError: logits are not finite numbers.
     """
     check_requests(model.config, [continuation.request for continuation in continuations])
+    requests = [continuation.request for continuation in continuations]
+    limited = vocab_size is not None and vocab_size < model.config.vocab_size
+    if limited or any(request.logprobs is not None or request.sampler.edits_logits for request in requests):
+        _run_engine(model, params, continuations, on_text, progress, vocab_size)
+        return
     ordered = sorted(continuations, key=lambda continuation: -len(continuation.request.prompt))
     for start in range(0, len(ordered), BATCH):
         _run_batch(model, params, ordered[start : start + BATCH], on_text)
         if progress is not None:
             progress(min(start + BATCH, len(ordered)), len(ordered))
+
+
+def _run_engine(
+    model: Model,
+    params: Params,
+    continuations: Sequence[Continuation],
+    on_text: Callable[[str], None] | None,
+    progress: Callable[[int, int], None] | None,
+    vocab_size: int | None,
+) -> None:
+    most = max(len(each.request.prompt) + each.request.max_new_tokens for each in continuations)
+    engine = Engine(
+        model,
+        params,
+        slots=min(len(continuations), BATCH),
+        length=max(min(-(-most // LENGTHS) * LENGTHS, model.longest_sequence), 2),
+        queue=len(continuations),
+        vocab_size=vocab_size,
+    )
+    handles: dict[Handle, Continuation] = {engine.submit(each.request, each.stream): each for each in continuations}
+    done = 0
+    while done < len(handles):
+        for _, part in engine.step(CHUNK):
+            if part.text and on_text is not None:
+                on_text(part.text)
+        failed = next((handle.error for handle in handles if handle.error is not None), None)
+        if failed is not None:
+            raise failed if isinstance(failed, PolygptError) else PolygptError(str(failed))
+        ended = sum(handle.ended for handle in handles)
+        if ended > done and progress is not None:
+            progress(ended, len(handles))
+        done = ended
+    for handle, each in handles.items():
+        each.tokens, each.logprobs, each.finish_reason = handle.tokens, handle.logprobs, handle.finish_reason
 
 
 def _run_batch(

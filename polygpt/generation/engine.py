@@ -22,6 +22,8 @@ from polygpt.model import Model, ModelConfig, Params
 FinishReason = Literal["length", "stop", "context_length"]
 # Stop tokens a row has room for; more double it, and each such width is compiled.
 STOP_TOKENS = 8
+# The likeliest tokens of which log probabilities are given at most.
+MOST_LOGPROBS = 20
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Request:
         seed: of its random numbers, 0 to 2^32 - 1. The key of a token is a function of the seed and of the token's
             position in the sequence alone, so a request's text does not depend on those it is decoded with.
         stop_tokens: ids that end it.
+        logprobs: None for no log probabilities; otherwise those of the chosen tokens are given, and of this many of the
+            likeliest.
     """
 
     prompt: Sequence[int]
@@ -42,6 +46,7 @@ class Request:
     sampler: Sampler = field(default_factory=Sampler)
     seed: int = 0
     stop_tokens: tuple[int, ...] = ()
+    logprobs: int | None = None
 
     @property
     def stops(self) -> list[int]:
@@ -69,8 +74,11 @@ def generate_tokens(model: Model, params: Params, requests: Sequence[Request]) -
     Raises:
         RequestError: a prompt is empty or longer than the context, or a number is out of its range.
         PolygptError: logits are not finite numbers.
+        ValueError: a request asks for penalties, a bias or log probabilities, which only `Engine` has.
     """
     check_requests(model.config, requests)
+    if any(request.sampler.edits_logits or request.logprobs is not None for request in requests):
+        raise ValueError("penalties, logit_bias and logprobs need an Engine")
     longest = model.longest_sequence
     rows = [_Row(request, longest) for request in requests]
     if not any(row.budget for row in rows):
@@ -177,6 +185,14 @@ def check_requests(config: ModelConfig, requests: Sequence[Request]) -> None:
             raise RequestError(f"max_new_tokens must be a whole number of at least 1, not {most!r:.40}")
         if not isinstance(request.seed, Integral) or not 0 <= request.seed < 2**32:
             raise RequestError(f"seed must be a whole number in 0..{2**32 - 1}, not {request.seed!r:.40}")
+        wanted = request.logprobs
+        if wanted is not None and (
+            isinstance(wanted, bool) or not isinstance(wanted, Integral) or not 0 <= wanted <= MOST_LOGPROBS
+        ):
+            raise RequestError(f"logprobs must be a whole number in 0..{MOST_LOGPROBS} or None, not {wanted!r:.40}")
+        bias = next((token for token in request.sampler.logit_bias if not 0 <= token < config.vocab_size), None)
+        if bias is not None:
+            raise RequestError(f"logit_bias.{bias}: the model's ids are 0..{config.vocab_size - 1}")
         if not len(prompt):
             raise RequestError("the prompt is empty and the tokenizer has no end-of-text token to start from")
         if len(prompt) > config.context_length:

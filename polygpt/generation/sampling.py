@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped, UInt32
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped, UInt32
 from pydantic import Field, PositiveInt
 
 from polygpt.config import Config
@@ -21,22 +21,43 @@ from polygpt.config import Config
 # What a row samples whose logits are not finite: no token's id, so that the host can refuse it.
 NOT_FINITE = -1
 _FLOAT32 = np.finfo(np.float32)
+_EDITS = ("repetition_penalty", "presence_penalty", "frequency_penalty", "no_repeat_ngram", "min_new_tokens")
 
 
 class Sampler(Config):
-    """Temperature, then top-k, then top-p, then min-p; temperature 0 is greedy and ignores the rest.
+    """Bias and penalties, then temperature, top-k, top-p and min-p; temperature 0 is greedy and ignores those three.
 
     Attributes:
         temperature: logits are divided by it. Below float32's smallest normal number (1.2e-38) it counts as 0.
         top_k: only the k likeliest tokens are kept.
         top_p: only the smallest set of likeliest tokens whose probability reaches p is kept (Holtzman et al. 2020).
         min_p: only tokens at least p times as likely as the likeliest are kept (Nguyen et al. 2024).
+        repetition_penalty: positive logits of tokens in the sequence, the prompt included, are divided by it, negative
+            ones multiplied (Keskar et al. 2019).
+        presence_penalty: subtracted from the logit of every token that was generated.
+        frequency_penalty: subtracted from it once for each time it was generated.
+        no_repeat_ngram: no run of this many tokens occurs twice in the sequence; 0 allows it.
+        min_new_tokens: stop tokens are not sampled before this many others were generated.
+        logit_bias: added to the logits of these ids.
     """
 
     temperature: Annotated[float, Field(ge=0)] = 1.0
     top_k: PositiveInt | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    no_repeat_ngram: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    min_new_tokens: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    logit_bias: dict[int, float] = Field(default_factory=dict)
+
+    @property
+    def edits_logits(self) -> bool:
+        """Whether it asks for anything that changes logits before they are divided by the temperature."""
+        return bool(self.logit_bias) or any(
+            getattr(self, name) != type(self).model_fields[name].default for name in _EDITS
+        )
 
     def sample(self, logits: Float[Array, "B V"], key: PRNGKeyArray) -> Int[Array, "B"]:
         """One token a row, int32; each row draws with a key of its own, derived from `key`."""
@@ -80,20 +101,28 @@ def token_keys(seeds: UInt32[Array, "B"], positions: Int[Array, "B"]) -> PRNGKey
 def sample(logits: Float[Array, "B V"], sampling: Sampling, keys: PRNGKeyArray) -> Int[Array, "B"]:
     """One token a row, int32; `NOT_FINITE` for a row with NaN, +inf or only -inf among its logits."""
     logits = logits.astype(jnp.float32)
+    return jnp.where(are_finite(logits), choose(logits, sampling, keys), NOT_FINITE)
+
+
+def are_finite(logits: Float[Array, "B V"]) -> Bool[Array, "B"]:
+    """Whether a token can be chosen from each row: no NaN, no +inf, and not only -inf."""
+    return (logits < jnp.inf).all(axis=-1) & (logits > -jnp.inf).any(axis=-1)
+
+
+def choose(logits: Float[Array, "B V"], sampling: Sampling, keys: PRNGKeyArray) -> Int[Array, "B"]:
+    """One token a row, int32, from float32 logits that are known to be in order."""
     greedy = jnp.argmax(logits, axis=-1)
 
     def draw() -> Array:
         drawn = jax.vmap(jax.random.categorical)(keys, filter_logits(logits, sampling))
         return jnp.where(sampling.temperature > 0, drawn, greedy)
 
-    token = lax.cond((sampling.temperature > 0).any(), draw, lambda: greedy)
-    finite = (logits < jnp.inf).all(axis=-1) & (logits > -jnp.inf).any(axis=-1)
-    return jnp.where(finite, token, NOT_FINITE).astype(jnp.int32)
+    return lax.cond((sampling.temperature > 0).any(), draw, lambda: greedy).astype(jnp.int32)
 
 
 def filter_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
     """Logits divided by the temperature, with every token that may not be chosen at -inf."""
-    temperature, top_k, top_p, min_p = (setting[:, None] for setting in sampling)
+    temperature, top_k, top_p, min_p = (setting[:, None] for setting in sampling[:4])
     # The largest is moved to 0, so that no quotient overflows; rows of temperature 0 ignore what comes out.
     logits = (logits - logits.max(axis=-1, keepdims=True)) / jnp.where(temperature > 0, temperature, 1)
 

@@ -6,6 +6,7 @@ joined are the same for every division into portions, since ids are decoded one 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -39,6 +40,11 @@ class TextStream:
         if not self.stopped:
             return list(self._ids)
         return self._ids[: sum(start < len(self.text) for start in self._starts)]
+
+    @property
+    def shown_tokens(self) -> int:
+        """How many ids belong to the text that was given out so far: those that begin within it."""
+        return bisect_left(self._starts, self._shown)
 
     def feed(self, ids: Iterable[int]) -> str:
         """Takes further ids; gives the new text that can no longer change."""

@@ -7,7 +7,7 @@ The legend of axis letters, for every einsum and every shape in the project:
 
 from polygpt.model.block import BlockConfig
 from polygpt.model.config import LayerConfig, ModelConfig
-from polygpt.model.decoder import Decoder, Output
+from polygpt.model.decoder import Decoder, Loads, Output, matmul_precision
 from polygpt.model.model import Model, ParameterInfo, Params, model_of
 from polygpt.model.parts import (
     NO_EFFECTS,
@@ -34,6 +34,7 @@ __all__ = [
     "FeedForwardConfig",
     "Initializer",
     "LayerConfig",
+    "Loads",
     "Model",
     "ModelConfig",
     "NormConfig",
@@ -45,5 +46,6 @@ __all__ = [
     "architecture",
     "dense",
     "dropout",
+    "matmul_precision",
     "model_of",
 ]

@@ -58,6 +58,8 @@ class ModelConfig(Config):
         compute_dtype: of activations; norms' statistics, softmax, RoPE angles, logits and loss stay float32.
         param_dtype: of stored parameters. In 16 bits a gain near 1 moves in steps of 0.004 to 0.008 or not at all, so
             small learning rates may not change it.
+        matmul_precision: of products in float32 on devices that have faster ones (TF32 or bfloat16 passes): `default`
+            the fastest, `high`, or `highest`; None leaves JAX's own setting. A CPU has one precision.
         scan_layers: compile one repetition of the pattern and scan over it, so that compile time does not grow
             with depth; None means from 9 layers on (fewer compile quickly unrolled, and run faster).
     """
@@ -83,6 +85,7 @@ class ModelConfig(Config):
     init_std: Annotated[float, Field(gt=0, le=1), Scope.TRAINING] = 0.02
     compute_dtype: Dtype = "float32"
     param_dtype: Dtype = "float32"
+    matmul_precision: Annotated[Literal["default", "high", "highest"] | None, Scope.EXECUTION] = None
     scan_layers: Annotated[bool | None, Scope.EXECUTION] = None
 
     @model_validator(mode="before")

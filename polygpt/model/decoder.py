@@ -6,7 +6,12 @@ unrolled, so that a checkpoint does not depend on how it is run.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +32,9 @@ from polygpt.kernels import (
 from polygpt.model.block import LayerState
 from polygpt.model.config import ModelConfig
 from polygpt.model.parts import Context, Effects, Initializer
+from polygpt.model.remat import Remat, rematerialized, scan_in_segments
+
+Loads = dict[int, dict[str, Array]]
 
 
 class Output(NamedTuple):
@@ -42,6 +50,23 @@ class Output(NamedTuple):
     hidden: Float[Array, "B T D"]
     state: PyTree | None
     effects: Effects
+
+
+def _at_precision(method: Callable) -> Callable:
+    """A method of the decoder, its products at `matmul_precision`."""
+
+    @functools.wraps(method)
+    def call(self: Decoder, *args: Any, **kwargs: Any) -> Any:
+        with matmul_precision(self.config):
+            return method(self, *args, **kwargs)
+
+    return call
+
+
+def matmul_precision(config: ModelConfig) -> AbstractContextManager:
+    """A context in which products are traced at `model.matmul_precision`; gradients are to be taken in it, too."""
+    precision = config.matmul_precision
+    return contextlib.nullcontext() if precision is None else jax.default_matmul_precision(precision)
 
 
 class Decoder(nnx.Module):
@@ -67,6 +92,7 @@ class Decoder(nnx.Module):
         self.final_norm = config.norm.build(config, init) if config.final_norm else None
         self.head = init.weight((width, vocab), ("embed", "vocab")) if config.head == "untied" else None
 
+    @_at_precision
     def __call__(
         self,
         tokens: Int[Array, "B T"],
@@ -78,6 +104,8 @@ class Decoder(nnx.Module):
         fresh: bool = False,
         training: bool = False,
         key: PRNGKeyArray | None = None,
+        loads: Loads | None = None,
+        remat: Remat = "none",
     ) -> Output:
         """Hidden states of `tokens`.
 
@@ -91,6 +119,8 @@ class Decoder(nnx.Module):
             fresh: the state is still empty, so these tokens may be computed as a sequence of their own.
             training: take the training form of parts that have one (capacity, noise, auxiliary losses).
             key: for dropout and noise; None draws nothing.
+            loads: those of `Output.effects` over the whole batch, of which these tokens are a part.
+            remat: what is computed again for the gradient (see `remat.py`).
 
         Raises:
             ValueError: `segment_ids` and `state` are both given: a decoding state holds one document.
@@ -113,7 +143,7 @@ class Decoder(nnx.Module):
             fresh=fresh,
         )
         x = self._embed(tokens, context)
-        x, state, effects = self._layers(x, context, state)
+        x, state, effects = self._layers(x, context, state, loads or {}, remat)
         return Output(x if self.final_norm is None else self.final_norm(x), state, effects)
 
     def _embed(self, tokens: Int[Array, "B T"], context: Context) -> Float[Array, "B T D"]:
@@ -126,11 +156,21 @@ class Decoder(nnx.Module):
         return dropout(x, config.embed_dropout, context.fold(config.num_layers).key)
 
     def _layers(
-        self, x: Float[Array, "B T D"], context: Context, state: PyTree | None
+        self, x: Float[Array, "B T D"], context: Context, state: PyTree | None, loads: Loads, remat: Remat
     ) -> tuple[Float[Array, "B T D"], PyTree | None, Effects]:
         """All layers: a scan over whole repetitions of the pattern, if there are several, then the rest of one."""
         graphs, params, in_place = _split(self.blocks)
         whole, rest = divmod(self.config.num_layers, max(len(graphs), 1))
+
+        def run(
+            entry: int, leaves: dict, x: Array, index: Array | int, before: LayerState
+        ) -> tuple[Array, LayerState, Effects]:
+            layer = nnx.merge(graphs[entry], unflatten_dict(leaves))
+            whole_batch = jax.tree.map(lambda leaf: leaf[index], loads.get(entry))
+            own = dataclasses.replace(context.fold(index * len(graphs) + entry), loads=whole_batch)
+            return layer(x, own, before)
+
+        run = rematerialized(run, remat)
 
         def repetition(
             carry: tuple[Array, list], inputs: tuple[Array | int, list]
@@ -138,9 +178,8 @@ class Decoder(nnx.Module):
             (x, states), (index, weights) = carry, inputs
             states, effects = list(states), []
             for entry, leaves in enumerate(weights):
-                layer = nnx.merge(graphs[entry], unflatten_dict(leaves | layer_view(in_place[entry], index)))
-                before = layer_view(states[entry], index)
-                x, after, reported = layer(x, context.fold(index * len(graphs) + entry), before)
+                leaves = leaves | layer_view(in_place[entry], index)
+                x, after, reported = run(entry, leaves, x, index, layer_view(states[entry], index))
                 states[entry] = write_back(states[entry], after, index)
                 effects.append(reported)
             return (x, states), effects
@@ -157,15 +196,16 @@ class Decoder(nnx.Module):
         else:
             head = jax.tree.map(lambda leaf: leaf[:whole], params)
             # Fully unrolled if that runs faster; the gradient of the stack is still one concatenation.
-            carry, effects = lax.scan(
-                repetition, carry, (jnp.arange(whole), head), unroll=1 if self.config.scans else max(whole, 1)
-            )
+            unroll = 1 if self.config.scans else max(whole, 1)
+            scan = scan_in_segments if remat == "full" else lax.scan
+            carry, effects = scan(repetition, carry, (jnp.arange(whole), head), unroll=unroll)
         if rest:
             carry, last = alone(carry, whole, rest)
             effects[:rest] = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), effects[:rest], last)
         x, after = carry
         return x, None if state is None else after, _over_layers(effects)
 
+    @_at_precision
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """float32 logits of hidden states."""
         if self.config.head == "none":
@@ -180,6 +220,7 @@ class Decoder(nnx.Module):
         """Negative log likelihood of each target in nats, float32."""
         return nll_of_logits(self.logits(hidden), targets)
 
+    @_at_precision
     def loss(
         self, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"], token_weights: Float[Array, "B T"]
     ) -> Float[Array, ""]:

@@ -22,9 +22,10 @@ from polygpt.errors import RequestError
 from polygpt.kernels import WeightType, pack
 from polygpt.model.block import LayerState
 from polygpt.model.config import ModelConfig
-from polygpt.model.decoder import Decoder, Output
+from polygpt.model.decoder import Decoder, Loads, Output
 from polygpt.model.initial import draw_parameters
 from polygpt.model.parts import Effects
+from polygpt.model.remat import Remat
 
 Params = dict[str, Any]
 
@@ -42,6 +43,7 @@ class ParameterInfo:
         stack: how many leading axes count matrices: layers, experts.
         active: the share of it that one token uses.
         mean, deviation: of its initial values; a deviation of 0 leaves them all equal.
+        trained: whether a gradient moves it; a balance bias follows the experts' loads instead.
     """
 
     shape: tuple[int, ...]
@@ -52,6 +54,7 @@ class ParameterInfo:
     active: Fraction = Fraction(1)
     mean: float = 0.0
     deviation: float = 0.0
+    trained: bool = True
 
     @property
     def size(self) -> int:
@@ -69,7 +72,7 @@ def _info(path: tuple, variable: nnx.Variable) -> ParameterInfo:
     if "axes" not in metadata:
         name = ".".join(map(str, path))
         raise RequestError(f"parameter {name} has no logical axes: make it by init.weight or init.constant")
-    names = ("axes", "inputs", "stack", "active", "mean", "deviation")
+    names = ("axes", "inputs", "stack", "active", "mean", "deviation", "trained")
     declared = {name: metadata[name] for name in names if name in metadata}
     return ParameterInfo(tuple(variable.shape), jnp.dtype(variable.dtype), **declared)
 
@@ -179,15 +182,19 @@ class Model:
         token_weights: Float[Array, "B T"],
         key: PRNGKeyArray | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
+        loads: Loads | None = None,
+        remat: Remat = "none",
     ) -> tuple[Float[Array, ""], Effects]:
         """Σ token_weights · nll in training form, and what the parts report beside it.
 
         Args:
             key: for dropout and noise; None draws nothing.
             segment_ids: each document of a packed row is a run of equal ids, and sees itself alone.
+            loads: the parts' loads over the whole batch, of which these tokens are a part.
+            remat: what is computed again for the gradient (see `remat.py`).
         """
         decoder = self.module(params)
-        output = decoder(tokens, segment_ids=segment_ids, training=True, key=key)
+        output = decoder(tokens, segment_ids=segment_ids, training=True, key=key, loads=loads, remat=remat)
         return decoder.loss(output.hidden, targets, token_weights), output.effects
 
     def with_updates(self, params: Params, loads: dict[int, dict[str, Array]]) -> Params:

@@ -113,10 +113,19 @@ class Initializer:
         axes: tuple[str, ...],
         active: Fraction = Fraction(1),
         dtype: DTypeLike | None = None,
+        trained: bool = True,
     ) -> nnx.Param:
-        """A vector of equal values: a bias or a gain, which is not decayed. `dtype`: if not that of all parameters."""
+        """A vector of equal values: a bias or a gain, which is not decayed.
+
+        Args:
+            value: every number of it.
+            shape, axes, active: as for `weight`.
+            dtype: if not that of all parameters.
+            trained: whether a gradient moves it.
+        """
         full, axes = self._stack(shape, axes)
-        return nnx.Param(jax.ShapeDtypeStruct(full, dtype or self.dtype), axes=axes, active=active, mean=value)
+        array = jax.ShapeDtypeStruct(full, dtype or self.dtype)
+        return nnx.Param(array, axes=axes, active=active, mean=value, trained=trained)
 
     def _stack(self, shape: tuple[int, ...], axes: tuple[str, ...]) -> tuple[tuple[int, ...], tuple[str, ...]]:
         if len(shape) != len(axes):
@@ -140,6 +149,7 @@ class Context:
         training: parts whose training form differs (capacity, noise, auxiliary losses) take that form.
         key: for dropout and noise; None draws nothing.
         fresh: the decoding state is still empty, so these tokens see only each other.
+        loads: in training on a part of a batch, this feed-forward's loads over the whole batch, by name.
     """
 
     positions: Int[Array, "B T"]
@@ -150,6 +160,7 @@ class Context:
     training: bool = False
     key: PRNGKeyArray | None = None
     fresh: bool = False
+    loads: Mapping[str, Array] | None = None
 
     def fold(self, number: int | Int[Array, ""]) -> Context:
         """The same context with an independent dropout key."""
@@ -242,6 +253,10 @@ class AttentionConfig(MixingPart):
 
 class FeedForwardConfig(MixingPart):
     """The slot `feedforward`: builds a `FeedForwardModule`."""
+
+    def loss_needs_loads(self) -> bool:
+        """Whether its auxiliary losses depend on the loads of the whole batch, and not just on each token."""
+        return False
 
     def updates(self, loads: dict[str, Array]) -> dict[str, Array]:
         """What to add, after a step, to parameters that no gradient reaches, by name; from `Effects.loads`."""

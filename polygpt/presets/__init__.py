@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from polygpt.model import ModelConfig
 
 Fields = dict[str, Any]
+models_in = names.models_in
 
 # The size that stands for an open vocabulary where there is no tokenizer: GPT-2's.
 PRESET_VOCAB = 50257
@@ -78,4 +79,4 @@ def preset(name: str, **overrides: Any) -> ModelConfig:
     return validate(ModelConfig, merge(preset_fields(name), dotted_to_nested(overrides)), name)
 
 
-__all__ = ["PRESETS", "PRESET_VOCAB", "check_model_name", "preset", "preset_fields"]
+__all__ = ["PRESETS", "PRESET_VOCAB", "check_model_name", "models_in", "preset", "preset_fields"]

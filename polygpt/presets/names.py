@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from polygpt.errors import RequestError, suggest
+from polygpt.files import expand
 
 HUB = "hf:"
 _FORMS = "name a run's folder, a folder or file of weights, hf:owner/name, or a preset (polygpt presets)"
@@ -18,14 +19,14 @@ def check_model_name(name: str, presets: Iterable[str]) -> None:
     Raises:
         RequestError: names the nearest preset or model in the same folder.
     """
-    path = Path(name).expanduser()
+    path = expand(name)
     if name.startswith(HUB) or path.exists() or name in presets:
         return
-    hint = suggest(name, [*presets, *_models_in(path.parent)])
+    hint = suggest(name, [*presets, *models_in(path.parent)])
     raise RequestError(f"no model '{name}'; {hint if hint.startswith('did you mean') else _FORMS}")
 
 
-def _models_in(folder: Path) -> list[str]:
+def models_in(folder: Path) -> list[str]:
     """The paths of the models in `folder`."""
     with suppress(OSError):
         markers = ("config.yaml", "config.json")

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from polygpt.config import as_yaml, dotted_to_nested, merge, parse_yaml, read_yaml, validate
 from polygpt.errors import RequestError, suggest
+from polygpt.files import expand
 from polygpt.presets import PRESETS, preset_fields
+from polygpt.recipes.bands import HeldOutCheck, Verdict, check_band, verdict, without_band
 
 if TYPE_CHECKING:
     from polygpt.training import RunConfig
@@ -17,6 +19,23 @@ if TYPE_CHECKING:
 # What imports JAX is imported where it is used: names of recipes and misspelled keys are known without it.
 
 CONFIG = "config.yaml"  # of a run's or a model's folder
+
+__all__ = [
+    "CONFIG",
+    "HeldOutCheck",
+    "Verdict",
+    "as_written",
+    "check_band",
+    "load_recipe",
+    "model_changes",
+    "model_fields",
+    "named_fields",
+    "recipe_fields",
+    "recipe_names",
+    "resume_config",
+    "verdict",
+    "without_band",
+]
 
 
 def recipe_names() -> list[str]:
@@ -42,7 +61,19 @@ def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> RunCon
     if isinstance(initial, str) and as_yaml(initial) is not None:
         fields["model"] = _initial_fields(str(initial), as_yaml(fields.get("model") or {}))
         fields.setdefault("tokenizer", {"kind": "initial"})
-    return validate(RunConfig, fields)
+    config = validate(RunConfig, fields)
+    return without_band(as_written(name), config) if config.expected is not None and overrides else config
+
+
+def as_written(name: str) -> RunConfig:
+    """The recipe `name` (or a YAML file) without overrides, placeholders included.
+
+    Raises:
+        RequestError: there is no such recipe or file, or it has a mistake.
+    """
+    from polygpt.training import RunConfig
+
+    return validate(RunConfig, recipe_fields(name))
 
 
 def recipe_fields(name: str, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -68,13 +99,8 @@ _PLACEHOLDERS = {
 
 
 def _check_placeholders(recipe: Mapping[str, Any], changes: Mapping[str, Any], name: str) -> None:
-    def value(fields: Mapping[str, Any], section: str, field: str) -> Any:
-        inner = fields.get(section)
-        return inner.get(field) if isinstance(inner, Mapping) else None
-
     for key, (placeholder, meaning) in _PLACEHOLDERS.items():
-        path = key.split(".")
-        if value(recipe, *path) == placeholder and value(changes, *path) is None:
+        if _value(recipe, key) == placeholder and _value(changes, key) is None:
             raise RequestError(f"{name}: {key} is required ({meaning}); add {key}={placeholder}")
 
 
@@ -87,7 +113,20 @@ def resume_config(run: Path, name: str | None, overrides: Mapping[str, Any]) -> 
     from polygpt.training import read_config
 
     own = read_config(run)
-    return own.replace(**overrides) if name is None else load_recipe(name, overrides)
+    if name is None:
+        return without_band(own, own.replace(**overrides))
+    kept = {"training.initial": own.training.initial, "data.path": own.data.path}
+    recipe = _read(name)
+    for key, (placeholder, _) in _PLACEHOLDERS.items():  # what a recipe leaves to the user, the run has
+        if _value(recipe, key) == placeholder and key not in overrides:
+            overrides = {key: kept[key], **overrides}
+    return load_recipe(name, overrides)
+
+
+def _value(fields: Mapping[str, Any], key: str) -> Any:
+    section, _, field = key.partition(".")
+    inner = fields.get(section)
+    return inner.get(field) if isinstance(inner, Mapping) else None
 
 
 def named_fields(name: str, overrides: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], bool] | None:
@@ -98,7 +137,7 @@ def named_fields(name: str, overrides: Mapping[str, Any] | None = None) -> tuple
     Raises:
         RequestError: there is nothing by that name, or an override is of a run where there is a model alone.
     """
-    path = Path(name).expanduser()
+    path = expand(name)
     own = path / CONFIG if (path / CONFIG).is_file() else path
     if name in PRESETS:
         fields = preset_fields(name)
@@ -127,9 +166,12 @@ def model_changes(overrides: Mapping[str, Any]) -> Mapping[str, Any]:
         RequestError: one is not of the model.
     """
     changes = dotted_to_nested(overrides)
-    for key in changes:
-        if key != "model":
-            raise RequestError(f"{key}: this is a model without a run; write model.KEY=VALUE")
+    for key, value in overrides.items():
+        section = key.partition(".")[0]
+        if section != "model":
+            of_run = section in ("training", "data", "tokenizer")
+            setting = "model.KEY=VALUE" if of_run else f"model.{key}={getattr(value, 'text', value)}"
+            raise RequestError(f"{key}: this is a model without a run; write {setting}")
     return changes.get("model", {})
 
 
@@ -152,7 +194,9 @@ def _initial_fields(initial: str, changes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read(name: str) -> dict[str, Any]:
-    path = Path(name).expanduser()
+    path = expand(name)
+    if path.suffix in (".txt", ".jsonl", ".md", ".gz") and path.is_file():
+        raise RequestError(f"{name}: a text, not a recipe; write own_text data.path={name}")
     if path.suffix in (".yaml", ".yml") or "/" in name:
         return read_yaml(path)
     if name not in recipe_names():

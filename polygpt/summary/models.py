@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from polygpt.config import as_yaml, merge, to_yaml, validate
 from polygpt.errors import PolygptError, RequestError
+from polygpt.files import expand
 from polygpt.model import ModelConfig, model_of
 from polygpt.presets import PRESET_VOCAB
 from polygpt.recipes import load_recipe, model_changes, named_fields
+from polygpt.summary.schedule import schedule_points
 from polygpt.summary.tree import model_tree
 
 if TYPE_CHECKING:
-    from polygpt.training import OptimizerConfig, RunConfig
+    from polygpt.training import RunConfig, TrainingConfig
 
 # Imported where they are used, for runs and files only: loading, data and training. They take as long as the model.
 
@@ -63,7 +65,7 @@ def resolve_model(name: str, overrides: Mapping[str, Any] | None = None) -> Reso
     from polygpt.training import RunConfig
 
     initial = fields["training"].get("initial") if isinstance(fields["training"], Mapping) else None
-    derived = initial is not None and not Path(name).expanduser().is_dir()  # a run's folder has all of its model
+    derived = initial is not None and not expand(name).is_dir()  # a run's folder has all of its model
     run = load_recipe(name, overrides) if derived else validate(RunConfig, fields)
     if run.model.vocab_size is not None:
         return Resolved(run.model, run, repeatable=run.training.initial is None)
@@ -102,15 +104,17 @@ def shown(name: str, overrides: Mapping[str, Any] | None = None) -> dict[str, An
     """Everything that `polygpt show` prints for `name`, ready for JSON.
 
     `yaml` is the configuration to be printed, of the whole run where there is one; `facts` is what `summary` gives, and
-    the run's other settings under `run`; `tree` holds the parts; `vocabulary` and `repeatable` are those of `Resolved`.
+    of a run its other settings under `run` and its learning rate by step under `schedule`; `tree` holds the parts;
+    `vocabulary` and `repeatable` are those of `Resolved`.
 
     Raises:
         RequestError: as `resolve_model`.
     """
     resolved = resolve_model(name, overrides)
     run = resolved.run
-    facts = summary(resolved.model, run and run.training.optimizer)
+    facts = summary(resolved.model, run and run.training)
     if run is not None:
+        facts["schedule"] = schedule_points(run.training)
         facts["run"] = {key: value for key, value in run.to_dict().items() if key != "model"}
     text = to_yaml(resolved.model if run is None else {"model": resolved.model.to_dict(), **facts["run"]})
     own = any(":" in kind for kind in _kinds(facts))  # the code of a user's own part may change
@@ -131,16 +135,21 @@ def _kinds(value: Any) -> list[str]:
     return [kind for inner in value for kind in _kinds(inner)] if isinstance(value, list) else []
 
 
-def summary(config: ModelConfig, optimizer: OptimizerConfig | None = None) -> dict[str, Any]:
+def summary(config: ModelConfig, training: TrainingConfig | None = None) -> dict[str, Any]:
     """The resolved configuration and what it costs.
 
     The state's bytes are those of decoding one sequence, FLOPs those of training on one token at full context.
-    `training_bytes` counts parameters, gradients and the state of `optimizer` (default: Adam's two moments), but not
-    activations.
+    `training_bytes` counts parameters, gradients and the optimizer's state (without `training`, Adam's two moments),
+    but not activations.
     `attention_implementation` is None if the requested one cannot run on this machine; `notes` says so, along with
     anything else worth knowing before training.
     """
     model = model_of(config)
+    init_optimizer = None
+    if training is not None:
+        from polygpt.training import build_optimizer
+
+        init_optimizer = build_optimizer(training.optimizer, model, lambda step: 0.0, training.groups).init
     implementation, refusal = None, None
     try:
         implementation = model.attention_implementation()
@@ -151,7 +160,7 @@ def summary(config: ModelConfig, optimizer: OptimizerConfig | None = None) -> di
         "parameters": model.num_parameters,
         "active_parameters": model.num_active_parameters,
         "non_embedding_parameters": model.num_non_embedding_parameters,
-        "training_bytes": model.training_bytes(optimizer and optimizer.build(model, lambda step: 0.0).init),
+        "training_bytes": model.training_bytes(init_optimizer),
         "kv_cache_bytes_per_token": model.state_bytes_per_token,
         "state_bytes_at_full_context": model.state_bytes(config.context_length),
         "flops_per_token": model.flops_per_token,

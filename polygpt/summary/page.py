@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from typing import Any
 
 import jax
 import treescope
@@ -10,9 +11,10 @@ from flax import nnx
 
 from polygpt.config import to_yaml
 from polygpt.model import Model, Params
+from polygpt.summary.schedule import schedule_svg
 
 # How a parameter is initialised and counted: of no use to whoever looks at its shape.
-HIDDEN = {"stack", "active", "mean", "deviation"}
+HIDDEN = {"stack", "active", "mean", "deviation", "trained"}
 
 _PAGE = """\
 <!DOCTYPE html>
@@ -24,6 +26,7 @@ _PAGE = """\
 <style>
 body {{ font-family: sans-serif; margin: 2em; }}
 h1 {{ font-size: 1.2em; }}
+h2 {{ font-size: 1em; }}
 pre, *::part(treescope_root) {{ white-space: pre-wrap; overflow-wrap: anywhere; }}
 </style>
 </head>
@@ -31,16 +34,18 @@ pre, *::part(treescope_root) {{ white-space: pre-wrap; overflow-wrap: anywhere; 
 <h1>{title}</h1>
 <p>{note}</p>
 <details><summary>configuration</summary><pre>{config}</pre></details>
+{schedule}
 {tree}
 </body>
 </html>
 """
 
 
-def model_page(model: Model, title: str, params: Params | None = None) -> str:
+def model_page(model: Model, title: str, params: Params | None = None, schedule: dict[str, Any] | None = None) -> str:
     """The page's HTML: every part and parameter, unfolded by clicking.
 
     Without `params`, arrays are shapes and dtypes and nothing is allocated; with them, their values are drawn.
+    `schedule` are the points of a run's learning rate (`schedule_points`).
     """
     shown = jax.eval_shape(lambda: model.init(0)) if params is None else params
     module = model.module(shown)
@@ -55,4 +60,5 @@ def model_page(model: Model, title: str, params: Params | None = None) -> str:
     layers = "those of blocks have a leading axis over their layers"
     note = f"{model.num_parameters:,} parameters; {layers}. Click to unfold."
     config = html.escape(to_yaml(model.config))
-    return _PAGE.format(title=html.escape(title), note=note, config=config, tree=tree)
+    drawn = "" if schedule is None else f"<h2>Learning rate: {schedule['kind']}</h2>\n{schedule_svg(schedule)}"
+    return _PAGE.format(title=html.escape(title), note=note, config=config, tree=tree, schedule=drawn)

@@ -67,7 +67,7 @@ def render_chat(template: str, prompt: str, variables: Mapping[str, str] | None 
     # A template is a program: besides Jinja's own errors it may divide by zero, or nest too deep.
     except _FAILURES as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise RequestError(f"the model's chat template cannot be used ({reason}); leave chat out") from None
+        raise RequestError(f"the model's chat template cannot be used ({reason}); generate without --chat") from None
 
 
 class _Generation(Extension):

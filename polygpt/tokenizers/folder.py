@@ -10,6 +10,7 @@ from typing import Any
 import tokenizers as hf
 
 from polygpt.errors import RequestError
+from polygpt.files import expand
 from polygpt.settings import read_json
 from polygpt.tokenizers.tokenizer import CONFIG_FILE, FILE, Tokenizer
 from polygpt.tokenizers.vocab_merges import MERGES, VOCAB, read_vocab_and_merges
@@ -28,7 +29,7 @@ def load_tokenizer(path: str | Path, roles: Mapping[str, Any] | None = None) -> 
     Raises:
         RequestError: there is none, or a file is damaged.
     """
-    path = Path(path).expanduser()
+    path = expand(path)
     folder = path if path.is_dir() else path.parent
     beside = _read_roles(folder) if path.is_dir() or path.name == FILE else {}
     if path.is_dir() and not has_tokenizer(path):
@@ -39,6 +40,8 @@ def load_tokenizer(path: str | Path, roles: Mapping[str, Any] | None = None) -> 
     else:
         path = path / FILE if path.is_dir() else path
         made = _read_file(path)
+        if path.name == FILE:
+            _add_listed(path.with_name(CONFIG_FILE), made)
     named = {role: value for role, value in beside.items() if value is not None}
     others = roles or {}
     others = {"eos_token": others.get("eos_token")} if named else others
@@ -75,12 +78,46 @@ def _read_file(path: Path) -> hf.Tokenizer:
     except UnicodeDecodeError as error:
         raise RequestError(f"{path}: not JSON ({error})") from None
     try:
-        return hf.Tokenizer.from_str(text)
+        made = hf.Tokenizer.from_str(text)
     except BaseException as error:  # the library raises plain Exceptions, and BaseExceptions where its Rust code panics
         if isinstance(error, KeyboardInterrupt):
             raise
         _check_json(text, path)
         raise RequestError(f"{path}: not a {FILE} ({str(error).splitlines()[0]})") from None
+    for token in json.loads(text).get("added_tokens") or []:
+        _check_id(made, token["content"], token["id"], f"{path}: added_tokens")
+    return made
+
+
+def _add_listed(path: Path, made: hf.Tokenizer) -> None:
+    """Adds the tokens that tokenizer_config.json lists and tokenizer.json lacks, as transformers does.
+
+    Raises:
+        RequestError: an id there contradicts tokenizer.json.
+    """
+    listed = read_json(path).get("added_tokens_decoder") if path.is_file() else None
+    if listed is None:
+        return
+    where = f"{path}: added_tokens_decoder"
+    known = {token.content for token in made.get_added_tokens_decoder().values()}
+    try:
+        tokens = {int(number): hf.AddedToken(**token) for number, token in listed.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise RequestError(f"{where}: not a list of added tokens ({str(error).splitlines()[0]})") from None
+    for number, token in sorted(tokens.items()):
+        if token.content not in known:
+            (made.add_special_tokens if token.special else made.add_tokens)([token])
+        _check_id(made, token.content, number, where)
+
+
+def _check_id(made: hf.Tokenizer, token: str, number: int, where: str) -> None:
+    """Refuses an id that is not the one under which the library knows the token."""
+    actual = made.token_to_id(token)
+    if actual != number:
+        raise RequestError(
+            f"{where} gives {token!r} the id {number}, but {FILE} gives it {actual};\nmake the two agree: "
+            "the model was trained with one of them"
+        )
 
 
 def _check_json(text: str, path: Path) -> None:

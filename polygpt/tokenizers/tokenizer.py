@@ -39,6 +39,7 @@ class Tokenizer:
         kind: `char`, `byte`, or the library's name for the model (`bpe`, `unigram`, `wordpiece`, ...).
         vocab_size: the largest id plus one.
         end_of_text: the id of the token that ends a text, if there is one.
+        dropout: the BPE dropout that its file asks for. It is off: a text always has the same ids.
         start: the ids that the tokenizer.json puts before a text (mostly one start token); `encode` leaves them out.
         special_tokens: the special tokens with their ids.
         roles: the text of the token for each role that is known (`bos_token`, `eos_token`, `pad_token`, ...).
@@ -46,7 +47,7 @@ class Tokenizer:
     """
 
     def __init__(self, tokenizer: hf.Tokenizer, roles: Mapping[str, Any] | None = None):
-        """Takes over `tokenizer`, whose truncation and padding are switched off.
+        """Takes over `tokenizer`, whose truncation, padding and dropout are switched off.
 
         Args:
             tokenizer: of the library.
@@ -59,6 +60,9 @@ class Tokenizer:
         """
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        self.dropout: float | None = getattr(tokenizer.model, "dropout", None) or None
+        if self.dropout is not None:
+            tokenizer.model.dropout = None
         tokenizer.encode_special_tokens = True  # that is: special tokens that a user types are ordinary text
         self._plain = tokenizer
         vocab, added = tokenizer.get_vocab(with_added_tokens=False), tokenizer.get_added_tokens_decoder()

@@ -1,6 +1,6 @@
 """Training: from a configuration to a run's folder with a verified checkpoint."""
 
-from polygpt.training.config import RunConfig, SamplingConfig, TrainingConfig
+from polygpt.training.config import ExpectedConfig, RunConfig, SamplingConfig, TrainingConfig, differences
 from polygpt.training.events import (
     Compiled,
     Ended,
@@ -10,15 +10,19 @@ from polygpt.training.events import (
     Listener,
     Measured,
     Note,
+    RolledBack,
     RunResult,
     Sampled,
     Saved,
+    Skipped,
+    Spiked,
     Started,
     Stepped,
 )
 from polygpt.training.interrupt import Interrupted
 from polygpt.training.loop import train
-from polygpt.training.optimizers import OptimizerConfig, ScheduleConfig
+from polygpt.training.optimizers import OptimizerConfig, ScheduleConfig, build_optimizer
+from polygpt.training.profiling import Profile
 from polygpt.training.run_folder import Run, open_run, read_config
 from polygpt.training.step import Batch, Trainer, TrainState
 
@@ -28,12 +32,15 @@ __all__ = [
     "Ended",
     "Evaluated",
     "Event",
+    "ExpectedConfig",
     "Finished",
     "Interrupted",
     "Listener",
     "Measured",
     "Note",
     "OptimizerConfig",
+    "Profile",
+    "RolledBack",
     "Run",
     "RunConfig",
     "RunResult",
@@ -41,11 +48,15 @@ __all__ = [
     "SamplingConfig",
     "Saved",
     "ScheduleConfig",
+    "Skipped",
+    "Spiked",
     "Started",
     "Stepped",
     "TrainState",
     "Trainer",
     "TrainingConfig",
+    "build_optimizer",
+    "differences",
     "open_run",
     "read_config",
     "train",

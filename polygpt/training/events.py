@@ -20,13 +20,17 @@ class Note:
 
 @dataclass(frozen=True)
 class Started:
-    """Training is about to begin after `step` steps (0 unless the run is resumed)."""
+    """Training is about to begin after `step` steps (0 unless the run is resumed).
+
+    `held_out` is the first 12 digits of the fingerprint of the held-out tokens.
+    """
 
     config: RunConfig
     folder: Path
     step: int
     num_parameters: int
     facts: dict[str, Any]
+    held_out: str = ""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,10 @@ class Stepped:
 
     Attributes:
         tokens_per_second: over the last group of steps, compilation excluded; None within a group.
+        update_ratio: norm of the update by the norm of the parameters.
+        loss_scale: of float16, in this step.
+        flops_utilization: share of the device's peak FLOP/s, from 0 to 1; given where `tokens_per_second` is.
+        memory_bytes: peak of the device where its runtime reports it, otherwise of the process; given likewise.
         extra: auxiliary losses (weighted, not part of `loss`) and metrics of the model's parts, by name.
     """
 
@@ -50,7 +58,46 @@ class Stepped:
     grad_norm: float
     learning_rate: float
     tokens_per_second: float | None = None
+    update_ratio: float | None = None
+    loss_scale: float | None = None
+    flops_utilization: float | None = None
+    memory_bytes: int | None = None
     extra: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A step changed nothing, because its loss, its gradient or the updated weights were not finite.
+
+    Attributes:
+        in_a_row: how many steps in a row have been skipped, this one included.
+        loss_scale: of float16, in this step; the next one is half of it.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    in_a_row: int
+    loss_scale: float | None = None
+
+
+@dataclass(frozen=True)
+class Spiked:
+    """A step's loss is a spike: above `threshold`, where `mean` is that of the steps before it."""
+
+    step: int
+    loss: float
+    mean: float
+    threshold: float
+
+
+@dataclass(frozen=True)
+class RolledBack:
+    """After a spike at `step` the run went back to `to_step`; the `batches` from there to the spike are left out."""
+
+    step: int
+    to_step: int
+    batches: int
 
 
 @dataclass(frozen=True)
@@ -114,5 +161,19 @@ class RunResult:
     compile_seconds: float
 
 
-Event = Note | Started | Compiled | Stepped | Evaluated | Measured | Sampled | Saved | Finished | Ended
+Event = (
+    Note
+    | Started
+    | Compiled
+    | Stepped
+    | Skipped
+    | Spiked
+    | RolledBack
+    | Evaluated
+    | Measured
+    | Sampled
+    | Saved
+    | Finished
+    | Ended
+)
 Listener = Callable[[Event], None]

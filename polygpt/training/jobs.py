@@ -1,4 +1,4 @@
-"""Periodic jobs of a run: validation, further evaluations, samples and checkpoints.
+"""Periodic jobs of a run: validation, further evaluations and samples (checkpoints are in `saving.py`).
 
 Each is done every so many steps and at the end of training. To add one, write a class with `every` and `run` and add it
 to the list in `loop.py`.
@@ -7,8 +7,8 @@ to the list in `loop.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -17,14 +17,17 @@ from polygpt import checkpoint
 from polygpt.data import Loader
 from polygpt.evaluation import EvaluationConfig, Ready
 from polygpt.language_model import LanguageModel
-from polygpt.loading import CHECKPOINTS, read_origin
+from polygpt.loading import read_origin
 from polygpt.model import Params, model_of
-from polygpt.training.events import Evaluated, Listener, Measured, Sampled, Saved
-from polygpt.training.meter import Meter
+from polygpt.training.events import Evaluated, Listener, Measured, Sampled
 from polygpt.training.optimizers import in_steps
 from polygpt.training.prompts import prompts_of
 from polygpt.training.run_folder import Run
 from polygpt.training.step import Batch, TrainState, nll_sums
+
+Weights = Callable[[TrainState], Params]
+"""Which weights of the state are evaluated: `Trainer.evaluated`."""
+Current = Callable[[TrainState], LanguageModel]
 
 
 class Job(Protocol):
@@ -48,44 +51,66 @@ class Validation:
     Of a mixture, each source is measured by itself as well.
     """
 
-    def __init__(self, run: Run, emit: Listener):
+    def __init__(self, run: Run, weights: Weights, emit: Listener):
+        self.weights = weights
         training, self.emit, self.loader = run.config.training, emit, run.validation_loader
         self.every = in_steps(training.eval_every, training.steps)
         self.sources, self.batches = run.source_loaders, training.eval_batches
+        self.text = run.shards.validation.fingerprint[:12]
         model = model_of(run.config.model)
         self.sums = jax.jit(lambda params, batch: nll_sums(model, params, batch))
 
     def run(self, state: TrainState, last: bool) -> None:
-        step = int(state.step)
-        loss, bits, full = self._measure(self.loader, state, last)
-        self.latest = Evaluated(step, loss, bits, full)
+        step, found = int(state.step), self._measure(self.loader, state, last)
+        self.latest = Evaluated(step, found.loss, found.bits_per_byte, found.full)
+        self.compared = found.compared
         self.emit(self.latest)
         for name, loader in self.sources.items():
-            loss, bits, _ = self._measure(loader, state, last)
-            self.emit(Measured(step, {f"{name}/val_loss": loss, f"{name}/val_bits_per_byte": bits}))
+            found = self._measure(loader, state, last)
+            metrics = {f"{name}/val_loss": found.loss, f"{name}/val_bits_per_byte": found.bits_per_byte}
+            self.emit(Measured(step, metrics))
 
-    def _measure(self, loader: Loader, state: TrainState, last: bool) -> tuple[float, float, bool]:
-        """Nats per token, bits per byte, and whether they are of all windows."""
+    def _measure(self, loader: Loader, state: TrainState, last: bool) -> _Measurement:
         count = loader.num_batches
-        wanted = count if last else min(self.batches or count, count)
-        indices = np.linspace(0, count - 1, wanted).round().astype(int)
-        # Summed on the device: fetching each batch's sums would wait for it.
-        total = sum(self.sums(state.params, Batch.of(loader.batch(int(i)))) for i in indices)
-        nats, tokens = np.asarray(total, np.float64)
-        loss = float(nats / tokens)
+        every = np.linspace(0, count - 1, min(self.batches or count, count)).round().astype(int)
+        indices = np.arange(count) if last else every
+        weights, sums = self.weights(state), {}
+        for previous, index in zip([None, *indices[:-1]], indices, strict=True):
+            sums[index] = self.sums(weights, Batch.of(loader.batch(int(index))))
+            if previous is not None:  # at most two are computed ahead, so that an interruption need not wait for all
+                jax.block_until_ready(sums[previous])
+        loss = _mean(sums.values())
         if not math.isfinite(loss):
             raise checkpoint.NotFiniteError(f"step {int(state.step)}: validation loss {loss}")
-        return loss, loss * loader.split.tokens / loader.split.bytes / math.log(2), wanted == count
+        bits = loss * loader.split.tokens / loader.split.bytes / math.log(2)
+        return _Measurement(loss, bits, len(indices) == count, _mean(sums[index] for index in every))
+
+
+class _Measurement(NamedTuple):
+    """Nats per token, bits per byte, whether they are of all windows, and the loss on those that are always read."""
+
+    loss: float
+    bits_per_byte: float
+    full: bool
+    compared: float
+
+
+def _mean(sums: Iterable[jax.Array]) -> float:
+    """Mean nats per token of batches' sums."""
+    nats, tokens = np.sum(np.asarray(jax.device_get(list(sums)), np.float64), 0)
+    return float(nats / tokens)
 
 
 class Evaluation:
     """One of `training.evaluations`."""
 
-    def __init__(self, config: EvaluationConfig, ready: Ready, lm: Callable[[Params], LanguageModel], emit: Listener):
+    def __init__(
+        self, config: EvaluationConfig, ready: Ready, lm: Callable[[TrainState], LanguageModel], emit: Listener
+    ):
         self.every, self.title, self.ready, self.lm, self.emit = config.every, config.title, ready, lm, emit
 
     def run(self, state: TrainState, last: bool) -> None:
-        outcome = self.ready(self.lm(state.params), lambda done, total: None)
+        outcome = self.ready(self.lm(state), lambda done, total: None)
         metrics = {f"{self.title}/{name}": value for name, value in outcome.metrics.items()}
         self.emit(Measured(int(state.step), metrics))
 
@@ -93,7 +118,7 @@ class Evaluation:
 class Samples:
     """Text that continues each of the prompts."""
 
-    def __init__(self, run: Run, lm: Callable[[Params], LanguageModel], emit: Listener):
+    def __init__(self, run: Run, lm: Current, emit: Listener):
         self.settings, self.lm, self.emit = run.config.training.samples, lm, emit
         self.every = in_steps(self.settings.every, run.config.training.steps)
         context = run.config.model.context_length
@@ -101,7 +126,7 @@ class Samples:
         self.max_new_tokens = min(self.settings.max_new_tokens, context)
 
     def run(self, state: TrainState, last: bool) -> None:
-        lm = self.lm(state.params)
+        lm = self.lm(state)
         for prompt in self.prompts:
             text = lm.generate(
                 prompt,
@@ -113,27 +138,7 @@ class Samples:
             self.emit(Sampled(int(state.step), prompt, text))
 
 
-class Saving:
-    """A checkpoint."""
-
-    def __init__(self, run: Run, meter: Meter, emit: Listener):
-        training = run.config.training
-        self.every, self.keep = in_steps(training.save_every, training.steps), training.keep
-        self.root, self.data = run.folder / CHECKPOINTS, run.train_loader.fingerprint
-        self.meter, self.emit = meter, emit
-        self.saved_step: int | None = None
-
-    def run(self, state: TrainState, last: bool) -> None:
-        step, losses = int(state.step), tuple(self.meter.recent)
-        snapshot = checkpoint.Snapshot(
-            step, state.params, state.optimizer, self.data, losses, self.meter.tokens_per_second
-        )
-        saved = checkpoint.save(self.root, snapshot, self.keep)
-        self.saved_step = step
-        self.emit(Saved(step, saved.folder))
-
-
-def language_models(run: Run) -> Callable[[Params], LanguageModel]:
-    """A function from parameters to the run's language model."""
+def language_models(run: Run, weights: Weights) -> Current:
+    """A function from the state to the run's language model."""
     origin = read_origin(run.folder)
-    return lambda params: LanguageModel(run.config.model, params, run.tokenizer, origin)
+    return lambda state: LanguageModel(run.config.model, weights(state), run.tokenizer, origin)

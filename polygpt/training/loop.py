@@ -6,33 +6,43 @@ It prints and plots nothing: progress bars, files and reports listen to the even
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 
 from polygpt import checkpoint
 from polygpt.checkpoint import NotFiniteError
 from polygpt.errors import PolygptError, RequestError
-from polygpt.loading import CHECKPOINTS
+from polygpt.loading import CHECKPOINTS, CONFIG
 from polygpt.model import Model, model_of
-from polygpt.process import memory_not_kept
+from polygpt.process import command_line, memory_not_kept
 from polygpt.training.config import RunConfig
-from polygpt.training.events import Compiled, Ended, Event, Finished, Listener, Note, RunResult, Started
+from polygpt.training.devices import Utilization
+from polygpt.training.events import Compiled, Ended, Event, Finished, Listener, Note, RolledBack, RunResult, Started
 from polygpt.training.initial import initial_changes, initial_params
-from polygpt.training.interrupt import Interrupted, InterruptFlag
-from polygpt.training.jobs import Evaluation, Job, Samples, Saving, Validation, is_due, language_models
+from polygpt.training.interrupt import Interrupted, InterruptFlag, Stop
+from polygpt.training.jobs import Evaluation, Job, Samples, Validation, is_due, language_models
 from polygpt.training.listeners import standard_listeners
+from polygpt.training.listeners.trackers import check_trackers
 from polygpt.training.meter import Meter
-from polygpt.training.optimizers import in_steps
-from polygpt.training.resume import with_changes
-from polygpt.training.run_folder import Run, create_run, naming, open_run, write_config
+from polygpt.training.optimizers import ParameterGroups, in_steps
+from polygpt.training.profiling import Profile
+from polygpt.training.resume import finished_result, restored, with_changes
+from polygpt.training.run_folder import Run, create_run, naming, open_run, read_config, write_config
+from polygpt.training.saving import Saving
 from polygpt.training.step import Batch, Trainer, TrainState
 
 
 def train(
-    config: RunConfig | None, out: str | Path, *, resume: bool = False, listeners: Iterable[Listener] | None = None
+    config: RunConfig | None,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    listeners: Iterable[Listener] | None = None,
+    profile: Profile | None = None,
 ) -> RunResult:
     """Trains as `config` says into the folder `out`, or continues the run that is there.
 
@@ -44,6 +54,7 @@ def train(
         resume: continue from the newest verified checkpoint.
         listeners: called with each event (see `events.py`); by default those that write the run's metrics, samples
             and report and show a progress bar on standard error.
+        profile: the steps to trace into the run's folder.
 
     Raises:
         RequestError: the folder exists (or, resuming, does not), the data or shapes do not fit, the run differs.
@@ -54,14 +65,42 @@ def train(
     out = Path(out).expanduser()
     emit = _emitter(standard_listeners() if listeners is None else listeners)
     try:
-        return _Loop(_opened(config, out, resume, emit), emit, started).run(resume)
+        if profile is not None and config is not None:
+            profile.check(config.training.steps)
+        with _locked(out, resume) as lock:
+            run = _opened(config, out, resume, emit)
+            if not resume:
+                lock.enter_context(checkpoint.folder_lock(out))
+            done = finished_result(out, run.config.training.steps) if resume else None
+            if done is not None:
+                emit(Note(f"already done: {done.steps} steps; give more (training.steps={2 * done.steps}) to go on"))
+                return done
+            checkpoint.remove_partial(out / CHECKPOINTS)
+            return _Loop(run, emit, started, profile).run(resume)
     except NotFiniteError as error:
-        kept = checkpoint.describe_saved(out / CHECKPOINTS)
-        raise PolygptError(
-            f"{error}: training diverged; lower training.optimizer.learning_rate, or use float32 ({kept})"
-        ) from error
+        raise PolygptError(_diverged(error, out)) from error
     finally:
         emit(Ended())
+
+
+@contextmanager
+def _locked(out: Path, resume: bool) -> Iterator[ExitStack]:
+    """Holds the lock of an existing run; that of a new one is taken once its folder is there."""
+    with ExitStack() as stack:
+        if resume and (out / CONFIG).is_file():  # whoever opens it says what is wrong otherwise
+            stack.enter_context(checkpoint.folder_lock(out))
+        yield stack
+
+
+def _diverged(error: NotFiniteError, out: Path) -> str:
+    """What happened, what is kept, and the command to go on with."""
+    config = read_config(out)
+    rate = config.training.optimizer.learning_rate / 2
+    again = command_line("train", "--resume", "--out", out, f"training.optimizer.learning_rate={rate:g}")
+    half = config.model.compute_dtype != "float32" or config.model.param_dtype != "float32"
+    kept = checkpoint.describe_saved(out / CHECKPOINTS)
+    advice = " (or start a new run in float32)" if half else ""
+    return f"{error}: training diverged ({kept})\ngo on with a lower learning rate: {again}{advice}"
 
 
 def _opened(config: RunConfig | None, out: Path, resume: bool, emit: Listener) -> Run:
@@ -74,6 +113,7 @@ def _opened(config: RunConfig | None, out: Path, resume: bool, emit: Listener) -
     for index, evaluation in enumerate(config.training.evaluations if config is not None else ()):
         with naming(f"training.evaluations.{index}"):
             evaluation.check()
+    check_trackers(config.training.trackers if config is not None else ())
 
     def note(text: str) -> None:
         emit(Note(text))
@@ -89,11 +129,18 @@ def _opened(config: RunConfig | None, out: Path, resume: bool, emit: Listener) -
 
 
 def _emitter(listeners: Iterable[Listener]) -> Listener:
-    listeners = tuple(listeners)
+    """A function that gives an event to all listeners. One that cannot write is only warned of, once."""
+    listeners, failed = tuple(listeners), set()
 
     def emit(event: Event) -> None:
-        for listener in listeners:
-            listener(event)
+        for index, listener in enumerate(listeners):
+            try:
+                listener(event)
+            except OSError as error:
+                if index not in failed:
+                    failed.add(index)
+                    reason = error.strerror or str(error)
+                    emit(Note(f"{error.filename or 'a file'}: cannot be written ({reason}); the run goes on", True))
 
     return emit
 
@@ -105,20 +152,26 @@ def _check(run: Run) -> None:
     model = model_of(run.config.model)
     model.check()
     model.attention_implementation()  # refuses one that cannot run here
+    ParameterGroups(model.parameters, run.config.training.groups)
 
 
 class _Loop:
     """One process's work on one run."""
 
-    def __init__(self, run: Run, emit: Listener, started: float):
-        self.started, self.folder, self.emit = started, run.folder, emit
+    def __init__(self, run: Run, emit: Listener, started: float, profile: Profile | None = None):
+        self.profile = profile
+        self.opened, self.started, self.folder, self.emit = run, started, run.folder, emit
         self.config, self.training, self.loader = run.config, run.config.training, run.train_loader
         self.vocabulary = run.tokenizer.vocab_size
         self.model = model_of(run.config.model)
         self.trainer = Trainer(self.model, self.training)
-        self.meter = Meter(emit, self.training.batch_size * run.config.model.context_length)
-        lm = language_models(run)
-        self.validation, self.saving = Validation(run, emit), Saving(run, self.meter, emit)
+        tokens = self.training.batch_size * run.config.model.context_length
+        self.meter = Meter(emit, tokens, self.training.on_spike == "rollback", Utilization(self.model))
+        lm = language_models(run, self.trainer.evaluated)
+        self.validation, self.saving = (
+            Validation(run, self.trainer.evaluated, emit),
+            Saving(run, self.trainer, self.meter, emit),
+        )
         samples = Samples(run, lm, emit)
         evaluations = [Evaluation(config, ready, lm, emit) for config, ready in run.evaluations]
         # Saving comes last between steps, so that a checkpoint never lacks an evaluation of its step; and first at the
@@ -130,19 +183,32 @@ class _Loop:
     def run(self, resume: bool) -> RunResult:
         """Trains from the first step, or the newest checkpoint, to the last."""
         with InterruptFlag() as interrupt:
+            self.interrupt = interrupt
             state = self._restore() if resume else self._start()
+            if self.profile is not None:
+                self.profile.check(self.training.steps, int(state.step))
             write_config(self.folder, self.config)  # settings may have changed on resuming
             for text in _warnings(self.config, self.model, self.vocabulary):
                 self._warn(text)
-            self.emit(Started(self.config, self.folder, int(state.step), self.model.num_parameters, self._facts()))
-            compile_seconds = 0.0
-            if int(state.step) < self.training.steps:
-                before = time.perf_counter()
-                step_function = self.trainer.compile_step(state, Batch.of(self.loader.batch(0)))
-                compile_seconds = time.perf_counter() - before
-                self.emit(Compiled(compile_seconds))
-                state = self._steps(state, step_function, interrupt)
-            self._do(self.evaluations, state, last=True)
+            self.emit(
+                Started(
+                    self.config,
+                    self.folder,
+                    int(state.step),
+                    self.model.num_parameters,
+                    self._facts(),
+                    held_out=self.validation.text,
+                )
+            )
+            try:
+                state, compile_seconds = self._train(state)
+                with self.interrupt.at_once():  # everything is saved; resuming evaluates
+                    self._do(self.evaluations, state, last=True)
+            except Stop:
+                self._stop(state)
+            except PolygptError:
+                self.saving.writer.wait()  # the last step may still be being written
+                raise
         result = RunResult(
             run=str(self.folder),
             steps=int(state.step),
@@ -153,34 +219,127 @@ class _Loop:
             seconds=time.perf_counter() - self.started,
             compile_seconds=compile_seconds,
         )
+        if (text := self.saving.overfitting()) is not None:
+            self._warn(text)
         self.emit(Finished(result))
         return result
 
-    def _steps(self, state: TrainState, step_function: Callable, interrupt: InterruptFlag) -> TrainState:
+    def _train(self, state: TrainState) -> tuple[TrainState, float]:
+        """The state after the last step, and the seconds that compilation took."""
+        if int(state.step) >= self.training.steps:
+            return state, 0.0
+        before = time.perf_counter()
+        step_function = self.trainer.compile_step(state, Batch.of(self.loader.batch(0)))
+        seconds = time.perf_counter() - before
+        self.emit(Compiled(seconds))
+        if self.interrupt.raised:
+            self._stop(state)
+        return self._steps(state, step_function), seconds
+
+    def _steps(self, state: TrainState, step_function: Callable) -> TrainState:
         self.meter.restart()
-        for step in range(int(state.step) + 1, self.training.steps + 1):
-            state, metrics = step_function(state, Batch.of(self.loader.batch(step - 1)))
+        step = int(state.step)
+        while step < self.training.steps:
+            if self.profile is not None:
+                self.profile.reach(step + 1, self.folder, state, self.emit)
+            state, metrics = step_function(state, Batch.of(self.loader.batch(step + self.saving.batch_offset)))
+            step += 1
             self.meter.add(step, metrics)
-            if step == self.training.steps:
-                break
-            if step % self.training.log_every == 0:
-                self.meter.flush()
-            self._do([job for job in self.jobs if is_due(job, step)], state)
-            if interrupt.raised:
-                if self.saving.saved_step != step:
-                    self._do([self.saving], state)
-                raise Interrupted(step, self.folder)
+            last = step == self.training.steps
+            due = [] if last else [job for job in self.jobs if is_due(job, step)]
+            fetch = due or last or self.interrupt.raised or step % self.training.log_every == 0
+            spike = self._flush(state) if fetch else None
+            if spike is not None:
+                state = self._roll_back(spike)
+                step = int(state.step)
+                continue
+            self._do(due, state)
+            self.saving.report()
+            if self.interrupt.raised and not last:
+                self._end_profile(state)
+                self._stop(state)
+        self._end_profile(state)
+        if int(state.guard.skipped) == step:
+            raise NotFiniteError(f"step {step}: every step was skipped")
         self._do(self.last_jobs, state, last=True)
+        return state
+
+    def _end_profile(self, state: TrainState) -> None:
+        if self.profile is not None:
+            self.profile.close(self.folder, state, self.emit)
+
+    def _flush(self, state: TrainState) -> int | None:
+        """Emits the metrics so far; returns the step of a spike to roll back.
+
+        Where too many steps in a row have been skipped, the state before them is saved: unless its loss is not finite
+        and there is an earlier checkpoint, from which going on is more promising.
+        """
+        try:
+            return self.meter.flush()
+        except NotFiniteError:
+            updated = int(state.guard.skipped) < int(state.step)
+            if updated and (self.meter.finite_loss or self.saving.saved_step is None):
+                self.saving.run(state, last=False)
+            raise
+
+    def _roll_back(self, spike: int) -> TrainState:
+        """The state of the newest periodic checkpoint before step `spike`; the batches up to it are left out.
+
+        Only periodic checkpoints count, so that an interruption changes nothing.
+        """
+        every, saving = self.saving.every, self.saving
+        saving.rollbacks += 1
+        saving.wait()
+        found = restored(
+            self.opened, self.trainer, self.emit, lambda step: step < spike and every and step % every == 0
+        )
+        if found is None:
+            state, saving.saved_step, saving.best = self._start(), None, None
+            self.meter.recent.clear()
+        else:
+            state, snapshot = found
+            self._continue_from(snapshot)
+        step = int(state.step)
+        if saving.rollbacks > self.training.max_skipped_steps:
+            raise PolygptError(
+                f"step {spike}: the loss spiked again after {saving.rollbacks - 1} rollbacks to step {step}; lower "
+                "training.optimizer.learning_rate, raise training.spike_threshold, or set training.on_spike=log"
+            )
+        saving.batch_offset += spike - step
+        self.emit(RolledBack(spike, step, spike - step))
+        self.meter.restart()
         return state
 
     def _do(self, jobs: list[Job], state: TrainState, last: bool = False) -> None:
         """Runs jobs, none of which counts as training time."""
-        if not jobs:
-            return
-        self.meter.flush()  # raises if the state is not worth evaluating or saving
         for job in jobs:
             job.run(state, last)
+            if job is self.validation:
+                self._validated(state, last)
         self.meter.restart()
+
+    def _validated(self, state: TrainState, last: bool) -> None:
+        """Keeps track of the best validation loss, and saves the step that has it if it is to be kept."""
+        is_best = self.saving.evaluated(int(state.step), self.validation.compared)
+        if is_best and self.training.keep_best:
+            if not last:
+                self.saving.run(state, last=False)
+            self.saving.mark_best()
+
+    def _stop(self, state: TrainState) -> NoReturn:
+        """Ends an interrupted run, after saving its state unless that is done.
+
+        Raises:
+            Interrupted: always.
+        """
+        step, unsaved = int(state.step), None
+        if step > 0:
+            try:
+                self.meter.flush()
+                self.saving.run(state, last=True)
+            except PolygptError as error:
+                unsaved = str(error)
+        raise Interrupted(step, self.folder, self.interrupt.number, unsaved)
 
     def _start(self) -> TrainState:
         """The state before the first step: new weights, or those of `training.initial`."""
@@ -191,36 +350,24 @@ class _Loop:
         return self.trainer.init(initial_params(self.config))
 
     def _restore(self) -> TrainState:
-        """The state of the newest checkpoint that is intact and finite; the first state if there is none."""
-        for saved in checkpoint.verified(self.folder / CHECKPOINTS, self._warn):
-            self._check_resumable(saved)
-            like = self.trainer.abstract_state()
-            try:
-                snapshot = checkpoint.restore(saved, like.params, like.optimizer)
-            except NotFiniteError as error:
-                self._warn(f"{error}; trying the step before it")
-                continue
-            self.meter.recent.extend(snapshot.recent_losses)
-            self.meter.speeds.append(snapshot.tokens_per_second)
-            step = jax.numpy.int32(snapshot.step)
-            return TrainState(self.trainer.place(snapshot.params), snapshot.optimizer, step)
-        if any((self.folder / CHECKPOINTS).glob("step_*")):
-            self._warn("no checkpoint is usable: training starts again from the first step")
-        else:
-            self.emit(Note("no checkpoint yet: starting from the first step"))
-        return self._start()
+        """The state of the newest checkpoint; the first state if there is none."""
+        found = restored(self.opened, self.trainer, self.emit)
+        if found is None:
+            return self._start()
+        state, snapshot = found
+        self._continue_from(snapshot)
+        self.saving.batch_offset, self.saving.rollbacks = snapshot.batch_offset, snapshot.rollbacks
+        if self.trainer.is_stopped(state):  # by skipped steps: they are counted anew
+            state = state._replace(guard=state.guard._replace(in_a_row=jax.numpy.int32(0)))
+        return state
 
-    def _check_resumable(self, saved: checkpoint.Checkpoint) -> None:
-        if saved.info["data"] != self.loader.fingerprint:
-            raise RequestError(
-                f"{self.folder}: the checkpoint was trained on other batches (data, batch_size, context_length, "
-                "stride or seed differ); resume with the run's own settings"
-            )
-        if saved.step > self.training.steps:
-            raise RequestError(
-                f"{self.folder}: the run is past training.steps={self.training.steps} (step {saved.step} is saved); "
-                "give more steps, or start a new run with another --out"
-            )
+    def _continue_from(self, snapshot: checkpoint.Snapshot) -> None:
+        """Takes over the plain values of a checkpoint."""
+        self.meter.recent.clear()
+        self.meter.recent.extend(snapshot.recent_losses)
+        self.meter.speeds.append(snapshot.tokens_per_second)
+        self.saving.saved_step, self.saving.best = snapshot.step, snapshot.best
+        self.saving.mark_best()
 
     def _warn(self, text: str) -> None:
         self.emit(Note(text, warning=True))
@@ -250,6 +397,11 @@ def _warnings(config: RunConfig, model: Model, ids: int) -> list[str]:
         found.append(
             f"training.schedule.warmup_steps={warmup} is not shorter than the run (training.steps={steps}): the "
             "learning rate rises to the end and never decays; lower it"
+        )
+    if config.training.optimizer.averages and config.training.schedule.decays:
+        found.append(
+            f"training.schedule.kind={config.training.schedule.kind} decays; {config.training.optimizer.kind} is meant "
+            "for a constant learning rate: training.schedule.kind=constant"
         )
     if len(devices) > 1:
         found.append(f"{len(devices)} {devices[0].platform} devices are here; training uses one, the first")

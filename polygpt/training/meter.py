@@ -10,19 +10,24 @@ import jax
 import numpy as np
 
 from polygpt.checkpoint import NotFiniteError
-from polygpt.training.events import Listener, Stepped
+from polygpt.training.devices import Utilization, peak_memory
+from polygpt.training.events import Listener, Skipped, Spiked, Stepped
 from polygpt.training.step import Metrics
 
 
 class Meter:
     """Keeps metrics on the device and fetches several steps' together, so that no step waits for the one before."""
 
-    def __init__(self, emit: Listener, tokens_per_step: int):
-        self.emit, self.tokens_per_step = emit, tokens_per_step
+    def __init__(
+        self, emit: Listener, tokens_per_step: int, roll_back: bool = False, utilization: Utilization | None = None
+    ):
+        self.emit, self.tokens_per_step, self.roll_back = emit, tokens_per_step, roll_back
+        self.utilization = utilization
         self.pending: list[tuple[int, Metrics]] = []
         self.recent: deque[float] = deque(maxlen=20)
         self.speeds: list[float] = []
         self.clock = time.perf_counter()
+        self.finite_loss = True  # the last step's
 
     def restart(self) -> None:
         """Restarts the clock, after work that was not training."""
@@ -32,27 +37,48 @@ class Meter:
         """Adds the metrics of a step, which may still be running."""
         self.pending.append((step, metrics))
 
-    def flush(self) -> None:
+    def flush(self) -> int | None:
         """Fetches what is pending and emits it.
 
+        Returns:
+            With `roll_back`, the first step whose loss is a spike; later steps are dropped, as if they had never been.
+
         Raises:
-            NotFiniteError: a loss or gradient is not a finite number.
+            NotFiniteError: so many steps in a row were skipped that the run must stop.
         """
         if not self.pending:
-            return
-        fetched = [(step, jax.device_get(metrics)) for step, metrics in self.pending]
+            return None
+        fetched = jax.device_get(self.pending)
         speed = len(fetched) * self.tokens_per_step / (time.perf_counter() - self.clock)
         self.speeds.append(speed)
         self.pending = []
+        updated = [step for step, metrics in fetched if not metrics.skipped]
         for step, metrics in fetched:
-            values = {name: float(value) for name, value in metrics._asdict().items() if name != "extra"}
-            if not all(map(math.isfinite, values.values())):
-                raise NotFiniteError(f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}")
-            self.recent.append(values["loss"])
-            extra = {name: float(value) for name, value in metrics.extra.items()}
-            timed = speed if step == fetched[-1][0] else None
-            self.emit(Stepped(step, **values, tokens_per_second=timed, extra=extra))
+            self._emit_step(step, metrics, speed if updated[-1:] == [step] else None)
+            if metrics.spike and self.roll_back:
+                return step
         self.restart()
+        return None
+
+    def _emit_step(self, step: int, metrics: Metrics, speed: float | None) -> None:
+        loss, grad_norm = float(metrics.loss), float(metrics.grad_norm)
+        scale = None if metrics.loss_scale is None else float(metrics.loss_scale)
+        self.finite_loss = math.isfinite(loss)
+        if metrics.skipped:
+            self.emit(Skipped(step, loss, grad_norm, int(metrics.in_a_row), scale))
+            if metrics.stopped:
+                many = f"{metrics.in_a_row} steps" if metrics.in_a_row > 1 else "a step"
+                raise NotFiniteError(f"step {step}: loss {loss}, gradient norm {grad_norm}; {many} in a row skipped")
+            return
+        self.recent.append(loss)
+        extra = {name: float(value) for name, value in metrics.extra.items()}
+        rate, ratio = float(metrics.learning_rate), float(metrics.update_ratio)
+        used, held = None, None
+        if speed is not None:
+            used, held = self.utilization(speed) if self.utilization else None, peak_memory()
+        self.emit(Stepped(step, loss, grad_norm, rate, speed, ratio, scale, used, held, extra))
+        if metrics.spike:
+            self.emit(Spiked(step, loss, float(metrics.spike_mean), float(metrics.spike_limit)))
 
     @property
     def recent_loss(self) -> float:

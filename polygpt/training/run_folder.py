@@ -3,7 +3,8 @@
 config.yaml      the resolved configuration
 tokenizer.json   the tokenizer
 data/            token shards, in a folder for each source of a mixture (absent if they were prepared before)
-checkpoints/     verified steps
+checkpoints/     verified steps; best.json says which had the lowest validation loss, if that is kept
+.lock            held while a process trains in the folder
 metrics.jsonl    one JSON object per line: what it is (`event`), `step`, and `loss`, `val_loss` or other metrics
 samples.jsonl    text sampled during training
 result.json      the final figures; like loss.png and report.html, written at the end
@@ -37,7 +38,7 @@ from polygpt.data import (
 )
 from polygpt.errors import PolygptError, RequestError
 from polygpt.evaluation import EvaluationConfig, Ready
-from polygpt.files import check_checkpoint_path, new_folder, remove_folder, write_text
+from polygpt.files import check_checkpoint_path, expand, new_folder, remove_folder, write_text
 from polygpt.loading import CHECKPOINTS, CONFIG, TOKENIZER, write_origin
 from polygpt.model import ModelConfig
 from polygpt.process import command_line
@@ -169,7 +170,8 @@ def _prepare_again(run: Run, note: Callable[[str], None]) -> Run:
     note(f"data: {own} is missing; preparing it again from {path}")
     run = dataclasses.replace(run, shards=_write_shards(run.config, run.tokenizer, own, note))
     saved = checkpoint.newest(run.folder / CHECKPOINTS, warn=note)
-    if saved is not None and saved.info["data"] not in (None, run.train_loader.fingerprint):
+    data = saved.info.get("fingerprints", {}).get("data") if saved is not None else None
+    if data is not None and data != run.shards.train.fingerprint:
         remove_folder(own)
         raise RequestError(
             f"{own}: is missing, and cannot be prepared again: data.path={path} now gives other tokens than those of "
@@ -245,7 +247,7 @@ def resolve_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
 def _folders(config: RunConfig, own: Path) -> dict[str, Path]:
     """The folder of shards of each source: its own, or one in the run's folder of data."""
     each = config.data.each().items()
-    return {name: Path(data.paths[0]).expanduser() if is_prepared(data) else own / name for name, data in each}
+    return {name: expand(data.paths[0]) if is_prepared(data) else own / name for name, data in each}
 
 
 def _missing(config: RunConfig, own: Path) -> bool:
@@ -269,7 +271,7 @@ def _prepare(config: RunConfig, partial: Path, note: Callable[[str], None]) -> t
 def _tokenizer(config: RunConfig, note: Callable[[str], None]) -> Tokenizer:
     """That of the first prepared source, if there is one, or the configured one, trained on all sources."""
     each, wanted = config.data.each().values(), config.tokenizer
-    prepared = next((Path(data.paths[0]).expanduser() for data in each if is_prepared(data)), None)
+    prepared = next((expand(data.paths[0]) for data in each if is_prepared(data)), None)
     if prepared is not None:
         path = wanted.path if wanted.kind == "file" else prepared / TOKENIZER
         if wanted.kind == "initial":

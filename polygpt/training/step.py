@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, PyTree
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from polygpt.model import Effects, Model, Params
+from polygpt.model import Effects, Loads, Model, Params, matmul_precision
 from polygpt.sharding import make_mesh, placement
 from polygpt.training.config import TrainingConfig
-from polygpt.training.optimizers import build_optimizer
+from polygpt.training.guard import Guard, choose
+from polygpt.training.loss_scale import LossScale
+from polygpt.training.optimizers import build_optimizer, start_average, update_average
 
 
 class Batch(NamedTuple):
@@ -38,11 +42,23 @@ class Batch(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """Everything that training changes. `step` is int32, the number of updates done."""
+    """Everything that training changes.
+
+    Attributes:
+        params: the weights at which gradients are taken.
+        optimizer: the optimizer's state.
+        step: updates attempted so far, those skipped by the guard included.
+        guard: counters of skipped steps, and statistics of the loss.
+        loss_scale: of float16; None for other dtypes.
+        average: a moving average of the weights, where one is kept.
+    """
 
     params: Params
     optimizer: PyTree
     step: Int[Array, ""]
+    guard: Guard
+    loss_scale: LossScale | None = None
+    average: Params | None = None
 
 
 class Metrics(NamedTuple):
@@ -51,14 +67,29 @@ class Metrics(NamedTuple):
     Attributes:
         loss: mean nats per token, without auxiliary losses.
         extra: auxiliary losses (weighted) and metrics that the model's parts report, by name.
-        grad_norm: global norm of the gradient before clipping; None before the update.
-        learning_rate: of this update; None before it.
+        grad_norm: global norm of the gradient before clipping. None before the update, as all that follow.
+        learning_rate: of this update.
+        update_ratio: norm of the update by the norm of the parameters.
+        skipped: the update was not finite, and nothing was updated.
+        stopped: so many in a row have been skipped that the run must stop.
+        in_a_row: how many steps in a row have been skipped, this one included.
+        spike: the loss is a spike (see `guard.py`).
+        spike_mean, spike_limit: the mean loss before this step, and the loss above which it is a spike.
+        loss_scale: the scale of the loss in this step; None unless it is computed in float16.
     """
 
     loss: Float[Array, ""]
     extra: dict[str, Float[Array, ""]]
     grad_norm: Float[Array, ""] | None = None
     learning_rate: Float[Array, ""] | None = None
+    update_ratio: Float[Array, ""] | None = None
+    skipped: Bool[Array, ""] | None = None
+    stopped: Bool[Array, ""] | None = None
+    in_a_row: Int[Array, ""] | None = None
+    spike: Bool[Array, ""] | None = None
+    spike_mean: Float[Array, ""] | None = None
+    spike_limit: Float[Array, ""] | None = None
+    loss_scale: Float[Array, ""] | None = None
 
 
 class Trainer:
@@ -68,12 +99,31 @@ class Trainer:
         self.model, self.config = model, config
         self.shardings = placement(model.parameters, make_mesh())
         self.learning_rate = config.schedule.build(config.optimizer.learning_rate, config.steps)
-        self.optimizer = build_optimizer(config.optimizer, model, self.learning_rate)
+        self.optimizer = build_optimizer(config.optimizer, model, self.learning_rate, config.groups)
+        self.groups = self.optimizer.parameters
+        self._evaluated = jax.jit(self.optimizer.evaluated)
 
     def init(self, params: Params | None = None) -> TrainState:
         """The state before the first step, with newly drawn parameters if none are given."""
         params = self.model.init(self.config.seeds.init, self.shardings) if params is None else self.place(params)
-        return TrainState(params, jax.jit(self.optimizer.init)(params), jnp.zeros((), jnp.int32))
+        scale = LossScale.new(self.config.loss_scale) if self.scales_loss else None
+        average = None if self.config.ema_decay is None else start_average(params)
+        optimizer = jax.jit(self.optimizer.init)(params)
+        return TrainState(params, optimizer, jnp.zeros((), jnp.int32), Guard.new(), scale, average)
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether gradients are computed in float16, and the loss therefore scaled."""
+        return self.model.config.compute_dtype == "float16"
+
+    def evaluated(self, state: TrainState) -> Params:
+        """The weights that are validated, sampled from, saved as the model's and exported.
+
+        They are the moving average, or schedule-free's, where there is one, and the `params` themselves otherwise.
+        """
+        if state.average is not None:
+            return jax.tree.map(lambda average, p: average.astype(p.dtype), state.average, state.params)
+        return self._evaluated(state.optimizer, state.params) if self.config.optimizer.averages else state.params
 
     def place(self, params: Params) -> Params:
         """`params` on the devices where their logical axes put them."""
@@ -85,43 +135,155 @@ class Trainer:
 
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """One update from one batch."""
-        gradients, metrics, effects = self.gradients(state, batch)
-        state, norm, rate = self.apply(state, gradients, effects)
-        return state, metrics._replace(grad_norm=norm, learning_rate=rate)
+        return self.apply(state, *self.gradients(state, batch))
 
     def gradients(self, state: TrainState, batch: Batch) -> tuple[Params, Metrics, Effects]:
         """Gradients of the mean loss over what counts, plus auxiliary losses; and what the model's parts report.
 
-        Dropout's key depends on (seed, step) alone, so that a resumed run repeats it.
+        With `accumulation_steps` the batch is cut into as many parts of equal size, and gradients are summed in
+        float32. Tokens count as in the whole batch, and so do loads: for auxiliary losses that depend on them they are
+        gathered first, at the cost of another forward pass. Dropout's key depends on (seed, step, part) alone, so that
+        a resumed run repeats it.
         """
         key = jax.random.fold_in(jax.random.key(self.config.seeds.dropout), state.step)
-        weights = batch.mask / jnp.maximum(batch.mask.sum(), 1)
+        batch = batch._replace(mask=batch.mask / jnp.maximum(batch.mask.sum(), 1))  # now each token's weight
+        count = self.config.accumulation_steps
+        if count == 1:
+            gradients, metrics, effects = self._part_gradients(state, batch, key)
+        else:
+            parts = jax.tree.map(lambda leaf: leaf.reshape(count, -1, *leaf.shape[1:]), batch)
+            keys = jax.vmap(lambda part: jax.random.fold_in(key, part))(jnp.arange(count))
+            loads = self._loads(state, parts, keys) if self._needs_loads else None
+
+            def one(total: PyTree, part: tuple[Batch, PRNGKeyArray]) -> tuple[PyTree, None]:
+                found = self._part_gradients(state, *part, loads=loads, share=1 / count)
+                return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, found), None
+
+            shapes = self._part_shapes(state, parts, keys, loads)
+            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes)
+            (gradients, metrics, effects), _ = lax.scan(one, zeros, (parts, keys))
+        dtypes = jax.tree.map(lambda leaf: leaf.dtype, state.params)
+        # The squares of float16's gradients would overflow or vanish: they stay in float32.
+        gradients = jax.tree.map(
+            lambda g, dtype: g.astype(jnp.float32 if dtype == jnp.float16 else dtype), gradients, dtypes
+        )
+        if state.loss_scale is not None:
+            gradients = jax.tree.map(lambda g: g / state.loss_scale.scale.astype(g.dtype), gradients)
+        return gradients, metrics, effects
+
+    def _part_gradients(
+        self,
+        state: TrainState,
+        part: Batch,
+        key: PRNGKeyArray,
+        loads: Loads | None = None,
+        share: float = 1,
+    ) -> tuple[Params, Metrics, Effects]:
+        """What a part of the batch adds to the (scaled) gradients, to the metrics and to the effects.
+
+        Args:
+            part: its mask holds each token's weight in the batch.
+            loads: of the whole batch.
+            share: the part's share in the batch, with which means over tokens count.
+        """
+        scale = jnp.float32(1) if state.loss_scale is None else state.loss_scale.scale
 
         def objective(params: Params) -> tuple[Float[Array, ""], tuple[Float[Array, ""], Effects]]:
-            loss, effects = self.model.loss(params, batch.input, batch.target, weights, key, batch.segment_ids)
-            return sum(effects.losses.values(), loss), (loss, effects)
+            # Weights are scaled rather than the loss: the logits' gradients would be 0 in float16 otherwise.
+            weights = part.mask * scale
+            loss, effects = self.model.loss(
+                params, part.input, part.target, weights, key, part.segment_ids, loads, self.config.remat
+            )
+            effects = jax.tree.map(lambda leaf: leaf * share, effects)
+            return loss + scale * sum(effects.losses.values(), jnp.float32(0)), (loss / scale, effects)
 
-        (_, (loss, effects)), gradients = jax.value_and_grad(objective, has_aux=True)(state.params)
+        with matmul_precision(self.model.config):
+            (_, (loss, effects)), gradients = jax.value_and_grad(objective, has_aux=True)(state.params)
         return gradients, Metrics(loss, {**effects.losses, **effects.metrics}), effects
 
+    def _part_shapes(self, state: TrainState, parts: Batch, keys: PRNGKeyArray, loads: Loads | None) -> PyTree:
+        first = jax.tree.map(lambda leaf: leaf[0], (parts, keys))
+        return jax.eval_shape(lambda part, key: self._part_gradients(state, part, key, loads), *first)
+
+    @cached_property
+    def _needs_loads(self) -> bool:
+        return any(layer.feedforward.loss_needs_loads() for layer in self.model.config.layers)
+
+    def _loads(self, state: TrainState, parts: Batch, keys: PRNGKeyArray) -> Loads:
+        """The model's loads over the whole batch."""
+
+        def one(_: None, part: tuple[Batch, PRNGKeyArray]) -> tuple[None, Loads]:
+            batch, key = part
+            output = self.model.hidden(state.params, batch.input, segment_ids=batch.segment_ids, training=True, key=key)
+            return None, output.effects.loads
+
+        return jax.tree.map(lambda leaf: leaf.mean(0), lax.scan(one, None, (parts, keys))[1])
+
     def apply(
-        self, state: TrainState, gradients: Params, effects: Effects
-    ) -> tuple[TrainState, Float[Array, ""], Float[Array, ""]]:
-        """The state after one update, the gradients' norm before clipping, and the learning rate."""
-        # The squares of float16's gradients would overflow or vanish.
-        gradients = jax.tree.map(lambda g: g.astype(jnp.float32) if g.dtype == jnp.float16 else g, gradients)
-        norm = optax.tree.norm(gradients)
+        self, state: TrainState, gradients: Params, metrics: Metrics, effects: Effects
+    ) -> tuple[TrainState, Metrics]:
+        """The state after one update, and its metrics.
+
+        If the loss, the gradient or an updated parameter is not finite, only counters (and float16's loss scale)
+        change. After `max_skipped_steps` such steps in a row nothing changes any more, `step` included: the state in
+        which a run stops does not depend on when the metrics are looked at.
+        """
+        gradients = self.groups.freeze(gradients, jax.tree.map(jnp.zeros_like, gradients))
+        norm = _norm(gradients)
         if self.config.clip_norm is not None:
-            scale = jnp.minimum(1.0, self.config.clip_norm / jnp.maximum(norm, 1e-12))
-            gradients = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients)
+            factor = jnp.minimum(1.0, self.config.clip_norm / jnp.maximum(norm, 1e-12))
+            gradients = jax.tree.map(lambda g: g * factor.astype(g.dtype), gradients)
         updates, optimizer = self.optimizer.update(gradients, state.optimizer, state.params)
         params = self.model.with_updates(optax.apply_updates(state.params, updates), effects.loads)
-        rate = jnp.asarray(self.learning_rate(state.step), jnp.float32)
-        return TrainState(params, optimizer, state.step + 1), norm, rate
+        params = self.groups.freeze(params, state.params)
+        params_norm = _norm(params)
+        finite = jnp.isfinite(metrics.loss) & jnp.isfinite(norm) & jnp.isfinite(params_norm)
+        limit = state.guard.limit(self.config.spike_threshold)
+        after = state._replace(
+            params=params,
+            optimizer=optimizer,
+            step=state.step + 1,
+            guard=state.guard.after_step(metrics.loss, limit),
+            average=self._average(state, params),
+        )
+        skipped = state._replace(step=state.step + 1, guard=state.guard.after_skipping())
+        stopped = self.is_stopped(state)
+        after = choose(finite & ~stopped, after, choose(stopped, state, skipped))
+        if state.loss_scale is not None:
+            after = after._replace(loss_scale=state.loss_scale.next(finite, self.config.loss_scale))
+        return after, metrics._replace(
+            grad_norm=norm,
+            # Skipped steps are none to the optimizer.
+            learning_rate=jnp.asarray(self.learning_rate(state.step - state.guard.skipped), jnp.float32),
+            update_ratio=jnp.where(finite, _norm(updates) / jnp.maximum(params_norm, 1e-12), 0),
+            skipped=~finite | stopped,
+            stopped=self.is_stopped(after),
+            in_a_row=after.guard.in_a_row,
+            spike=finite & (metrics.loss > limit),
+            spike_mean=state.guard.mean,
+            spike_limit=limit,
+            loss_scale=None if state.loss_scale is None else state.loss_scale.scale,
+        )
+
+    def _average(self, state: TrainState, params: Params) -> Params | None:
+        """The moving average after the update that made `params`."""
+        if state.average is None:
+            return None
+        updates = state.step + 1 - state.guard.skipped
+        return update_average(state.average, params, self.config.ema_decay, updates)
+
+    def is_stopped(self, state: TrainState) -> Bool[Array, ""]:
+        """Whether `max_skipped_steps` in a row have been skipped (in float16: at the smallest loss scale)."""
+        many = state.guard.in_a_row >= self.config.max_skipped_steps
+        return many if state.loss_scale is None else many & state.loss_scale.is_least
 
     def compile_step(self, state: TrainState, batch: Batch) -> Callable[[TrainState, Batch], tuple]:
         """`step` compiled for these shapes; the new state reuses the old one's memory."""
         return jax.jit(self.step, donate_argnums=0).lower(state, batch).compile()
+
+
+def _norm(tree: PyTree) -> Float[Array, ""]:
+    return optax.tree.norm(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree))
 
 
 def nll_sums(model: Model, params: Params, batch: Batch) -> Float[Array, "2"]:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from polygpt import checkpoint
-from polygpt.checkpoint import Snapshot
+from polygpt.checkpoint import Evaluation, Keep, Snapshot
 from polygpt.errors import PolygptError, RequestError
 
 TREE = {
@@ -23,9 +23,9 @@ TREE = {
 
 
 def save(root, step, tree=TREE, **settings):
-    optimizer = {"momentum": jnp.full(5, step / 7, jnp.float32)}
-    snapshot = Snapshot(step, tree, optimizer, "abc", (1.5, 1 / step), 99.0)
-    return checkpoint.save(root, snapshot, **settings)
+    training = {"momentum": jnp.full(5, step / 7, jnp.float32)}
+    snapshot = Snapshot(step, tree, training, {"data": "abc"}, 2, (1.5, 1 / step), Evaluation(1, 0.5), 99.0)
+    return checkpoint.save(root, snapshot, Keep(**settings))
 
 
 def steps(root):
@@ -42,7 +42,7 @@ def saved(tmp_path_factory):
     """Steps 1, 2 and 3; not to be written to."""
     root = tmp_path_factory.mktemp("saved")
     for step in (1, 2, 3):
-        save(root, step, keep=3)
+        save(root, step, last=3)
     return root
 
 
@@ -53,21 +53,22 @@ def root(saved, tmp_path):
 
 
 def test_every_bit_comes_back(saved):
-    optimizer = {"momentum": jnp.full(5, 3 / 7, jnp.float32)}
-    restored = checkpoint.restore(checkpoint.newest(saved), *jax.eval_shape(lambda: (TREE, optimizer)))
-    for tree, original in ((restored.params, TREE), (restored.optimizer, optimizer)):
+    training = {"momentum": jnp.full(5, 3 / 7, jnp.float32)}
+    restored = checkpoint.restore(checkpoint.newest(saved), *jax.eval_shape(lambda: (TREE, training)))
+    for tree, original in ((restored.params, TREE), (restored.training, training)):
         assert jax.tree.structure(tree) == jax.tree.structure(original)
         for found, wanted in zip(jax.tree.leaves(tree), jax.tree.leaves(original), strict=True):
             assert (found.dtype, found.shape) == (wanted.dtype, wanted.shape)
             assert np.asarray(found).tobytes() == np.asarray(wanted).tobytes()
-    assert (restored.step, restored.data) == (3, "abc")
+    assert (restored.step, restored.fingerprints, restored.batch_offset) == (3, {"data": "abc"}, 2)
     assert (restored.recent_losses, restored.tokens_per_second) == ((1.5, 1 / 3), 99.0)
+    assert restored.best == Evaluation(1, 0.5)
 
 
-def test_a_model_alone_has_no_optimizer_state(tmp_path):
+def test_a_model_alone_has_no_state_of_training(tmp_path):
     saved = checkpoint.save(tmp_path, Snapshot(0, TREE))
     assert {path.name for path in saved.folder.iterdir()} == {"params", "info.json", "manifest.json"}
-    assert checkpoint.restore(checkpoint.verify(saved.folder), TREE).optimizer is None
+    assert checkpoint.restore(checkpoint.verify(saved.folder), TREE).training is None
 
 
 def test_the_newest_step_is_taken_with_its_info(saved, warned):
@@ -123,7 +124,7 @@ def test_a_file_cut_short_lengthened_or_gone_is_noticed(root, name, damage, warn
     assert len(warned) == 1
 
 
-@pytest.mark.parametrize("manifest", ["", "[]", "5", "{}", '{"format": 2, "step": 3, "files": {}}', "\x00"])
+@pytest.mark.parametrize("manifest", ["", "[]", "5", "{}", '{"format": 3, "step": 3, "files": {}}', "\x00"])
 def test_a_manifest_that_is_none_is_noticed(root, manifest, warned):
     (root / "step_00000003/manifest.json").write_text(manifest)
     assert checkpoint.newest(root, warned.append).step == 2
@@ -180,19 +181,48 @@ def test_another_dtype_shape_or_name_is_refused_by_name(saved, change, message):
         checkpoint.restore(checkpoint.newest(saved), TREE | change)
 
 
+def test_all_that_differ_are_named_and_dtypes_are_cast_only_on_request(saved):
+    found, half = checkpoint.newest(saved), jax.tree.map(lambda leaf: leaf.astype(jnp.float16), TREE)
+    half["odd values"] = TREE["odd values"]  # one of them is beyond float16
+    with pytest.raises(RequestError) as error:
+        checkpoint.restore(found, half)
+    assert [name in str(error.value) for name in ("matrix is", "nested.half is", "nested.count is")] == [True] * 3
+    assert "cast=True" in str(error.value)
+    cast = checkpoint.restore(found, half, cast=True).params
+    assert (cast["matrix"].dtype, cast["nested"]["half"].dtype) == (jnp.float16, jnp.float16)
+    np.testing.assert_array_equal(cast["matrix"], TREE["matrix"].astype(jnp.float16))
+    with pytest.raises(RequestError, match="more is absent here"):
+        checkpoint.restore(found, half | {"more": jnp.zeros(3)}, cast=True)
+    many = {f"leaf{i:02}": jnp.zeros(1) for i in range(20)}
+    with pytest.raises(RequestError, match=r"leaf09 is absent.*; and 14 more; "):
+        checkpoint.restore(found, many)
+
+
+def test_weights_of_the_first_format_are_read(root):
+    step = root / "step_00000003"
+    (step / "training").rename(step / "optimizer")
+    path = step / "manifest.json"
+    manifest = json.loads(path.read_text())
+    files = {name.replace("training/", "optimizer/"): value for name, value in manifest["files"].items()}
+    path.write_text(json.dumps(manifest | {"format": 1, "files": files}))
+    found = checkpoint.newest(root)
+    assert (found.step, found.resumable) == (3, False)
+    np.testing.assert_array_equal(checkpoint.restore(found, TREE).params["matrix"], TREE["matrix"])
+
+
 # --- Saving -------------------------------------------------------------------------------------------------
 
 
 def test_the_newest_few_steps_stay(tmp_path):
     for step in range(1, 5):
-        save(tmp_path, step, keep=2)
+        save(tmp_path, step, last=2)
     assert steps(tmp_path) == ["step_00000003", "step_00000004"]
 
 
 def test_a_later_step_that_fails_does_not_push_out_the_one_just_saved(tmp_path, warned):
-    save(tmp_path, 2, keep=1)
+    save(tmp_path, 2, last=1)
     (tmp_path / "step_00000009").mkdir()
-    save(tmp_path, 3, keep=1)
+    save(tmp_path, 3, last=1)
     assert steps(tmp_path) == ["step_00000003", "step_00000009"]
     assert checkpoint.newest(tmp_path, warned.append).step == 3
 
@@ -200,7 +230,7 @@ def test_a_later_step_that_fails_does_not_push_out_the_one_just_saved(tmp_path, 
 def test_half_a_step_does_not_count_among_those_that_stay(tmp_path):
     save(tmp_path, 1)
     (tmp_path / "step_00000002").mkdir()
-    save(tmp_path, 3, keep=2)
+    save(tmp_path, 3, last=2)
     assert "step_00000001" in steps(tmp_path)
 
 
@@ -212,10 +242,18 @@ def test_a_step_is_saved_again(tmp_path):
     assert steps(tmp_path) == ["step_00000001"]
 
 
-def test_what_a_killed_process_left_goes_with_the_next_save(tmp_path):
-    (tmp_path / ".step_00000001.partial/params").mkdir(parents=True)
+def test_a_save_leaves_what_another_process_is_writing_alone(tmp_path):
+    (tmp_path / ".step_00000001.abcd.partial/params").mkdir(parents=True)
     save(tmp_path, 2)
+    assert steps(tmp_path) == [".step_00000001.abcd.partial", "step_00000002"]
+    checkpoint.remove_partial(tmp_path)
     assert steps(tmp_path) == ["step_00000002"]
+
+
+def test_every_nth_and_the_best_step_stay_too(tmp_path):
+    for step in range(1, 8):
+        save(tmp_path, step, last=1, every=3, best=2)
+    assert [int(name[5:]) for name in steps(tmp_path)] == [2, 3, 6, 7]
 
 
 def test_the_manifest_lists_every_other_file(saved):
@@ -274,11 +312,11 @@ def test_a_write_that_fails_leaves_the_steps_before_as_they_were(root, limit, sn
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("place", ["params", "optimizer"])
+@pytest.mark.parametrize("place", ["params", "training"])
 def test_what_is_not_finite_is_not_saved(root, snapshot, value, dtype, place):
     before = snapshot(root)
     bad = {"a": {"good": jnp.arange(3), "bad": jnp.array([1.0, value, 2.0], dtype)}}
-    trees = {"params": TREE, "optimizer": TREE} | {place: bad}
+    trees = {"params": TREE, "training": TREE} | {place: bad}
     with pytest.raises(checkpoint.NotFiniteError, match=rf"^step 4: {place}: .*a\.bad holds values that are not"):
         checkpoint.save(root, Snapshot(4, **trees))
     assert snapshot(root) == before
@@ -305,7 +343,7 @@ def test_a_first_save_that_fails_claims_no_earlier_checkpoint(tmp_path):
 def test_a_folder_may_have_any_name(tmp_path, name):
     root = tmp_path / name
     save(root, 1)
-    optimizer = {"momentum": jnp.zeros(5)}
-    restored = checkpoint.restore(checkpoint.newest(root), TREE, optimizer)
+    training = {"momentum": jnp.zeros(5)}
+    restored = checkpoint.restore(checkpoint.newest(root), TREE, training)
     np.testing.assert_array_equal(restored.params["matrix"], TREE["matrix"])
     assert not list(root.glob(".*"))

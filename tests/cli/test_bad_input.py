@@ -27,12 +27,27 @@ REQUESTS = {
     "a recipe": (["train", "dmeo", "--out", "new"], "no recipe 'dmeo'; did you mean 'demo'?"),
     "a preset to show": (["show", "gtp2"], "no preset, recipe, model or .yaml file 'gtp2'; did you mean 'gpt2'?"),
     "a preset to generate with": (["generate", "gtp2", "--prompt", "a"], "did you mean 'gpt2'?"),
+    "a setting by its short name": (
+        [*TRAIN, "training.lr=1"],
+        "training.lr: no such key; did you mean 'optimizer.learning_rate'?",
+    ),
+    "a key without model": (["show", "gpt2", "num_layers=4"], "a model without a run; write model.num_layers=4"),
+    "no --out": (["train", "tiny.yaml"], "Missing option '--out'.\nfor example: polygpt train own_text data.path="),
+    "no --prompt": (["generate", "run"], "Missing option '--prompt'.\nfor example: polygpt generate runs/notes"),
+    "a type by its short name": ([*GENERATE, "--dtype", "bf16"], "did you mean 'bfloat16'?"),
+    "a task by a near name": (
+        ["eval", "run", "--task", "perplexty", "--data", "tiny.yaml"],
+        "--data does not go with --task perplexty; did you mean 'perplexity'?",
+    ),
     # Shapes and numbers.
     "heads that do not divide": (
         [*TRAIN, "model.embed_dim=65", "model.attention.num_heads=4"],
         "embed_dim=65 is not divisible by num_heads=4; change one of them or set attention.head_dim",
     ),
-    "kv heads that do not divide": ([*TRAIN, "model.attention={num_heads: 4, num_kv_heads: 3}"], "num_kv_heads=3"),
+    "kv heads that do not divide": (
+        [*TRAIN, "model.attention={num_heads: 4, num_kv_heads: 3}"],
+        "num_kv_heads must be 1, 2 or 4, not 3",
+    ),
     "an odd head under rope": ([*TRAIN, "model.attention.head_dim=5"], "head_dim=5 is not even"),
     "a pattern longer than the model": ([*TRAIN, "model.pattern=[{}, {}]"], "pattern has 2 entries but num_layers=1"),
     "an empty pattern": ([*TRAIN, "model.pattern=[]"], "pattern is empty"),
@@ -44,13 +59,13 @@ REQUESTS = {
         "model.norm.eps: a finite number is needed, not .inf",
     ),
     "a negative rate": ([*TRAIN, "training.optimizer.learning_rate=-1"], "greater than 0, not -1"),
-    "negative steps": ([*TRAIN, "training.steps=-5"], "training.steps: input should be greater than 0, not -5"),
-    "no steps": ([*TRAIN, "training.steps=0"], "training.steps: input should be greater than 0, not 0"),
-    "half a step": ([*TRAIN, "training.steps=1.5"], "training.steps: input should be a valid integer, not 1.5"),
-    "too large a seed": ([*TRAIN, "training.seed=4294967296"], "training.seed: input should be less than 4294967296"),
-    "a stride of nothing": ([*TRAIN, "data.stride=0"], "data.stride: input should be greater than or equal to 1"),
-    "dropout of all": ([*TRAIN, "model.dropout=1"], "model.dropout: input should be less than 1, not 1"),
-    "no value": ([*TRAIN, "training.steps="], "training.steps: input should be a valid integer, not None"),
+    "negative steps": ([*TRAIN, "training.steps=-5"], "training.steps: must be greater than 0, not -5"),
+    "no steps": ([*TRAIN, "training.steps=0"], "training.steps: must be greater than 0, not 0"),
+    "half a step": ([*TRAIN, "training.steps=1.5"], "training.steps: must be a valid integer, not 1.5"),
+    "too large a seed": ([*TRAIN, "training.seed=4294967296"], "training.seed: must be less than 4294967296"),
+    "a stride of nothing": ([*TRAIN, "data.stride=0"], "data.stride: must be greater than or equal to 1"),
+    "dropout of all": ([*TRAIN, "model.dropout=1"], "model.dropout: must be less than 1, not 1"),
+    "no value": ([*TRAIN, "training.steps="], "training.steps: must be a valid integer, not None"),
     # Words that are no settings.
     "a stray word": ([*TRAIN, "foo"], "'foo': settings are written key=value"),
     "a setting as an option": (
@@ -79,7 +94,7 @@ REQUESTS = {
     "a file that is no text": (["train", "latin.yaml", "--out", "new"], "latin.yaml: not UTF-8"),
     "a file without a model": (["train", "halved.yaml", "--out", "new"], "model: this key is required"),
     "a file whose model is a list": (["show", "models.yaml"], "models.yaml: model: a mapping is needed"),
-    "a setting that is not shown": (["show", "gpt2", "num_layers=4"], "write model.KEY=VALUE"),
+    "a setting that is not shown": (["show", "gpt2", "training.steps=4"], "write model.KEY=VALUE"),
     # Data.
     "data that is missing": ([*TRAIN, "data.path=missing.txt"], "missing.txt: no such file"),
     "a glob of nothing": ([*TRAIN, "data.path=*.zst"], "*.zst: no file matches"),
@@ -149,7 +164,7 @@ REQUESTS = {
     # Prompts and how they are continued.
     "an empty prompt": (["generate", "run", "--prompt", ""], "the prompt is empty"),
     "a prompt with a letter it lacks": (["generate", "run", "--prompt", "the \N{SNOWMAN}"], "'☃' (U+2603) at index 4"),
-    "a prompt that is no text": (["generate", "run", "--prompt", "a\udcff"], "index 1 of the text is a lone surrogate"),
+    "a prompt that is no text": (["generate", "run", "--prompt", "a\udcff"], "--prompt: not UTF-8 text (character 1)"),
     "a prompt longer than the context": (["generate", "run", "--prompt", "the " * 5], "the prompt has 20 tokens"),
     "no new tokens": (
         [*GENERATE, "--max-new-tokens", "0"],
@@ -161,13 +176,13 @@ REQUESTS = {
     ),
     "a negative temperature": (
         [*GENERATE, "--temperature", "-1"],
-        "temperature: input should be greater than or equal",
+        "temperature: must be greater than or equal",
     ),
-    "a temperature that is no number": ([*GENERATE, "--temperature", "nan"], "temperature: input should be a finite"),
-    "a top-p of nothing": ([*GENERATE, "--top-p", "0"], "top_p: input should be greater than 0"),
-    "a top-p above all": ([*GENERATE, "--top-p", "2"], "top_p: input should be less than or equal to 1"),
-    "a top-k of nothing": ([*GENERATE, "--top-k", "0"], "top_k: input should be greater than 0"),
-    "a min-p of all": ([*GENERATE, "--min-p", "1"], "min_p: input should be less than 1"),
+    "a temperature that is no number": ([*GENERATE, "--temperature", "nan"], "temperature: must be a finite"),
+    "a top-p of nothing": ([*GENERATE, "--top-p", "0"], "top_p: must be greater than 0"),
+    "a top-p above all": ([*GENERATE, "--top-p", "2"], "top_p: must be less than or equal to 1"),
+    "a top-k of nothing": ([*GENERATE, "--top-k", "0"], "top_k: must be greater than 0"),
+    "a min-p of all": ([*GENERATE, "--min-p", "1"], "min_p: must be less than 1"),
     "a negative seed": ([*GENERATE, "--seed", "-1"], "'--seed'"),
     "too large a seed to generate": ([*GENERATE, "--seed", str(10**30)], "'--seed'"),
 }

@@ -51,7 +51,7 @@ def test_the_prompt_and_its_continuation_stream_to_standard_output(run, program,
 def test_every_prompt_is_continued(run, program, text):
     other = json.loads(program("generate", run, "--prompt", "a cat", *GREEDY, "--json").out)["text"]
     done = program("generate", run, "--prompt", "the ", "--prompt", "a cat", *GREEDY)
-    assert (done.code, done.out) == (0, f"the {text}\na cat{other}\n")
+    assert (done.code, done.out) == (0, f"the {text}\n\na cat{other}\n")
     assert done.err.count("finished: length\n") == 2
     done = program("generate", run, "--prompt", "the ", "--prompt", "a cat", *GREEDY, "--json")
     lines = [json.loads(line) for line in done.out.splitlines()]
@@ -102,3 +102,49 @@ def test_a_prompt_is_read_from_standard_input_as_utf8(run, text, process, data, 
         assert done.err.startswith(b"polygpt: ")
     else:
         assert done.out == f"the {text}\n".encode()
+
+
+def test_a_folder_of_runs_names_them(run, program, workdir):
+    parent = workdir / "several"
+    (parent / "one").mkdir(parents=True)
+    (parent / "one/config.yaml").write_text("model: {}")
+    done = program("generate", parent, "--prompt", "a")
+    assert (done.code, done.out) == (2, "")
+    assert f"there are models inside: {parent / 'one'}" in done.err
+
+
+def test_a_text_is_no_recipe(program, workdir):
+    (workdir / "notes.txt").write_text("a text")
+    done = program("train", workdir / "notes.txt", "--out", workdir / "new")
+    assert (done.code, (workdir / "new").exists()) == (2, False)
+    assert f"write own_text data.path={workdir / 'notes.txt'}" in done.err
+
+
+def test_a_mistake_in_a_file_has_its_line(program, workdir):
+    path = workdir / "mine.yaml"
+    path.write_text("model: {preset: gpt}\ndata: {path: x.txt}\ntraining:\n  stepz: 5 # steps\n")
+    done = program("train", path, "--out", workdir / "new")
+    assert done.code == 2
+    assert f"{path} line 4: training.stepz: no such key; did you mean 'steps'?" in done.err
+
+
+def test_samples_and_log_probabilities(run, program):
+    words = ["generate", run, "--prompt", "the ", "--max-new-tokens", "3", "--json"]
+    done = program(*words, "--n", "3", "--seed", "5", "--logprobs", "2")
+    lines = [json.loads(line) for line in done.out.splitlines()]
+    assert (done.code, len(lines)) == (0, 3), done.err
+    for number, line in enumerate(lines):
+        alone = json.loads(program(*words, "--seed", str(5 + number)).out)
+        assert line["tokens"] == alone["tokens"]
+        assert len(line["logprobs"]) == len(line["top_logprobs"]) == 3
+        assert [len(top) for top in line["top_logprobs"]] == [2, 2, 2]
+    assert program("generate", run, "--prompt", "the ", "--logprobs", "2").code == 2
+
+
+def test_penalties_reach_the_sampler(run, program):
+    done = program("generate", run, "--prompt", "a", *GREEDY, "--no-repeat-ngram", "1", "--json")
+    tokens = json.loads(done.out)["tokens"]
+    assert len(set(tokens)) == len(tokens) == 6
+    wrong = program("generate", run, "--prompt", "a", "--repetition-penalty", "0")
+    assert (wrong.code, wrong.out) == (2, "")
+    assert "repetition_penalty" in wrong.err

@@ -6,6 +6,7 @@ import pytest
 import tokenizers as hf
 from gguf_zoo import lively, model
 
+from polygpt.errors import RequestError
 from polygpt.interop import export_gguf, export_huggingface, open_gguf, open_huggingface
 from polygpt.interop.gguf.container import GGUFFile
 from polygpt.tokenizers import Tokenizer, TokenizerConfig, train_tokenizer
@@ -66,3 +67,21 @@ def test_a_gguf_file_keeps_ids(export):
     found = open_gguf(path)
     assert (found.tokenizer.roles, found.tokenizer.end_of_text) == (ROLES, 257)
     assert found.stop_tokens == (257, 256)
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("value", ["</s>", 2.0, [257, "x"], True])
+def test_an_id_that_is_no_number_is_refused(export, file, value):
+    folder = export("out", BYTES)
+    content = json_of(folder / file) if (folder / file).exists() else {}
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    (folder / file).write_text(json.dumps(content | {"eos_token_id": value}))
+    with pytest.raises(RequestError, match=rf"{file}: eos_token_id is .*; it must be a token's id, or a list of ids"):
+        open_huggingface(folder)
+
+
+def test_a_negative_id_is_no_token(export):
+    folder = export("out", BYTES)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": -1, "pad_token_id": -1}))
+    found = open_huggingface(folder)
+    assert (found.stop_tokens, found.tokenizer.role("pad_token")) == ((), None)

@@ -83,7 +83,7 @@ def test_what_the_sandbox_hides_is_nothing(template):
 def test_a_template_that_fails_or_reaches_too_far_is_refused(template):
     start = time.monotonic()
     with pytest.raises(
-        RequestError, match=r"the model's chat template cannot be used \(.*\); leave chat out"
+        RequestError, match=r"the model's chat template cannot be used \(.*\); generate without --chat"
     ) as caught:
         render_chat(template, "Hi")
     assert len(str(caught.value).splitlines()) == 1

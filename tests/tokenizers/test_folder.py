@@ -252,3 +252,48 @@ def test_damaged_files_are_refused_by_name(tmp_path, name):
     (path / name).unlink()
     with pytest.raises(RequestError, match=r"holds no tokenizer\.json, nor vocab\.json with merges\.txt"):
         load_tokenizer(path)
+
+
+def test_dropout_is_off_so_that_a_text_has_the_same_ids(tmp_path):
+    content = json.loads(TRAINED.to_json())
+    content["model"]["dropout"] = 0.5
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = load_tokenizer(tmp_path)
+    text = "there, don't 12345 au lait " * 5
+    assert tokenizer.encode(text) == TRAINED.encode(text) == tokenizer.encode(text, special=True)
+    assert (tokenizer.dropout, TRAINED.dropout) == (0.5, None)
+    assert tokenizer.fingerprint == TRAINED.fingerprint
+
+
+def test_an_added_token_whose_id_is_not_the_librarys_is_refused(tmp_path):
+    content = json.loads(BYTES.to_json())
+    content["added_tokens"][1]["id"] = 300
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(RequestError, match=r"'<\|end\|>' the id 300, but tokenizer.json gives it 257"):
+        load_tokenizer(tmp_path)
+
+
+LISTED = {"256": {"content": "<s>", "special": True}, "259": {"content": "<|call|>", "special": True}}
+
+
+def test_tokens_listed_beside_a_tokenizer_are_added_with_their_ids(folder):
+    tokenizer = load_tokenizer(with_tokenizer(folder(tokenizer_config={"added_tokens_decoder": LISTED})))
+    assert (tokenizer.special_tokens["<|call|>"], tokenizer.vocab_size) == (259, 260)
+    assert tokenizer.encode("a<|call|>", special=True) == [97, 259]
+
+
+@pytest.mark.parametrize(
+    ("listed", "message"),
+    [
+        ({"258": {"content": "<s>", "special": True}}, "gives '<s>' the id 258, but tokenizer.json gives it 256"),
+        ({"300": {"content": "<|call|>"}}, "gives '<|call|>' the id 300, but tokenizer.json gives it 259"),
+        ({"x": {"content": "<s>"}}, "not a list of added tokens"),
+        (["<s>"], "not a list of added tokens"),
+    ],
+)
+def test_a_list_that_contradicts_the_tokenizer_is_refused(folder, listed, message):
+    path = with_tokenizer(folder(tokenizer_config={"added_tokens_decoder": listed}))
+    with pytest.raises(RequestError) as error:
+        load_tokenizer(path)
+    assert message in str(error.value)
+    assert "tokenizer_config.json: added_tokens_decoder" in str(error.value)

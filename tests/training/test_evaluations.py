@@ -76,7 +76,7 @@ def test_a_resumed_run_has_the_same_lines_and_none_twice(asked, workdir):
         ({"kind": "perplexity", "path": "none.txt"}, "training.evaluations.0: none.txt: no such file"),
         ({"kind": "perplexity", "path": "book.txt", "stride": 17}, "training.evaluations.0: stride=17 must lie in"),
         ({"kind": "hellaswag", "path": "book.txt"}, "training.evaluations.0: book.txt line 1: not JSON"),
-        ({"kind": "hellaswag", "path": "rows.jsonl", "limit": 0}, "limit: input should be greater than 0"),
+        ({"kind": "hellaswag", "path": "rows.jsonl", "limit": 0}, "limit: must be greater than 0"),
         ({"kind": "helaswag", "path": "rows.jsonl"}, "no kind 'helaswag'; did you mean 'hellaswag'?"),
         ({"kind": "hellaswag"}, "path: this key is required"),
     ],

@@ -87,7 +87,7 @@ def test_a_real_process_saves_says_how_to_go_on_and_the_words_work(workdir):
         wait_until(lambda last=last: steps_done(run) > last + 1, process)
         process.send_signal(number)
         out, err = process.communicate(timeout=90)
-        assert process.returncode == 130, err
+        assert process.returncode == 128 + number, err
         assert out == ""
         told = re.search(r"^polygpt: interrupted after step (\d+), which is saved; go on with: (.*)\n\Z", err, re.M)
         assert told, err
@@ -107,7 +107,7 @@ def test_a_process_that_is_terminated_while_it_prepares_leaves_nothing(workdir, 
     wait_until(lambda: any(workdir.glob("new/.run.*")), process)
     process.terminate()
     _, err = process.communicate(timeout=90)
-    assert (process.returncode, err.splitlines()[-1]) == (130, "polygpt: interrupted")
+    assert (process.returncode, err.splitlines()[-1]) == (143, "polygpt: interrupted")
     assert "Traceback" not in err
     assert snapshot(workdir) == before
 

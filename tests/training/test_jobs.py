@@ -18,6 +18,7 @@ CHANGES = {
     "training.samples": {"every": 2, "prompts": ["the "], "max_new_tokens": 2},
     "training.evaluations": [{"kind": "perplexity", "path": "book.txt", "every": 2}],
     "training.save_every": 2,
+    "training.async_saving": False,
 }
 
 
@@ -73,5 +74,6 @@ def test_data_and_evaluation_sets_are_read_once(workdir, monkeypatch):
     files = {f"{side}-00000.{kind}" for side in ("train", "validation") for kind in ("tokens", "offsets")}
     assert read == Counter(dict.fromkeys([*files, "book.txt", "rows.jsonl"], 1))
     read.clear()
+    (workdir / "run/result.json").unlink(missing_ok=True)
     train(None, "run", resume=True, listeners=[])
     assert read == Counter(dict.fromkeys([*files, "book.txt", "rows.jsonl"], 1))

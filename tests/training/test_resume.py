@@ -13,6 +13,7 @@ from polygpt.recipes import load_recipe
 from polygpt.training import Ended, Interrupted, Stepped, read_config, train
 from polygpt.training.listeners import RunFiles
 from polygpt.training.run_folder import read_lines
+from polygpt.training.saving import abstract_parts
 
 TIMED = {"tokens_per_second", "seconds", "compile_seconds", "run"}
 
@@ -33,10 +34,9 @@ def bytes_of_arrays(run):
     from polygpt.training import Trainer
 
     config = read_config(run)
-    like = Trainer(Model(config.model), config.training).abstract_state()
     saved = checkpoint.newest(run / "checkpoints")
-    found = checkpoint.restore(saved, like.params, like.optimizer)
-    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves((found.params, found.optimizer, found.step))]
+    found = checkpoint.restore(saved, *abstract_parts(Trainer(Model(config.model), config.training)))
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves((found.params, found.training, found.step))]
 
 
 def numbers(run):
@@ -74,7 +74,7 @@ def test_dropout_and_batches_differ_from_step_to_step_and_seed_to_seed(workdir):
     assert len(losses) == 12
 
 
-def test_a_finished_run_is_only_evaluated_again(run, program):
+def test_a_finished_run_is_left_as_it_is(run, program):
     before = numbers(run), bytes_of_arrays(run)
     done = program("train", "--resume", "--out", run, "--json")
     assert done.code == 0, done.err
@@ -152,7 +152,9 @@ def test_how_a_model_is_computed_and_trained_may_change_and_is_said(run, program
 
 
 def test_a_run_resumed_as_it_was_says_nothing_of_changes(run, program):
-    assert "changed" not in program("train", "--resume", "--out", run).err
+    done = program("train", "--resume", "--out", run)
+    assert "changed" not in done.err
+    assert "already done: 6 steps; give more (training.steps=12)" in done.err
 
 
 def test_initial_values_batches_and_dropout_have_seeds_of_their_own(workdir):
@@ -172,6 +174,14 @@ def test_a_recipe_given_again_must_be_the_runs(run, program):
     assert program("train", "tiny.yaml", "--resume", "--out", run).code == 2  # its data.path is another spelling
     path = read_config(run).data.path
     assert program("train", "tiny.yaml", f"data.path={path}", "--resume", "--out", run).code == 0
+
+
+def test_a_recipe_given_again_does_not_ask_for_the_text_that_the_run_has(run, workdir, program):
+    text = (workdir / "tiny.yaml").read_text()
+    (workdir / "asks.yaml").write_text(text.replace("path: text.txt", "path: FILE"))
+    assert "data.path is required" in program("train", "asks.yaml", "--out", "new").err
+    done = program("train", "asks.yaml", "training.steps=7", "--resume", "--out", run)
+    assert done.code == 0, done.err
 
 
 def test_a_damaged_newest_step_is_named_and_the_one_before_goes_on_to_the_same_numbers(run, program):

@@ -19,7 +19,7 @@ _LABELS = {
 def model_card(
     name: str, architecture: str, config: ModelConfig, facts: Mapping[str, Any], with_tokenizer: bool
 ) -> str:
-    """Markdown with the front matter that the hub reads. `facts` are the run's figures."""
+    """Markdown with the front matter that the hub reads. `facts` are the run's name and figures."""
     layer = config.layers[0] if config.layers else None
     rows = {
         "architecture": architecture,
@@ -43,7 +43,7 @@ pipeline_tag: text-generation
 tags: [polygpt]
 ---
 
-# {name}
+# {facts.get("name") or name}
 
 Trained or converted with polygpt.
 

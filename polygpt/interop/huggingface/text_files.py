@@ -27,20 +27,30 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
     for path in (folder / "config.json", folder / GENERATION):
         values = read_json(path) if path.is_file() else {}
         for role in _ROLES:
-            number = values.get(f"{role}_id")
-            number = number[0] if isinstance(number, list) and number else number
-            if type(number) is int:
-                roles[role] = number
+            if numbers := _ids(values.get(f"{role}_id"), f"{path}: {role}_id"):
+                roles[role] = numbers[0]
     return load_tokenizer(folder, roles)
 
 
 def read_stop_tokens(folder: Path, settings: Settings) -> tuple[int, ...]:
-    """The ids that end a text: those of generation_config.json, or else of config.json."""
+    """The ids that end a text: those of generation_config.json, or else of config.json.
+
+    Raises:
+        RequestError: one is not an integer.
+    """
     path = folder / GENERATION
-    value = read_json(path).get("eos_token_id") if path.is_file() else None
-    value = settings.get("eos_token_id") if value is None else value
-    values = value if isinstance(value, list) else [value]
-    return tuple(v for v in values if type(v) is int and v >= 0)
+    named, where = read_json(path).get("eos_token_id") if path.is_file() else None, str(path)
+    if named is None:
+        named, where = settings.get("eos_token_id"), settings.where
+    return tuple(number for number in _ids(named, f"{where}: eos_token_id") if number >= 0)
+
+
+def _ids(value: Any, where: str) -> list[int]:
+    """The ids in `value`: a number, a list of numbers, or None. Negative numbers stand for no token in some files."""
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    if any(type(number) is not int for number in values):
+        raise RequestError(f"{where} is {value!r}; it must be a token's id, or a list of ids")
+    return values
 
 
 def read_chat_template(folder: Path) -> str | None:

@@ -47,9 +47,11 @@ class HeadsConfig(AttentionConfig):
                 "change one of them or set attention.head_dim"
             )
         if self.num_heads % self.kv_heads:
+            *few, last = [str(count) for count in range(1, self.num_heads + 1) if self.num_heads % count == 0]
+            choices = f"{', '.join(few)} or {last}" if few else last
             raise ValueError(
-                f"num_heads={self.num_heads} is not divisible by num_kv_heads={self.kv_heads}: "
-                "every key head serves the same number of query heads"
+                f"num_kv_heads must be {choices}, not {self.kv_heads}: each serves the same number of the "
+                f"num_heads={self.num_heads} query heads"
             )
 
 

@@ -87,7 +87,12 @@ class MoEConfig(ExpertsConfig):
     def causal_in_training(self, model: ModelConfig) -> bool:
         return self.dispatch == "dropless" or self.claim_order == "token"
 
+    def loss_needs_loads(self) -> bool:
+        return self.load_balance_loss > 0
+
     def updates(self, loads: dict[str, Array]) -> dict[str, Array]:
+        if not self.balance_rate:
+            return {}
         return {"balance": self.balance_rate * jnp.sign(1 / self.num_experts - loads["load"])}
 
     def build(self, model: ModelConfig, init: Initializer) -> MoE:
@@ -107,7 +112,7 @@ class MoE(Experts):
         self.router = init.weight((model.width, config.num_experts), ("embed", "expert"))
         # Not trained: moved by `updates`, in steps that 16 bits would lose.
         shape = (config.num_experts,), ("expert",)
-        self.balance = init.constant(0.0, *shape, dtype=jnp.float32) if config.balance_rate else None
+        self.balance = init.constant(0.0, *shape, dtype=jnp.float32, trained=False) if config.balance_rate else None
         self.shared = _shared(config).build(model, init) if config.shared_experts else None
 
     def __call__(
@@ -124,7 +129,7 @@ class MoE(Experts):
         y = self._serve(flat, weights.reshape(-1, config.top_k), routing).reshape(x.shape)
         if self.shared is not None:
             y = y + self.shared(x, context)[0]
-        return y, None, self._effects(logits, choices, routing) if context.training else NO_EFFECTS
+        return y, None, self._effects(logits, choices, routing, context) if context.training else NO_EFFECTS
 
     def _route(
         self, x: Float[Array, "B T D"], context: Context
@@ -154,10 +159,12 @@ class MoE(Experts):
         picked = take_rows(served, routing.slot_of.reshape(-1), routing.pair_of[:, None])
         return (picked.reshape(*weights.shape, width) * weights[..., None].astype(x.dtype)).sum(1)
 
-    def _effects(self, logits: Float[Array, "B T E"], choices: Int[Array, "B T k"], routing: _Routing) -> Effects:
+    def _effects(
+        self, logits: Float[Array, "B T E"], choices: Int[Array, "B T k"], routing: _Routing, context: Context
+    ) -> Effects:
         config = self.config
-        count = jnp.bincount(choices.reshape(-1), length=config.num_experts)
-        load = count / choices.size  # f_e
+        own = jnp.bincount(choices.reshape(-1), length=config.num_experts) / choices.size
+        load = own if context.loads is None else context.loads["load"]  # f_e
         losses = {}
         if config.load_balance_loss:
             importance = jax.nn.softmax(logits).mean((0, 1))  # P_e
@@ -168,7 +175,7 @@ class MoE(Experts):
             "expert_load_max": load.max() * config.num_experts,  # 1 is even
             "dropped_share": (routing.slot_of >= routing.pair_of.size).mean(),
         }
-        return Effects(losses, metrics, {"load": load} if config.balance_rate else {})
+        return Effects(losses, metrics, {"load": own})
 
 
 class _Routing(NamedTuple):

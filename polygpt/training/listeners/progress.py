@@ -17,8 +17,11 @@ from polygpt.training.events import (
     Listener,
     Measured,
     Note,
+    RolledBack,
     Sampled,
     Saved,
+    Skipped,
+    Spiked,
     Started,
     Stepped,
 )
@@ -43,6 +46,14 @@ def describe(event: Event) -> str | None:
             return f"{where}: {count:,} parameters, " + escape(", ".join(f"{k} {v}" for k, v in facts.items()))
         case Compiled(seconds=seconds):
             return f"[dim]compiled in {seconds:.1f} s[/dim]"
+        case Skipped(step=step, loss=loss, grad_norm=norm, in_a_row=count):
+            row = f", {count} in a row" if count > 1 else ""
+            return f"[yellow]step {step}: skipped{row}[/yellow] (loss {loss:.4g}, gradient norm {norm:.4g})"
+        case Spiked(step=step, loss=loss, mean=mean):
+            return f"[yellow]step {step}: loss spike[/yellow] ({loss:.4f}, mean {mean:.4f})"
+        case RolledBack(step=step, to_step=to_step, batches=batches):
+            plural = "es" * (batches != 1)
+            return f"[yellow]step {step}: back to step {to_step}[/yellow], leaving out {batches} batch{plural}"
         case Evaluated(step=step, val_loss=loss, val_bits_per_byte=bits, full=full):
             part = "" if full else " (part of the held-out text)"
             return f"step {step}: validation loss {loss:.4f}, {bits:.4f} bits per byte{part}"
@@ -97,7 +108,8 @@ class _Progress:
     def status(self, event: Stepped) -> str:
         """How fast training is, and how long it will still take at the pace so far, evaluations and all included."""
         left = (time.monotonic() - self.begun) / (event.step - self.first) * (self.steps - event.step)
-        return f"loss {event.loss:.4f}, {event.tokens_per_second:,.0f} tokens/s, {_duration(left)} left"
+        used = "" if event.flops_utilization is None else f" ({event.flops_utilization:.0%} of peak FLOPs)"
+        return f"loss {event.loss:.4f}, {event.tokens_per_second:,.0f} tokens/s{used}, {_duration(left)} left"
 
 
 class _Lines(_Progress):

@@ -10,8 +10,22 @@ from rich.console import Console
 
 from polygpt.errors import PolygptError
 from polygpt.recipes import load_recipe
-from polygpt.training import Compiled, Ended, Evaluated, Finished, Note, RunResult, Sampled, Saved, Started, Stepped
-from polygpt.training.listeners import Baseline, RunFiles, progress, progress_listener, report, write_report
+from polygpt.training import (
+    Compiled,
+    Ended,
+    Evaluated,
+    Finished,
+    Note,
+    RolledBack,
+    RunResult,
+    Sampled,
+    Saved,
+    Skipped,
+    Spiked,
+    Started,
+    Stepped,
+)
+from polygpt.training.listeners import Baseline, RunFiles, figures, progress, progress_listener, write_report
 from polygpt.training.run_folder import read_lines, read_metrics
 
 RESULT = RunResult("run", 4, 1.0, 2.0, 3.0, 1234.0, 5.0, 0.5)
@@ -67,7 +81,7 @@ def test_the_evaluation_that_a_finished_run_has_is_not_written_twice(tmp_path):
 def test_a_file_that_cannot_be_written_fails_the_run_by_name(tmp_path):
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(PolygptError, match=r"cannot be written \(Is a directory\); no checkpoint has been saved"):
-        tell(RunFiles(), started(tmp_path), Stepped(1, 1.0, 1.0, 0.1))
+        tell(RunFiles(), started(tmp_path), Stepped(1, 1.0, 1.0, 0.1, 99.0))
 
 
 # --- What a person sees -------------------------------------------------------------------------------------
@@ -98,6 +112,38 @@ def test_without_a_terminal_each_event_is_a_plain_line(tmp_path):
         "step 11: saved run/[c]",
         "done: 4 steps, 1,234 tokens/s, 5 s",
     ]
+
+
+def test_what_guards_do_and_the_utilisation_are_shown(tmp_path):
+    stream = io.StringIO()
+    listener = progress_listener(Console(file=stream, soft_wrap=True, width=60))
+    events = [Skipped(1, float("nan"), 2.0, 1), Skipped(2, 9.0, float("inf"), 2), Spiked(3, 9.5, 4.0, 6.0)]
+    tell(listener, started(tmp_path), *events, RolledBack(3, 1, 2))
+    listener(Stepped(10, 5.0, 1.0, 0.1, 2_000.0, flops_utilization=0.416))
+    lines = stream.getvalue().splitlines()[1:]
+    assert lines[:4] == [
+        "step 1: skipped (loss nan, gradient norm 2)",
+        "step 2: skipped, 2 in a row (loss 9, gradient norm inf)",
+        "step 3: loss spike (9.5000, mean 4.0000)",
+        "step 3: back to step 1, leaving out 2 batches",
+    ]
+    assert "2,000 tokens/s (42% of peak FLOPs), " in lines[4]
+
+
+def test_what_guards_do_is_in_the_metrics(tmp_path):
+    tell(
+        RunFiles(), started(tmp_path), Stepped(1, 5.0, 1.0, 0.1), Skipped(2, 9.0, 1.0, 1), RolledBack(2, 1, 1), Ended()
+    )
+    assert [(line["event"], line["step"]) for line in read_lines(tmp_path / "metrics.jsonl")] == [
+        ("step", 1),
+        ("skipped", 2),
+        ("rolled_back", 2),
+    ]
+
+
+def test_the_last_group_of_steps_is_written_even_if_it_is_cut_short(tmp_path):
+    tell(RunFiles(), started(tmp_path), Stepped(1, 5.0, 1.0, 0.1), Ended())
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1]
 
 
 def bar_lines(stream):
@@ -213,9 +259,9 @@ def test_the_report_has_the_runs_figures(run, page):
 
 def test_the_moving_average_is_unbiased_from_the_start():
     line = np.linspace(7, 3, 101)
-    np.testing.assert_allclose(report._smooth(line)[:-10], line[:-10])
+    np.testing.assert_allclose(figures.smooth(line)[:-10], line[:-10])
     noisy = line + np.where(np.arange(101) % 2, 0.5, -0.5)
-    averages = report._smooth(noisy)
+    averages = figures.smooth(noisy)
     assert np.abs(averages - line)[5:-10].max() < 0.06
     for index, window in {
         0: slice(0, 1),
@@ -225,8 +271,8 @@ def test_the_moving_average_is_unbiased_from_the_start():
         100: slice(90, 101),
     }.items():
         np.testing.assert_allclose(averages[index], noisy[window].mean())
-    assert len(report._smooth([])) == 0
-    np.testing.assert_allclose(report._smooth([2.0]), [2.0])
+    assert len(figures.smooth([])) == 0
+    np.testing.assert_allclose(figures.smooth([2.0]), [2.0])
 
 
 def test_the_same_run_gives_the_same_page(run, page):

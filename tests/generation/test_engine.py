@@ -1,0 +1,340 @@
+"""The engine: the same request gives the same tokens, whatever runs beside it, wherever, and whatever is cached."""
+
+import dataclasses
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import zoo
+
+from polygpt.config import validate
+from polygpt.errors import PolygptError, RequestError
+from polygpt.generation import Engine, Request, Sampler, TextStream, generate_tokens
+from polygpt.model import Model, ModelConfig
+from polygpt.tokenizers import TokenizerConfig, train_tokenizer
+
+LENGTH, CHUNK = 64, 8
+KINDS = {
+    "softmax": {},
+    "local": {"attention": zoo.LOCAL},
+    "linear": {"attention": zoo.LINEAR},
+    "moe": {"feedforward": zoo.MOE},
+    "soft_moe": {"feedforward": zoo.SOFT},
+}
+GREEDY = Sampler(temperature=0.0)
+SAMPLERS = [
+    GREEDY,
+    Sampler(),
+    Sampler(temperature=0.7, top_k=5),
+    Sampler(temperature=1.3, top_p=0.8, repetition_penalty=1.3),
+    Sampler(presence_penalty=0.5, frequency_penalty=0.3, min_new_tokens=5),
+    Sampler(temperature=0.0, no_repeat_ngram=2, logit_bias={3: 2.0, 5: -100.0}),
+]
+ENGINES = {}
+
+
+def engine_of(name):
+    """One engine for all tests of a kind: its programs are compiled once."""
+    if name not in ENGINES:
+        model = Model(zoo.config_of(zoo.Case({"context_length": LENGTH, **KINDS[name]})))
+        ENGINES[name] = Engine(model, zoo.lively(model), slots=8, chunk=CHUNK, queue=100)
+    return ENGINES[name]
+
+
+def requests_of(count):
+    random = np.random.default_rng(3)
+    shared = random.integers(0, zoo.VOCAB, 30).tolist()
+    found = []
+    for number in range(count):
+        own = random.integers(0, zoo.VOCAB, random.integers(1, 8)).tolist()
+        prompt = shared[: random.choice([0, 0, 9, 17, 30])] + own
+        asked = {"sampler": SAMPLERS[number % len(SAMPLERS)], "seed": int(random.integers(2**32))}
+        logprobs = [None, 0, 3][number % 3]
+        found.append(Request(prompt, int(random.integers(1, 24)), stop_tokens=(7, 8), logprobs=logprobs, **asked))
+    return found
+
+
+def outcome(handle):
+    handle.result()
+    return handle.tokens, handle.logprobs, handle.finish_reason
+
+
+def forget(engine):
+    engine.prefixes = type(engine.prefixes)(engine.prefixes.limit, engine.prefixes.chunk)
+    engine._held = None
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_neighbours_slots_cancellations_and_caches_change_no_bit(name):
+    engine, requests = engine_of(name), requests_of(64)
+    forget(engine)
+    cold = [outcome(handle) for handle in [engine.submit(request) for request in requests]]
+    assert any(reason == "stop" for _, _, reason in cold)
+    assert len(engine.prefixes) > 2
+    alone = []
+    for request in requests[:16]:  # one after the other, in a warm engine
+        alone.append(outcome(engine.submit(request)))
+    assert alone == cold[:16]
+    forget(engine)
+    order = np.random.default_rng(0).permutation(64)  # other slots and neighbours, some of whom leave early
+    handles = {}
+    for place, number in enumerate(order):
+        handles[number] = engine.submit(requests[number])
+        if place % 5 == 0:
+            engine.submit(requests[(number + 1) % 64]).cancel()
+            leaver = engine.submit(Request([1, 2, 3], 40, Sampler(), seed=place))
+        if place % 7 == 0:
+            engine.step()
+            leaver.cancel()
+    assert [outcome(handles[number]) for number in range(64)] == cold
+    while not engine.idle:
+        engine.step()
+
+
+def test_evicted_prefixes_change_no_bit_and_the_limit_holds():
+    engine, requests = engine_of("softmax"), requests_of(24)
+    forget(engine)
+    whole = [outcome(engine.submit(request)) for request in requests]
+    block = engine.prefixes.bytes // len(engine.prefixes)
+    limit = engine.prefixes.limit
+    try:
+        engine.prefixes.limit = 3 * block
+        forget(engine)
+        assert [outcome(engine.submit(request)) for request in requests] == whole
+        assert 0 < engine.prefixes.bytes <= 3 * block
+        engine.prefixes.limit = 0
+        forget(engine)
+        assert [outcome(engine.submit(request)) for request in requests] == whole
+        assert len(engine.prefixes) == 0
+    finally:
+        engine.prefixes.limit = limit
+        forget(engine)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_log_probabilities_are_those_of_a_full_pass(name):
+    engine = engine_of(name)
+    for sampler in (Sampler(), SAMPLERS[3]):
+        handle = engine.submit(Request(list(range(20)), 16, sampler, seed=4, logprobs=3)).result()
+        tokens = jnp.asarray([[*range(20), *handle.tokens]], jnp.int32)
+        full = np.asarray(jax.nn.log_softmax(engine.model.logits(engine.params, tokens)[0, 19:-1]))
+        found = [score.logprob for score in handle.logprobs]
+        np.testing.assert_allclose(found, full[np.arange(16), handle.tokens], atol=1e-5)
+        for row, score in zip(full, handle.logprobs, strict=True):
+            assert [token for token, _ in score.top] == np.argsort(-row)[:3].tolist()
+            np.testing.assert_allclose([value for _, value in score.top], np.sort(row)[::-1][:3], atol=1e-5)
+
+
+def test_a_static_batch_gives_the_same_ids():
+    engine = engine_of("softmax")
+    requests = [request for request in requests_of(40) if not request.sampler.edits_logits]
+    requests = [dataclasses.replace(request, logprobs=None) for request in requests[:6]]
+    rows = [[] for _ in requests]
+    for chunk in generate_tokens(engine.model, engine.params, requests):
+        for row, piece in zip(rows, chunk.pieces, strict=True):
+            row += piece.tokens
+    assert [engine.submit(request).result().tokens for request in requests] == rows
+
+
+STATES = zoo.evaluated()
+QUICK = ("attention-", "feedforward-")
+EVERY = [pytest.param(name, marks=() if name.startswith(QUICK) else pytest.mark.slow) for name in STATES]
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_state_survives_reading_in_chunks_insert_take_and_put(name):
+    """A prompt read in chunks, taken out and put into another row, then decoded in slot 1 of 2: as a full pass."""
+    from polygpt.generation import states
+
+    model = Model(STATES[name])
+    params, length = zoo.lively(model), zoo.LENGTH
+    tokens = jnp.asarray(np.random.default_rng(7).integers(0, zoo.VOCAB, (1, 11)))
+
+    @jax.jit
+    def run(params, tokens):
+        row = model.init_state(1, length)
+        row = model.hidden(params, tokens[:, :5], positions=jnp.arange(5)[None], state=row).state
+        block = states.take_block(row, 0, 5, length)
+        other = states.put_block(model.init_state(1, length), block, 0, length)
+        positions = 5 + jnp.arange(5)[None]
+        other = model.hidden(params, tokens[:, 5:10], positions=positions, state=other).state
+        state = states.insert(model.init_state(2, length), other, 1, 10, 4, length)
+        both = jnp.stack([jnp.zeros(1, jnp.int32), tokens[0, 10:]])
+        hidden = model.hidden(params, both, positions=jnp.array([[0], [10]]), state=state).hidden
+        restarted = states.restart(other, model.init_state(1, length), length)
+        again = model.hidden(params, tokens[:, :5], positions=jnp.arange(5)[None], state=restarted).hidden
+        decoder = model.module(params)
+        return decoder.logits(hidden)[1, 0], decoder.logits(again)[0, 4], model.logits(params, tokens)[0]
+
+    decoded, again, full = run(params, tokens)
+    tolerance = 1e-4 * np.abs(full).max()
+    np.testing.assert_allclose(decoded, full[10], rtol=0, atol=tolerance)
+    np.testing.assert_allclose(again, full[4], rtol=0, atol=tolerance)
+
+
+def test_samples_of_one_prompt_share_its_reading(monkeypatch):
+    engine = engine_of("softmax")
+    forget(engine)
+    reads = []
+    read = type(engine)._read_chunk
+    monkeypatch.setattr(type(engine), "_read_chunk", lambda self, *a: (reads.append(a), read(self, *a))[1])
+    prompt = list(range(15))
+    handles = [engine.submit(Request(prompt, 6, Sampler(), seed=seed)) for seed in range(12)]
+    texts = [tuple(handle.result().tokens) for handle in handles]
+    assert len(reads) == 2  # 14 tokens in chunks of 8
+    assert len(set(texts)) > 6
+
+
+def test_a_long_prompt_does_not_stall_the_others():
+    engine = engine_of("softmax")
+    forget(engine)
+    busy = engine.submit(Request([1, 2], 60, GREEDY))
+    engine.step(1)
+    long = engine.submit(Request(list(range(30)) * 2, 3, GREEDY))
+    steps = 0
+    while not long.tokens:
+        before = len(busy.tokens)
+        engine.step(1)
+        steps += 1
+        assert len(busy.tokens) == before + 1
+    assert steps == 8  # 59 tokens in chunks of 8, decoded once the last is read
+    busy.cancel()
+    long.cancel()
+
+
+def test_tokens_beyond_the_tokenizers_are_never_sampled():
+    model = Model(zoo.config_of(zoo.Case({"context_length": LENGTH})))
+    engine = Engine(model, zoo.lively(model), slots=8, chunk=CHUNK, vocab_size=9)
+    handles = [engine.submit(Request([20], 30, Sampler(temperature=5.0), seed=seed)) for seed in range(8)]
+    tokens = {token for handle in handles for token in handle.result().tokens}
+    assert tokens == set(range(9))
+
+
+def test_bad_requests_are_refused_and_the_next_succeeds():
+    engine = engine_of("softmax")
+    expected = outcome(engine.submit(Request([1, 2], 5, GREEDY)))
+    for request, words in (
+        (Request([], 5), ["empty"]),
+        (Request([1] * 70, 5), ["70", "64"]),
+        (Request([1], 0), ["max_new_tokens"]),
+        (Request([1], 5, seed=-1), ["seed"]),
+        (Request([1], 5, seed=2**32), ["seed"]),
+        (Request([1], 5, logprobs=21), ["logprobs", "20"]),
+        (Request([1], 5, Sampler(logit_bias={99: 1.0})), ["logit_bias.99", "36"]),
+        (Request([99], 5), ["99"]),
+    ):
+        with pytest.raises(RequestError) as error:
+            engine.submit(request)
+        assert all(word in str(error.value) for word in words)
+        assert outcome(engine.submit(Request([1, 2], 5, GREEDY))) == expected
+
+
+def test_a_full_queue_refuses():
+    engine = engine_of("softmax")
+    handles = [engine.submit(Request([1], 4, GREEDY)) for _ in range(engine.queue + 8)]
+    with pytest.raises(RequestError, match="queue is full: 100"):
+        engine.submit(Request([1], 4, GREEDY))
+    assert len({tuple(handle.result().tokens) for handle in handles}) == 1
+    assert engine.submit(Request([1], 4, GREEDY)).result().finish_reason == "length"
+
+
+def test_a_full_context_ends_a_request():
+    engine = engine_of("softmax")
+    assert outcome(engine.submit(Request([1] * 64, 5, GREEDY))) == ([], [], "context_length")
+    tokens, _, reason = outcome(engine.submit(Request([1] * 60, 50, GREEDY)))
+    assert (len(tokens), reason) == (4, "context_length")
+
+
+def test_a_request_whose_numbers_are_damaged_fails_alone():
+    """A NaN in one token's embedding; its slot and the row that read it are clean afterwards."""
+    model = Model(validate(ModelConfig, zoo.BASE | {"context_length": LENGTH, "head": "untied"}))
+    params = zoo.lively(model)
+    params = params | {"embedding": params["embedding"].at[30].set(jnp.nan)}
+    engine = Engine(model, params, slots=2, chunk=CHUNK)
+    bias = Sampler(temperature=0.0, logit_bias={30: -1000.0})
+    good = Request([1, 2, 3], 20, bias)
+    expected = outcome(engine.submit(good))
+    for prompt in ([30, 1, 2], [30] * 20):
+        beside, bad = engine.submit(good), engine.submit(Request(prompt, 5, bias))
+        with pytest.raises(PolygptError, match="not finite"):
+            bad.result()
+        assert outcome(beside) == expected
+        assert [outcome(handle) for handle in [engine.submit(good) for _ in range(3)]] == [expected] * 3
+
+
+def test_requests_come_from_several_threads():
+    """Whoever waits steps; parts of each handle come in order and whole."""
+    engine, requests = engine_of("softmax"), requests_of(24)
+    expected = [outcome(engine.submit(request)) for request in requests]
+    found, done = {}, threading.Event()
+
+    def client(numbers):
+        for number in numbers:
+            handle = engine.submit(requests[number])
+            tokens = [token for part in handle for token in part.tokens]
+            assert tokens == handle.tokens
+            found[number] = (tokens, handle.logprobs, handle.finish_reason)
+
+    def step():
+        while not done.is_set():
+            engine.step()
+
+    threads = [threading.Thread(target=client, args=(range(start, 24, 4),)) for start in range(4)]
+    stepper = threading.Thread(target=step)
+    for thread in [*threads, stepper]:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    done.set()
+    stepper.join(60)
+    assert [found[number] for number in range(24)] == expected
+
+
+def test_a_stop_string_ends_a_request_and_parts_cover_the_text():
+    tokenizer = train_tokenizer(TokenizerConfig(kind="char"), ["abcdefghijklmnopqrstuvwxyz0123456789."])
+    engine = engine_of("softmax")
+
+    def run(stop):
+        stream = TextStream(tokenizer.decode_after, [1], stop)
+        handle = engine.submit(Request([1], 40, GREEDY, logprobs=1), stream)
+        parts = list(handle)
+        assert [token for part in parts for token in part.tokens] == handle.tokens == stream.tokens
+        assert "".join(part.text for part in parts) == handle.text == stream.text == tokenizer.decode(handle.tokens)
+        assert [score for part in parts for score in part.logprobs] == handle.logprobs
+        assert len(handle.logprobs) == len(handle.tokens)
+        return handle
+
+    whole = run(())
+    assert whole.finish_reason == "length"
+    for start, end in ((3, 6), (10, 11), (20, 25)):
+        word = whole.text[start:end]
+        stopped = run((word,))
+        assert stopped.text == whole.text[: whole.text.index(word)]
+        assert stopped.finish_reason == "stop"
+
+
+def test_an_interrupted_step_fails_what_ran_and_the_next_request_succeeds(monkeypatch):
+    engine = engine_of("softmax")
+    expected = outcome(engine.submit(Request([1, 2], 5, GREEDY)))
+    handle = engine.submit(Request([1, 2], 50, GREEDY))
+    engine.step(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(engine), "_distribute", lambda *a: (_ for _ in ()).throw(MemoryError("no room")))
+        with pytest.raises(MemoryError):
+            engine.step()
+    with pytest.raises(MemoryError):
+        handle.result()
+    assert outcome(engine.submit(Request([1, 2], 5, GREEDY))) == expected
+
+
+def test_everything_is_compiled_at_start_if_asked():
+    engine = engine_of("softmax")
+    engine.compile()
+    programs = engine._programs
+    before = [program._cache_size() for program in programs]
+    forget(engine)
+    for request in requests_of(12):
+        engine.submit(request).result()
+    assert [program._cache_size() for program in programs] == before

@@ -1,0 +1,427 @@
+"""Faults: whatever happens to a run, its newest verified step restores and the run goes on to the same numbers."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+
+import jax
+import numpy as np
+import pytest
+
+from polygpt import checkpoint
+from polygpt.checkpoint import steps as steps_module
+from polygpt.errors import PolygptError, RequestError
+from polygpt.loading import find, load
+from polygpt.recipes import load_recipe
+from polygpt.training import Evaluated, Interrupted, Note, Saved, Started, Stepped, Trainer, read_config, train
+from polygpt.training.interrupt import InterruptFlag
+from polygpt.training.listeners import RunFiles
+from polygpt.training.run_folder import read_lines
+from polygpt.training.saving import abstract_parts
+
+TIMED = {"tokens_per_second", "seconds", "compile_seconds", "run"}
+LONG = {"training.steps": 200, "training.save_every": 3, "training.eval_every": 20, "training.log_every": 1}
+
+# Imports once, then forks a child for each start of the run (before JAX has started threads). Each is killed at a
+# random moment after its training has begun; the last is left to finish.
+KILLER = """
+import os, random, signal, sys, time
+from pathlib import Path
+kills, seed = int(sys.argv[1]), int(sys.argv[2])
+draw = random.Random(seed)
+import grain, orbax.checkpoint
+from polygpt.training import Started, train
+from polygpt.training.listeners import RunFiles
+for kill in range(kills + 1):
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        def started(event):
+            if isinstance(event, Started):
+                os.write(writer, b"!")
+        train(None, "run", resume=True, listeners=[RunFiles(), started])
+        os._exit(0)
+    os.close(writer)
+    os.read(reader, 1)
+    if kill < kills:
+        time.sleep(draw.uniform(0, 1.2))
+        os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    done = max([int(path.name[5:]) for path in Path("run/checkpoints").glob("step_*")], default=0)
+    print(os.WIFSIGNALED(status), done, flush=True)
+"""
+
+
+def numbers(run):
+    lines = read_lines(run / "metrics.jsonl")
+    return [{name: value for name, value in line.items() if name not in TIMED} for line in lines]
+
+
+def arrays(run):
+    """Everything in the newest checkpoint, bit for bit."""
+    from polygpt.model import Model
+
+    config = read_config(run)
+    saved = checkpoint.newest(run / "checkpoints")
+    found = checkpoint.restore(saved, *abstract_parts(Trainer(Model(config.model), config.training)))
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves((found.params, found.training))]
+
+
+def prepared(workdir, name, **changes):
+    """A run that has been prepared and has not begun."""
+
+    def stop(event):
+        if isinstance(event, Started):
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(Interrupted, match="before the first step was saved"):
+        train(load_recipe("tiny.yaml", LONG | changes), name, listeners=[stop])
+    return workdir / name
+
+
+def warnings_in(events):
+    return [event.text for event in events if isinstance(event, Note) and event.warning]
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_run_killed_at_random_moments_equals_one_that_was_not(workdir, kills):
+    run = prepared(workdir, "run")
+    whole = shutil.copytree(run, workdir / "whole")
+    train(None, whole, resume=True, listeners=[RunFiles()])
+    done = subprocess.run(
+        [sys.executable, "-c", KILLER, str(kills), "0"], capture_output=True, text=True, timeout=60 + 20 * kills
+    )
+    assert done.returncode == 0, done.stderr
+    seen = [line.split() for line in done.stdout.splitlines()]
+    assert [killed for killed, _ in seen[:-1]].count("True") >= 1, seen
+    assert seen[-1] == ["False", "200"], (seen, done.stderr)
+    assert numbers(run) == numbers(whole)
+    assert arrays(run) == arrays(whole)
+    assert not list((run / "checkpoints").glob(".*"))
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_ten_interruptions_equal_none(workdir, background):
+    changes = {
+        "training.steps": 24,
+        "training.save_every": 5,
+        "training.log_every": 1,
+        "training.async_saving": background,
+        "training.eval_every": 4,
+    }
+    train(load_recipe("tiny.yaml", changes), "whole", listeners=[RunFiles()])
+    config, moments = load_recipe("tiny.yaml", changes), sorted(random.Random(1).sample(range(1, 23), 10))
+    for index, moment in enumerate(moments):
+
+        def stop(event, moment=moment):
+            if isinstance(event, Stepped) and event.step == moment:
+                signal.raise_signal(signal.SIGTERM)
+
+        with pytest.raises(Interrupted) as error:
+            train(config if index == 0 else None, "parts", resume=index > 0, listeners=[RunFiles(), stop])
+        assert error.value.exit_code == 143
+    train(None, "parts", resume=True, listeners=[RunFiles()])
+    assert numbers(workdir / "parts") == numbers(workdir / "whole")
+    assert arrays(workdir / "parts") == arrays(workdir / "whole")
+
+
+def test_every_file_of_a_checkpoint_with_a_flipped_byte_is_named_and_the_step_before_is_resumed(run, program):
+    newest = run / "checkpoints/step_00000006"
+    for path in sorted(path for path in newest.rglob("*") if path.is_file() and path.name != "manifest.json"):
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+        warned = []
+        assert checkpoint.newest(run / "checkpoints", warned.append).step == 4
+        assert str(path) in warned[0]
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    assert checkpoint.newest(run / "checkpoints").step == 6
+
+
+def test_a_stray_an_empty_and_a_half_copied_step_are_passed_over(run, program):
+    steps = run / "checkpoints"
+    (steps / "step_00000007").mkdir()
+    shutil.copytree(steps / "step_00000006/params", steps / "step_00000008/params")
+    (steps / "step_00000009").write_text("x")
+    done = program("train", "--resume", "training.steps=8", "--out", run)
+    assert done.code == 0, done.err
+    told = done.err.replace("\n", "")
+    assert all(f"step_0000000{n}" in told for n in (7, 8, 9))
+    assert "going on after step 6" in done.err
+
+
+# --- Disks ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_a_save_that_fails_during_training_is_said_and_the_run_goes_on(workdir, monkeypatch, background):
+    """The disk is full while step 4 is saved, and has room again at step 6."""
+    write = steps_module._write_json
+
+    def full(path, value):
+        if value.get("step") == 4:
+            raise OSError(28, os.strerror(28), str(path))
+        write(path, value)
+
+    monkeypatch.setattr(steps_module, "_write_json", full)
+    events = []
+    train(load_recipe("tiny.yaml", {"training.async_saving": background}), "run", listeners=[RunFiles(), events.append])
+    (told,) = warnings_in(events)
+    assert told.endswith("(No space left on device); earlier checkpoints are intact; training goes on")
+    assert "step_00000004" in told
+    assert [event.step for event in events if isinstance(event, Saved)] == [2, 6]
+    assert sorted(p.name for p in (workdir / "run/checkpoints").iterdir()) == ["step_00000002", "step_00000006"]
+
+
+def test_a_final_save_that_fails_is_an_error_of_one_line(run, program, monkeypatch):
+    def full(path, value):
+        raise OSError(30, os.strerror(30), str(path))
+
+    monkeypatch.setattr(steps_module, "_write_json", full)
+    done = program("train", "--resume", "training.steps=8", "--out", run)
+    assert (done.code, len(done.complaint)) == (1, 1)
+    assert "step_00000008: cannot be saved (Read-only file system); earlier checkpoints are intact" in done.complaint[0]
+    assert checkpoint.newest(run / "checkpoints").step == 6
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 8 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if (
+        os.geteuid()
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], check=False).returncode
+    ):
+        pytest.skip("only root can mount a small disk")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def fill_up(path):
+    with suppress(OSError), path.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+
+
+def test_a_disk_that_fills_up_does_not_end_training_and_a_read_only_one_is_refused(workdir, small_disk):
+    settings = {"training.steps": 12, "training.log_every": 1, "training.async_saving": False}
+    config, events = load_recipe("tiny.yaml", settings), []
+    filler = small_disk / "filler"
+
+    def fill(event):
+        events.append(event)
+        if isinstance(event, Stepped) and event.step == 3:
+            fill_up(filler)
+        if isinstance(event, Stepped) and event.step == 8:
+            filler.unlink()
+
+    train(config, small_disk / "run", listeners=[RunFiles(), fill])
+    told = warnings_in(events)
+    assert any("step_00000004: cannot be saved (No space left on device); earlier" in text for text in told), told
+    assert sum("metrics.jsonl: cannot be written" in text for text in told) <= 1
+    assert checkpoint.newest(small_disk / "run/checkpoints").step == 12
+    steps = [line["step"] for line in numbers(small_disk / "run") if line["event"] == "step"]
+    assert steps == [*range(1, 13)], "lines that could not be written came later"
+
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    events.clear()
+    with pytest.raises(PolygptError, match=r"run: cannot be written \(Read-only file system\)"):
+        train(config.replace(**{"training.steps": 16}), small_disk / "run", resume=True, listeners=[events.append])
+    assert len(events) == 1, "only the end: nothing was compiled"
+
+
+# --- Two writers, another run --------------------------------------------------------------------------------
+
+
+def test_a_second_writer_is_refused_before_anything_is_read(run, program, snapshot):
+    with checkpoint.folder_lock(run):
+        before = snapshot(run)
+        done = program("train", "--resume", "training.steps=8", "--out", run)
+        assert (done.code, snapshot(run)) == (2, before)
+    assert f"run: process {os.getpid()} is training in this folder; wait until it ends" in done.complaint[0]
+    assert program("train", "--resume", "training.steps=8", "--out", run).code == 0
+
+
+def test_a_run_in_training_holds_the_lock(workdir):
+    seen = []
+
+    def listen(event):
+        if isinstance(event, Stepped) and not seen:
+            seen.append(event)
+            with pytest.raises(RequestError, match="is training in this folder"):
+                train(None, "run", resume=True, listeners=[])
+
+    train(load_recipe("tiny.yaml"), "run", listeners=[listen])
+    assert seen
+    assert not (workdir / "run/.lock").exists()
+
+
+@pytest.mark.parametrize("name", ["data", "tokenizer", "seed", "configuration"])
+def test_a_checkpoint_of_another_run_is_refused_by_what_differs(run, program, monkeypatch, name):
+    from polygpt.training import resume
+
+    own = resume.fingerprints
+    monkeypatch.setattr(resume, "fingerprints", lambda run: own(run) | {name: "another"})
+    done = program("train", "--resume", "training.steps=8", "--out", run)
+    assert done.code == 2
+    assert f"step_00000006 was trained with another {name}; bring back" in done.complaint[0]
+
+
+def test_every_fingerprint_changes_with_what_it_is_of(run):
+    """A configuration that was edited by hand escapes the comparison of settings."""
+    from polygpt.training import open_run
+    from polygpt.training.saving import fingerprints
+
+    def of(old, new):
+        path = run / "config.yaml"
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new, 1))
+        found = fingerprints(open_run(run))
+        path.write_text(text)
+        return [name for name in own if own[name] != found[name]]
+
+    own = fingerprints(open_run(run))
+    assert of("batch_size: 4", "batch_size: 8") == ["configuration"]
+    assert of("mlp_dim: 32", "mlp_dim: 64") == ["configuration"]
+    assert of("  seed: 0\n  init_seed", "  seed: 1\n  init_seed") == ["seed"]
+    assert of("save_every: 2", "save_every: 3") == []
+
+
+def test_another_dtype_is_refused_with_what_to_do(run, program):
+    done = program("train", "--resume", "model.param_dtype=bfloat16", "--out", run)
+    assert done.code == 2
+    assert "this run has model.param_dtype=float32, not bfloat16" in done.complaint[0]
+    assert "training.initial=run" in done.complaint[0]
+
+
+# --- Signals -------------------------------------------------------------------------------------------------
+
+
+def test_sigterm_while_a_step_is_being_saved_finishes_it(workdir, monkeypatch):
+    write = steps_module._write_json
+
+    def slowly(path, value):
+        if value.get("step") == 2 and path.name == "info.json":
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+        write(path, value)
+
+    monkeypatch.setattr(steps_module, "_write_json", slowly)
+    with pytest.raises(Interrupted) as error:
+        train(load_recipe("tiny.yaml", {"training.steps": 2000}), "run", listeners=[])
+    assert error.value.exit_code == 143
+    step = int(str(error.value).split()[3].strip(","))
+    assert checkpoint.newest(workdir / "run/checkpoints").step == step >= 2
+    assert not list((workdir / "run/checkpoints").glob(".*"))
+
+
+def test_a_signal_during_the_final_evaluation_stops_it_and_resuming_evaluates(workdir, monkeypatch, program):
+    from polygpt.training import jobs
+
+    nll, calls = jobs.Validation.run, []
+
+    def interrupted(self, state, last):
+        if last and not calls:
+            calls.append(1)
+            signal.raise_signal(signal.SIGTERM)
+            pytest.fail("the evaluation went on")
+        nll(self, state, last)
+
+    monkeypatch.setattr(jobs.Validation, "run", interrupted)
+    with pytest.raises(Interrupted, match="after step 6, which is saved") as error:
+        train(load_recipe("tiny.yaml"), "run", listeners=[RunFiles()])
+    assert error.value.exit_code == 143
+    assert not (workdir / "run/result.json").exists()
+    assert program("train", "--resume", "--out", "run").code == 0
+    assert json.loads((workdir / "run/result.json").read_text())["steps"] == 6
+
+
+def test_a_signal_while_compiling_stops_before_the_first_step(workdir, monkeypatch):
+    compile_step = Trainer.compile_step
+
+    def interrupted(self, *arguments):
+        signal.raise_signal(signal.SIGINT)
+        return compile_step(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "compile_step", interrupted)
+    events = []
+    with pytest.raises(Interrupted, match="before the first step was saved; go on with") as error:
+        train(load_recipe("tiny.yaml"), "run", listeners=[events.append])
+    assert error.value.exit_code == 130
+    assert not any(isinstance(event, Stepped) for event in events)
+
+
+def test_work_that_changes_nothing_is_stopped_at_once():
+    from polygpt.training.interrupt import Stop
+
+    with InterruptFlag() as flag:
+        with pytest.raises(Stop), flag.at_once():
+            signal.raise_signal(signal.SIGTERM)
+        assert flag.number == signal.SIGTERM
+        with pytest.raises(Stop), flag.at_once():
+            pytest.fail("a signal had come before")
+
+
+# --- The best step -------------------------------------------------------------------------------------------
+
+
+def test_the_best_step_is_kept_loaded_by_name_and_named_when_the_run_overfits(workdir, monkeypatch):
+    from polygpt.training import jobs
+
+    losses = iter([3.0, 2.0, 2.5, 2.6])
+    monkeypatch.setattr(jobs, "_mean", lambda sums: next(shown))
+    shown = iter([loss for loss in losses for _ in range(2)])
+    changes = {"training.keep_best": True, "training.keep": 1, "training.save_every": 0, "training.eval_every": 2}
+    events = []
+    train(load_recipe("tiny.yaml", changes | {"training.steps": 8}), "run", listeners=[RunFiles(), events.append])
+    assert sorted(p.name for p in (workdir / "run/checkpoints").glob("step_*")) == ["step_00000004", "step_00000008"]
+    best = load("run/checkpoints/best")
+    later = load("run")
+    assert any((a != b).any() for a, b in zip(jax.tree.leaves(best.params), jax.tree.leaves(later.params), strict=True))
+    same = load("run/checkpoints/step_00000004")
+    assert all((a == b).all() for a, b in zip(jax.tree.leaves(best.params), jax.tree.leaves(same.params), strict=True))
+    (told,) = warnings_in(events)
+    assert "lowest at step 4 (2.0000; 2.6000 at step 8)" in told
+    assert "run/checkpoints/best" in told
+    with pytest.raises(
+        RequestError, match="step_00000005: no such checkpoint; there are: step_00000004, step_00000008"
+    ):
+        find("run/checkpoints/step_00000005")
+
+
+def test_the_best_step_needs_evaluations_to_choose_by(program, workdir, snapshot):
+    before = snapshot(workdir)
+    done = program("train", "tiny.yaml", "training.keep_best=true", "training.eval_every=0", "--out", "run")
+    assert (done.code, snapshot(workdir)) == (2, before)
+    assert "keep_best needs evaluations during training to choose by; give training.eval_every" in done.err
+
+
+def test_a_run_without_a_best_step_says_so(run):
+    with pytest.raises(RequestError, match=r"this run has marked no best step \(training\.keep_best=true does\)"):
+        find("run/checkpoints/best")
+
+
+# --- Runs that are done ---------------------------------------------------------------------------------------
+
+
+def test_a_run_that_is_done_says_so_and_changes_nothing(run, program, snapshot):
+    before = snapshot(run)
+    done = program("train", "--resume", "--out", run, "--json")
+    assert (done.code, snapshot(run)) == (0, before)
+    assert json.loads(done.out) == json.loads((run / "result.json").read_text())
+
+
+def test_a_run_whose_result_is_missing_is_evaluated(run):
+    (run / "result.json").unlink()
+    events = []
+    train(None, run, resume=True, listeners=[RunFiles(), events.append])
+    assert [event.full for event in events if isinstance(event, Evaluated)] == [True]
+    assert (run / "result.json").exists()
