@@ -16,57 +16,35 @@ from jaxtyping import Array, Float, Int
 from polygpt.config import validate
 from polygpt.errors import PolygptError, RequestError
 from polygpt.generation import (
+    Beam,
+    BeamSettings,
     Continuation,
-    FinishReason,
+    Generation,
     Prompt,
     Request,
     Sampler,
+    ScoredGeneration,
     TextStream,
+    Vocabulary,
+    as_grammar,
     as_ids,
     as_prompts,
     as_seeds,
     as_stop_strings,
     continue_all,
+    continue_constrained,
+    refuse_with_beams,
+    search_beams,
 )
 from polygpt.kernels import WEIGHT_TYPES, WeightType
 from polygpt.model import ModelConfig, Params, model_of
-from polygpt.tokenizers import Tokenizer, chat_tokens
+from polygpt.tokenizers import Messages, Tokenizer, chat_tokens
 
 LOGITS_NOT_FINITE = "the model's logits are not finite numbers (NaN or infinity)"
 NOT_FINITE_CAUSES = "its weights are damaged, or its numbers exceed the range of compute_dtype"
+BEAM_SETTINGS = ("length_penalty", "early_stopping", "beam_groups", "diversity_penalty")
+CONSTRAINTS = ("schema", "regex", "choices", "grammar")
 NO_TOKENIZER = "this model has no tokenizer: a preset has none, nor has a folder without tokenizer.json"
-
-
-@dataclass(frozen=True)
-class Generation:
-    """A generated continuation, without the prompt.
-
-    Attributes:
-        text: the new tokens as text, up to a stop string; None for a model without tokenizer.
-        tokens: the ids of that text.
-        finish_reason: `length` (max_new_tokens reached), `stop` (end of text or a stop string), or
-            `context_length` (the sequence fills the model's context).
-        tokens_per_second: of decoding after the first token, compilation left out; None if there was only one, or
-            with penalties or log probabilities.
-        logprobs: of `tokens` in nats, by the model alone, if asked for.
-        top_logprobs: for each token, (id, log probability) of the likeliest, if asked for.
-    """
-
-    text: str | None
-    tokens: list[int]
-    finish_reason: FinishReason
-    tokens_per_second: float | None
-    logprobs: list[float] | None = None
-    top_logprobs: list[list[tuple[int, float]]] | None = None
-
-    @classmethod
-    def of(cls, done: Continuation) -> Generation:
-        """The result of a finished continuation."""
-        text = None if done.stream is None else done.stream.text
-        asked = done.request.logprobs
-        own = None if asked is None else [score.logprob for score in done.logprobs]
-        top = [list(score.top) for score in done.logprobs] if asked else None
-        return cls(text, done.tokens, done.finish_reason, done.tokens_per_second, own, top)
 
 
 @dataclass(frozen=True)
@@ -234,18 +212,33 @@ class LanguageModel:
         """
         tokenizer = self.tokenizer
         if chat:
-            return self._chat_tokens(prompt)
+            return self.chat_tokens(prompt)
         ids = [*tokenizer.start, *tokenizer.encode(prompt)]
         return ids or ([] if tokenizer.end_of_text is None else [tokenizer.end_of_text])
 
-    def _chat_tokens(self, prompt: str) -> list[int]:
+    def chat_tokens(self, messages: str | Messages) -> list[int]:
+        """The ids from which the answer to a conversation, or to a single message of a user, is continued.
+
+        Raises:
+            RequestError: the model has no chat template, or the template refuses the messages.
+        """
         template = self.origin.chat_template
         if template is None:
             raise RequestError(
                 "this model came without a chat template: generate without --chat (chat=True in Python) and write the "
                 "prompt in full"
             )
-        return chat_tokens(self.tokenizer, template, prompt)
+        return chat_tokens(self.tokenizer, template, messages)
+
+    def chat(self, messages: Messages, **settings: Any) -> Generation:
+        """The model's answer to a conversation: messages with a `role` and `content`, the oldest first.
+
+        Special tokens typed in a message are ordinary text. `settings` are those of `generate`.
+
+        Raises:
+            RequestError: as `chat_tokens` and `generate`.
+        """
+        return self.generate(self.chat_tokens(messages), **settings)
 
     def generate(
         self,
@@ -259,7 +252,8 @@ class LanguageModel:
         stop_tokens: Sequence[int] = (),
         chat: bool = False,
         on_text: Callable[[str], None] | None = None,
-        **sampling: Any,
+        beams: int | None = None,
+        **settings: Any,
     ) -> Generation | list[Generation] | list[list[Generation]]:
         """Continues a prompt until end of text, a stop, `max_new_tokens`, or the end of the context.
 
@@ -274,8 +268,12 @@ class LanguageModel:
             stop, stop_tokens: strings, and ids besides the model's own, that end the text and are not part of it.
             chat: the prompt is a user's message, laid out by the model's chat template.
             on_text: called with each new piece of text as soon as it can no longer change; for a single prompt.
-            sampling: the settings of a `Sampler`: temperature (0 is greedy), top_k, top_p, min_p, repetition_penalty,
-                presence_penalty, frequency_penalty, no_repeat_ngram, min_new_tokens, logit_bias.
+            beams: search for the likeliest continuation, keeping so many at every step, instead of sampling. Gives
+                `ScoredGeneration`s; with n, the n best of each prompt.
+            settings: of a `Sampler`: temperature (0 is greedy), top_k, top_p, min_p, repetition_penalty,
+                presence_penalty, frequency_penalty, no_repeat_ngram, min_new_tokens, logit_bias; with beams
+                length_penalty, early_stopping, beam_groups, diversity_penalty (`BeamSettings`); and a constraint that
+                the whole text must match: schema, regex, choices or grammar (`as_grammar`), which needs llguidance.
 
         Raises:
             RequestError: the prompt is no prompt or longer than the context, a number is out of its range, or text is
@@ -286,23 +284,53 @@ class LanguageModel:
         seeds = as_seeds(seed, None if single else len(prompts))
         if on_text is not None and (not single or n is not None):
             raise RequestError("on_text goes with a single prompt, not with a list of prompts or with n")
-        sampler = validate(Sampler, sampling)
+        search = {name: settings.pop(name) for name in BEAM_SETTINGS if name in settings}
+        constraint = as_grammar(*(settings.pop(name, None) for name in CONSTRAINTS))
+        sampler = validate(Sampler, settings)
         samples = _number_of_samples(n)
         stops = as_stop_strings(stop)
         if stops or chat or on_text is not None:
             _ = self.tokenizer  # refuses a model that has none
         ends = tuple(dict.fromkeys([*self.stop_tokens, *as_ids(stop_tokens, "stop_tokens")]))
+        if beams is not None:
+            given = {"stop": stops, "on_text": on_text, "seed": any(seeds), "constraint": constraint}
+            refuse_with_beams(given | {"logprobs": logprobs is not None}, sampler)
+            requests = [Request(self._ids_of(each, chat), max_new_tokens, stop_tokens=ends) for each in prompts]
+            found = self._search(requests, BeamSettings(beams, **search, n=samples))
+            results = [best[0] for best in found] if n is None else found
+            return results[0] if single else results
+        if search:
+            raise RequestError(f"{', '.join(search)}: settings of beam search; give beams as well")
         ids = [self._ids_of(each, chat) for each in prompts for _ in range(samples)]
         seeds = [own + sample for own in seeds for sample in range(samples)]
         rows = zip(ids, seeds, strict=True)
         requests = [Request(row, max_new_tokens, sampler, own, ends, logprobs) for row, own in rows]
         streams = [TextStream(self.tokenizer.decode_after, row, stops) if self.has_tokenizer else None for row in ids]
         continuations = list(map(Continuation, requests, streams))
-        vocab_size = self.tokenizer.vocab_size if self.has_tokenizer else None
-        continue_all(self.model, self.params, continuations, on_text, vocab_size=vocab_size)
+        if constraint is None:
+            vocab_size = self.tokenizer.vocab_size if self.has_tokenizer else None
+            continue_all(self.model, self.params, continuations, on_text, vocab_size=vocab_size)
+        else:
+            continue_constrained(self.model, self.params, continuations, self._vocabulary, constraint, on_text)
         found = list(map(Generation.of, continuations))
         results = found if n is None else [found[start : start + n] for start in range(0, len(found), n)]
         return results[0] if single else results
+
+    @cached_property
+    def _vocabulary(self) -> Vocabulary:
+        tokenizer = self.tokenizer
+        special = tuple(tokenizer.special_tokens.values())
+        return Vocabulary(tokenizer.vocabulary_bytes(), special, tokenizer.end_of_text, tokenizer.encode)
+
+    def _search(self, requests: Sequence[Request], settings: BeamSettings) -> list[list[ScoredGeneration]]:
+        found = search_beams(self.model, self.params, requests, settings)
+        return [
+            [self._scored(request.prompt, beam) for beam in best] for request, best in zip(requests, found, strict=True)
+        ]
+
+    def _scored(self, prompt: Sequence[int], beam: Beam) -> ScoredGeneration:
+        text = self.tokenizer.decode_after(prompt, beam.tokens) if self.has_tokenizer else None
+        return ScoredGeneration(text, beam.tokens, beam.finish_reason, None, score=beam.score)
 
     def _ids_of(self, prompt: Prompt, chat: bool) -> list[int]:
         if isinstance(prompt, str):

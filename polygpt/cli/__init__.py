@@ -27,6 +27,7 @@ COMMANDS = {
     "report": "Redraw a run's report, or compare several runs in one page.",
     "eval": "Perplexity, HellaSwag, or a task of lm-evaluation-harness.",
     "generate": "Continue a prompt.",
+    "chat": "Talk with a model in the terminal.",
     "import": "Bring in a model from Hugging Face, GGUF or llama2.c.",
     "export": "Write a model for transformers or llama.cpp.",
 }

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from polygpt.language_model import Generation, LanguageModel
 
 
+SAMPLING = ("temperature", "top_p", "min_p", "seed")
+
+
 @click.command()
 @click.argument("model", metavar="MODEL")
 @click.option(
@@ -39,10 +42,18 @@ if TYPE_CHECKING:
 @click.option("--frequency-penalty", type=float, default=0.0, show_default=True, help="The same, for each occurrence.")
 @click.option("--no-repeat-ngram", type=int, default=0, show_default=True, help="No run of this many tokens twice.")
 @click.option("--min-new-tokens", type=int, default=0, show_default=True, help="No stop token before.")
-@click.option("--n", type=click.IntRange(1), help="Samples of each prompt, with seeds SEED, SEED + 1, ...")
+@click.option(
+    "--n",
+    type=click.IntRange(1),
+    help="Samples of each prompt, with seeds SEED, SEED + 1, ...; with --beams the N best texts.",
+)
 @click.option("--logprobs", type=click.IntRange(0, 20), help="With --json: also of this many of the likeliest.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
 @click.option("--stop", multiple=True, help="End at this text; may be given several times.")
+@click.option("--beams", type=int, help="Search for the likeliest text with so many beams, instead of sampling.")
+@click.option("--length-penalty", type=float, help="With --beams: above 0 favours long texts, below 0 short ones.  [1]")
+@click.option("--schema", type=click.File(encoding="utf-8"), help="A file with a JSON schema that the text must fit.")
+@click.option("--regex", help="A regular expression that the whole text must match.")
 @click.option("--chat", is_flag=True, help="The prompt is a message: lay it out by the model's chat template.")
 @dtype_option
 @weights_option
@@ -58,11 +69,14 @@ def generate(
     MODEL is a run's folder, an imported or a Hugging Face folder, hf:owner/name, a .gguf file, or a preset (random
     weights, without text).
     """
+    settings = _chosen(settings)
+    if "schema" in settings:
+        settings["schema"] = settings["schema"].read()
     texts = [_standard_input() if prompt == "-" else _checked(prompt) for prompt in prompts]
-    if settings["logprobs"] is not None and not as_json:
+    if "logprobs" in settings and not as_json:
         raise click.UsageError("--logprobs goes with --json")
     lm = reading(model, dtype, {}, weights=weights or "auto", for_text=True)
-    if len(texts) == 1 and not as_json and settings["n"] is None:
+    if len(texts) == 1 and not as_json and not settings.keys() & {"n", "beams"}:
         _stream(lm, texts[0], settings)
         return
     several, shown = len(texts) > 1, 0
@@ -71,10 +85,11 @@ def generate(
             if as_json:
                 print_json(({"prompt": text} if several else {}) | _fields(result))
                 continue
-            if shown:
+            if shown and "beams" not in settings:
                 click.echo()
             shown += 1
-            click.echo(("" if settings["chat"] else text) + result.text)
+            score = f"[{result.score:.4f}] " if "beams" in settings and "n" in settings else ""
+            click.echo(score + ("" if settings["chat"] else text) + result.text)
             _report(lm, text, result, settings["chat"])
 
 
@@ -82,6 +97,16 @@ def _fields(result: Generation) -> dict:
     """What JSON shows: log probabilities only if they were asked for."""
     fields = dataclasses.asdict(result)
     return {key: value for key, value in fields.items() if value is not None or "logprobs" not in key}
+
+
+def _chosen(settings: dict) -> dict:
+    """The settings to call `generate` with; beam search takes those of sampling only where they were given."""
+    chosen = {name: value for name, value in settings.items() if value is not None}
+    if "beams" not in chosen:
+        return chosen
+    source = click.get_current_context().get_parameter_source
+    default = click.core.ParameterSource.DEFAULT
+    return {name: value for name, value in chosen.items() if name not in SAMPLING or source(name) != default}
 
 
 def _stream(lm: LanguageModel, prompt: str, settings: dict) -> None:

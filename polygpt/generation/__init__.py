@@ -1,18 +1,26 @@
 """Generation: how tokens are sampled, the compiled loop that decodes them, and the stream from ids to text."""
 
+from polygpt.generation.beams import Beam, BeamSettings, EarlyStopping, refuse_with_beams, search_beams
+from polygpt.generation.constrained import continue_constrained
+from polygpt.generation.constraints import Vocabulary, as_grammar
 from polygpt.generation.continuation import Continuation, continue_all
 from polygpt.generation.engine import Chunk, FinishReason, Piece, Request, generate_tokens
 from polygpt.generation.handle import Handle, Logprob, Part
 from polygpt.generation.prompts import Prompt, as_ids, as_prompts, as_seeds, as_stop_strings
+from polygpt.generation.results import Generation, ScoredGeneration
 from polygpt.generation.sampling import Sampler
 from polygpt.generation.serving import Engine
 from polygpt.generation.text import TextStream
 
 __all__ = [
+    "Beam",
+    "BeamSettings",
     "Chunk",
     "Continuation",
+    "EarlyStopping",
     "Engine",
     "FinishReason",
+    "Generation",
     "Handle",
     "Logprob",
     "Part",
@@ -20,11 +28,17 @@ __all__ = [
     "Prompt",
     "Request",
     "Sampler",
+    "ScoredGeneration",
     "TextStream",
+    "Vocabulary",
+    "as_grammar",
     "as_ids",
     "as_prompts",
     "as_seeds",
     "as_stop_strings",
     "continue_all",
+    "continue_constrained",
     "generate_tokens",
+    "refuse_with_beams",
+    "search_beams",
 ]

@@ -127,14 +127,15 @@ def _run_batch(
             continuation.tokens += piece.tokens
             continuation.finish_reason = piece.finish_reason
             if continuation.stream is not None:
-                text = _feed(continuation, piece.tokens)
+                text = feed(continuation, piece.tokens)
                 if text and on_text is not None:
                     on_text(text)
         if all(continuation.finish_reason is not None for continuation in batch):
             return  # stop strings end a row here only
 
 
-def _feed(continuation: Continuation, tokens: list[int]) -> str:
+def feed(continuation: Continuation, tokens: list[int]) -> str:
+    """Gives new tokens to the stream of text; a stop string there ends the continuation. Gives the new text."""
     stream = continuation.stream
     text = stream.feed(tokens)
     if continuation.finish_reason is not None or stream.stopped:

@@ -1,10 +1,10 @@
-"""Chat templates: the Jinja that lays out a message as the model was trained on it, run in a sandbox."""
+"""Chat templates: the Jinja that lays out messages as the model was trained on them, run in a sandbox."""
 
 from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import jinja2
@@ -17,18 +17,23 @@ from polygpt.tokenizers.typed import mark_tokens
 
 _FAILURES = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError)
 _FAILURES += (RecursionError, TypeError, ValueError)
+_KEYS = ("role", "content")
 LIMIT = 100_000  # far more than a template that lays out a message needs
 
 
-def chat_tokens(tokenizer: Tokenizer, template: str, prompt: str) -> list[int]:
-    """The ids that a model continues as its answer to a user's message.
+# A message has a `role` (`system`, `user`, `assistant`, ...) and `content`, its text.
+Messages = Sequence[Mapping[str, str]]
 
-    Special tokens of the template count; those that the user typed are ordinary text.
+
+def chat_tokens(tokenizer: Tokenizer, template: str, messages: str | Messages) -> list[int]:
+    """The ids that a model continues as its answer to `messages`, or to a single message of a user.
+
+    Special tokens of the template count; those typed in a message, whoever's it is, are ordinary text.
 
     Args:
         tokenizer: its roles (`bos_token`, ...) are variables of the template.
         template: as tokenizer_config.json or a GGUF file has it.
-        prompt: the user's message.
+        messages: the conversation, the oldest first.
 
     Raises:
         RequestError: as `render_chat`.
@@ -36,21 +41,37 @@ def chat_tokens(tokenizer: Tokenizer, template: str, prompt: str) -> list[int]:
     names = {number: token for token, number in tokenizer.special_tokens.items()}
     guesses = {"bos_token": names.get((*tokenizer.start, None)[0]), "eos_token": names.get(tokenizer.end_of_text)}
     variables = tokenizer.roles or {name: token for name, token in guesses.items() if token is not None}
-    text = render_chat(template, mark_tokens(prompt, tokenizer.special_tokens), variables)
-    return tokenizer.encode_marked(text)
+    marked = [
+        {**message, "content": mark_tokens(message["content"], tokenizer.special_tokens)}
+        for message in _as_messages(messages)
+    ]
+    return tokenizer.encode_marked(render_chat(template, marked, variables))
 
 
-def render_chat(template: str, prompt: str, variables: Mapping[str, str] | None = None) -> str:
-    """The text that a model continues as its answer to the message `prompt` of a user.
+def _as_messages(given: str | Messages) -> list[dict[str, str]]:
+    if isinstance(given, str):
+        return [{"role": "user", "content": given}]
+    if not isinstance(given, list | tuple) or not given:
+        raise RequestError("a conversation is a list of messages, each with a role and its content")
+    for number, message in enumerate(given):
+        if not isinstance(message, Mapping) or not all(isinstance(message.get(key), str) for key in _KEYS):
+            raise RequestError(f"message {number} is {message!r:.60}: it needs a role and its content, both text")
+    return [dict(message) for message in given]
+
+
+def render_chat(template: str, messages: str | Messages, variables: Mapping[str, str] | None = None) -> str:
+    """The text that a model continues as its answer to `messages`, or to a single message of a user.
 
     Args:
         template: as tokenizer_config.json or a GGUF file has it.
-        prompt: the message.
+        messages: the conversation, the oldest first.
         variables: more variables of the template, such as `bos_token`; others are undefined.
 
     Raises:
-        RequestError: the template is not Jinja, fails, or uses what the sandbox forbids.
+        RequestError: the messages are none, or the template is not Jinja, fails, refuses them, or uses what the
+            sandbox forbids.
     """
+    conversation = _as_messages(messages)
 
     def refuse(message: str) -> NoReturn:
         raise RequestError(f"the chat template refuses this: {message}")
@@ -61,7 +82,7 @@ def render_chat(template: str, prompt: str, variables: Mapping[str, str] | None 
     environment.filters["tojson"] = _to_json
     known = {"add_generation_prompt": True, "tools": None, "documents": None, **(variables or {})}
     try:
-        return environment.from_string(template).render(messages=[{"role": "user", "content": prompt}], **known)
+        return environment.from_string(template).render(messages=conversation, **known)
     except RequestError:
         raise
     # A template is a program: besides Jinja's own errors it may divide by zero, or nest too deep.

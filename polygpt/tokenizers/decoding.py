@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -26,6 +26,11 @@ class Decoder:
         self._byte_fallback = "ByteFallback" in steps
         self._space = steps.get("Metaspace", {}).get("replacement")
 
+    @property
+    def spelled_bytes(self) -> Callable[[str], bytes] | None:
+        """Token to bytes, for tokens spelled as sentencepiece does; None for others."""
+        return _sentencepiece_bytes if self._byte_fallback else None
+
     def decode(self, tokens: Sequence[str]) -> str:
         """The text of `tokens`; U+FFFD for bytes that are not UTF-8."""
         if self._decoder is None:
@@ -43,6 +48,11 @@ class Decoder:
             before = REPLACEMENT  # the rest of its character may lie further back
         text, whole = self.decode([before]), self.decode([before, *tokens])
         return whole[len(text) :] if whole.startswith(text) else self.decode(tokens)
+
+
+def _sentencepiece_bytes(token: str) -> bytes:
+    match = _BYTE.fullmatch(token)
+    return bytes([int(match[1], 16)]) if match else token.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
 
 
 def _keep_valid_bytes(tokens: Sequence[str]) -> Iterator[str]:

@@ -206,6 +206,19 @@ class Tokenizer:
         unknown = REPLACEMENT.encode()
         return b"".join(self._token_bytes.get(int(i), unknown) for i in ids)
 
+    def vocabulary_bytes(self) -> list[bytes]:
+        """The bytes that each id stands for, in the order of ids; none for an id without a token.
+
+        Raises:
+            RequestError: tokens of this kind of tokenizer do not stand for fixed bytes.
+        """
+        if self._structure.exact:
+            return [self._token_bytes.get(i, b"") for i in range(self.vocab_size)]
+        spelled = self._decoder.spelled_bytes
+        if spelled is None:
+            raise RequestError(f"the tokens of a tokenizer of kind '{self.kind}' do not stand for fixed bytes")
+        return [spelled(self._tokens.get(i, "")) for i in range(self.vocab_size)]
+
     def to_json(self) -> str:
         """The tokenizer.json."""
         return self._plain.to_str(pretty=True)

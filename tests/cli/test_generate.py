@@ -148,3 +148,33 @@ def test_penalties_reach_the_sampler(run, program):
     wrong = program("generate", run, "--prompt", "a", "--repetition-penalty", "0")
     assert (wrong.code, wrong.out) == (2, "")
     assert "repetition_penalty" in wrong.err
+
+
+def test_beam_search_gives_the_best_texts_with_their_scores(run, program):
+    words = ["generate", run, "--prompt", "the ", "--max-new-tokens", "5", "--beams", "3"]
+    best = json.loads(program(*words, "--json").out)
+    done = program(*words, "--n", "3", "--json")
+    lines = [json.loads(line) for line in done.out.splitlines()]
+    assert (done.code, len(lines), lines[0]) == (0, 3, best)
+    assert [line["score"] for line in lines] == sorted((line["score"] for line in lines), reverse=True)
+    assert program(*words).out == f"the {best['text']}\n"
+    shown = program(*words, "--n", "2").out.splitlines()
+    assert shown == [f"[{line['score']:.4f}] the {line['text']}" for line in lines[:2]]
+    free = json.loads(program(*words, "--length-penalty", "0", "--json").out)
+    assert free["score"] == pytest.approx(5 * best["score"], rel=1e-5) or free["tokens"] != best["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (["--beams", "0"], "beams"),
+        (["--beams", "2", "--n", "3"], "n=3"),
+        (["--beams", "2", "--temperature", "0.5"], "temperature"),
+        (["--beams", "2", "--seed", "1"], "seed"),
+        (["--beams", "2", "--stop", "a"], "stop"),
+    ],
+)
+def test_what_does_not_go_with_beam_search_is_refused(run, program, options, word):
+    done = program("generate", run, "--prompt", "the ", *options)
+    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
+    assert word in done.err

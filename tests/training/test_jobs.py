@@ -74,6 +74,5 @@ def test_data_and_evaluation_sets_are_read_once(workdir, monkeypatch):
     files = {f"{side}-00000.{kind}" for side in ("train", "validation") for kind in ("tokens", "offsets")}
     assert read == Counter(dict.fromkeys([*files, "book.txt", "rows.jsonl"], 1))
     read.clear()
-    (workdir / "run/result.json").unlink(missing_ok=True)
     train(None, "run", resume=True, listeners=[])
     assert read == Counter(dict.fromkeys([*files, "book.txt", "rows.jsonl"], 1))

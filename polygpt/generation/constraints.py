@@ -1,0 +1,176 @@
+"""Constraints: what a continuation must match (a JSON schema, a regular expression, a list of choices, a grammar).
+
+Grammars are compiled and followed by llguidance (github.com/guidance-ai/llguidance), which says before every token
+which ones keep the text on a path that the grammar allows.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from polygpt.errors import RequestError
+
+MISSING = "constraints need the package llguidance: pip install 'polygpt[constraints]'"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a constraint must know of a tokenizer.
+
+    Attributes:
+        tokens: the bytes that each id stands for; ids in order.
+        special: ids that stand for no text.
+        end: the id that ends a text; None if there is none.
+        encode: text to ids.
+    """
+
+    tokens: Sequence[bytes]
+    special: Sequence[int]
+    end: int | None
+    encode: Callable[[str], list[int]]
+
+    @cached_property
+    def compiled(self) -> Any:
+        """The tokenizer as llguidance holds it.
+
+        Raises:
+            RequestError: llguidance is not installed.
+        """
+        llguidance = _library()
+        # Where no token ends a text, one past the vocabulary does, which is never sampled.
+        self_end = len(self.tokens) if self.end is None else self.end
+        tokens = [*self.tokens, b"<end>"] if self.end is None else list(self.tokens)
+        return llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Wrapped(self, tokens, self_end)), len(tokens))
+
+
+class _Wrapped:
+    """A vocabulary with the names that llguidance asks for."""
+
+    def __init__(self, vocabulary: Vocabulary, tokens: list[bytes], end: int):
+        self.tokens, self.eos_token_id, self.bos_token_id = tokens, end, None
+        self.special_token_ids = sorted({*vocabulary.special, end})
+        self._encode = vocabulary.encode
+
+    def __call__(self, text: str) -> list[int]:
+        if isinstance(text, bytes):  # llguidance tries whether bytes are taken
+            raise TypeError("text, not bytes")
+        return self._encode(text)
+
+
+def as_grammar(
+    schema: Mapping[str, Any] | str | bool | None = None,
+    regex: str | None = None,
+    choices: Sequence[str] | None = None,
+    grammar: str | None = None,
+) -> str | None:
+    """The constraint that was given, in llguidance's own form; None if there is none.
+
+    Args:
+        schema: a JSON schema, as an object or as text.
+        regex: a regular expression that the whole continuation matches.
+        choices: texts, one of which the continuation is.
+        grammar: in Lark's notation.
+
+    Raises:
+        RequestError: several are given, one is malformed, or llguidance is not installed.
+    """
+    given = {"schema": schema, "regex": regex, "choices": choices, "grammar": grammar}
+    named = [name for name, value in given.items() if value is not None]
+    if not named:
+        return None
+    if len(named) > 1:
+        raise RequestError(f"give one constraint, not {' and '.join(named)}")
+    matcher = _library().LLMatcher
+    if choices is not None:
+        if isinstance(choices, str) or not choices or not all(isinstance(text, str) and text for text in choices):
+            raise RequestError("choices must be a list of texts, none of them empty")
+        regex = "|".join(map(re.escape, choices))
+    if schema is not None:
+        made = matcher.grammar_from_json_schema(_as_schema(schema))
+    elif regex is not None:
+        made = matcher.grammar_from_regex(f"(?:{_text(regex, 'regex')})")
+    else:
+        made = matcher.grammar_from_lark(_text(grammar, "grammar"))
+    failed = matcher.validate_grammar(made)
+    if failed and not failed.startswith("WARNING"):
+        raise RequestError(f"the {named[0]} cannot be used: {_first_line(failed)}")
+    return made
+
+
+class Matcher:
+    """Follows one continuation through a grammar.
+
+    Raises:
+        RequestError: the grammar has no text at all, or exceeds llguidance's limits.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, grammar: str):
+        self._size = len(vocabulary.tokens)
+        self._matcher = _library().LLMatcher(vocabulary.compiled, grammar, log_level=0)
+        self._check()
+
+    @property
+    def stopped(self) -> bool:
+        """The text is complete, and nothing may follow."""
+        return self._matcher.is_stopped()
+
+    def forced(self) -> list[int]:
+        """The ids that must come next, since nothing else may; they are taken."""
+        ids = [token for token in self._matcher.compute_ff_tokens() if token < self._size]
+        self.take(ids)
+        return ids
+
+    def allowed(self) -> np.ndarray:
+        """Which ids may come next, bool [V]."""
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        self._check()
+        return np.unpackbits(bits, bitorder="little")[: self._size].astype(bool)
+
+    def take(self, ids: Sequence[int]) -> None:
+        """Goes on by `ids`."""
+        if ids:
+            self._matcher.consume_tokens(list(ids))
+        self._check()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise RequestError(f"the constraint cannot be followed: {_first_line(self._matcher.get_error())}")
+
+
+def _as_schema(schema: Mapping[str, Any] | str | bool) -> str:
+    if isinstance(schema, str):
+        try:
+            schema = json.loads(schema)
+        except ValueError as error:
+            raise RequestError(f"the schema is not JSON: {error}") from None
+    if not isinstance(schema, Mapping | bool):
+        raise RequestError(f"a JSON schema is an object, not {schema!r:.40}")
+    try:
+        return json.dumps(schema)
+    except (TypeError, ValueError) as error:
+        raise RequestError(f"the schema cannot be written as JSON: {error}") from None
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise RequestError(f"{name} must be text, not {value!r:.40}")
+    return value
+
+
+def _first_line(message: str) -> str:
+    return (message.strip().splitlines() or ["unknown"])[0][:200]
+
+
+def _library() -> Any:
+    try:
+        import llguidance
+    except ImportError:
+        raise RequestError(MISSING) from None
+    return llguidance
