@@ -1,4 +1,4 @@
-"""`polygpt data prepare`."""
+"""`polygpt data prepare` and `polygpt data list`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,24 @@ from polygpt.cli.output import json_option, print_json, print_result
 
 @click.group()
 def data() -> None:
-    """Prepare token shards from text."""
+    """Prepare token shards from text, and list data sets that have a name."""
+
+
+@data.command("list")
+@json_option
+def list_(as_json: bool) -> None:
+    """List the data sets that data.path can name. A file or folder of the same name has precedence."""
+    from polygpt.data import DATASETS
+
+    if as_json:
+        print_json({name: dataset._asdict() for name, dataset in DATASETS.items()})
+        return
+    for name, dataset in DATASETS.items():
+        column = f"column '{dataset.text_key}'" if dataset.text_key else "download by hand"
+        click.echo(
+            f"{name:18}{dataset.size}; {column}; splits: {dataset.splits}; {dataset.licence}; {dataset.reference}"
+        )
+        click.echo(f"{'':18}{dataset.where}")
 
 
 @data.command()

@@ -21,7 +21,7 @@ def tokenizer() -> None:
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The folder for tokenizer.json.")
 @json_option
 def train(files: tuple[str, ...], kind: str, vocab_size: int | None, out: Path, as_json: bool) -> None:
-    """Train a tokenizer on text files (.txt, .jsonl, .gz, .zst, globs, or `builtin`)."""
+    """Train a tokenizer on text files (.txt, .jsonl, .csv, .parquet, .gz, .zst, globs, or `builtin`)."""
     from polygpt.config import validate
     from polygpt.data import DataConfig, open_source
     from polygpt.errors import RequestError

@@ -4,22 +4,28 @@
 `Loader(shards.train, ...).batch(i)` is a pure function of (seed, i).
 """
 
-from polygpt.data.config import DataConfig
-from polygpt.data.loader import ORDER, Loader
+from polygpt.data.catalogue import DATASETS, Dataset
+from polygpt.data.config import DataConfig, SourceConfig
+from polygpt.data.loader import Loader
+from polygpt.data.mixing import MixedLoader
 from polygpt.data.preparation import prepare, training_texts
 from polygpt.data.reading import format_of, open_bytes
-from polygpt.data.shards import Manifest, Shards, TokenSplit, is_prepared, open_shards
-from polygpt.data.sources import Document, InvalidText, Source, open_source
+from polygpt.data.shards import JoinedShards, Manifest, Shards, TokenSplit, is_prepared, open_shards
+from polygpt.data.sources import Document, Source, Tally, open_source
 
 __all__ = [
-    "ORDER",
+    "DATASETS",
     "DataConfig",
+    "Dataset",
     "Document",
-    "InvalidText",
+    "JoinedShards",
     "Loader",
     "Manifest",
+    "MixedLoader",
     "Shards",
     "Source",
+    "SourceConfig",
+    "Tally",
     "TokenSplit",
     "format_of",
     "is_prepared",

@@ -7,6 +7,8 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+from polygpt.data.reading import open_bytes
+
 # Tests, demonstrations, character set tables and third-party packages: little prose, much repetition.
 EXCLUDED = {
     "site-packages",
@@ -42,6 +44,15 @@ def library_files() -> Iterator[tuple[str, Path]]:
         folders = name.split("/")[:-1]
         if not any(folder in EXCLUDED or folder.startswith("config-") for folder in folders):
             yield name, path
+
+
+def texts() -> Iterator[tuple[str, bytes]]:
+    """The name and the bytes of each text: topics, then files."""
+    yield from topics()
+    for name, path in library_files():
+        with open_bytes(path) as stream:
+            data = stream.read()
+        yield name, data
 
 
 def describe() -> str:

@@ -2,36 +2,100 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import PurePath
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from polygpt.config import Config, Tuple
 
 BUILTIN = "builtin"
 
 
+class SourceConfig(Config):
+    """One source of a mixture.
+
+    Attributes:
+        path: as `data.path`; a folder of prepared shards as well.
+        weight: its share of training windows, relative to the other sources' weights.
+        epochs: how often its windows may be read; then it is left out. None: as often as its share asks for.
+        name: what metrics and the run's folder call it; None is the last part of `path`, without suffixes.
+        text_key: None is `data.text_key`.
+    """
+
+    path: str | Tuple[str] = Field(min_length=1)
+    weight: float = Field(1.0, ge=0)
+    epochs: float | None = Field(None, gt=0)
+    name: str | None = Field(None, pattern=r"^\w[\w.-]*$")
+    text_key: str | None = None
+
+    @property
+    def title(self) -> str:
+        """Its name, or one taken from the path."""
+        path = self.path if isinstance(self.path, str) else self.path[0]
+        last = re.sub(r"[^\w-]+", "_", PurePath(path).name.partition(".")[0]).strip("_-")
+        return self.name or last or "source"
+
+
 class DataConfig(Config):
     """Where text comes from and how it becomes windows of tokens.
 
     Attributes:
-        path: `builtin` (the documentation and standard library of the running Python); a .txt or .jsonl file, plain or
-            compressed (.gz, .zst); a folder of these; a glob; a list of any of them; or one folder of prepared shards.
-        text_key: the key of a .jsonl object that holds the text.
+        path: `builtin` (the documentation and standard library of the running Python); a .txt, .jsonl or .csv file,
+            plain or compressed (.gz, .zst), or a .parquet file; a folder of these; a glob; a name from
+            `polygpt data list`; `hf:datasets/owner/name[@revision]/GLOB` on the Hugging Face hub; a list of any of
+            them; or one folder of prepared shards.
+        sources: a mixture, in place of `path`: each source is prepared and validated by itself, and training windows
+            are taken from them in proportion to their weights.
+        text_key: the key of a .jsonl object, or the column of a .csv or .parquet file, that holds the text.
         split: `document` assigns each document to training or validation by a hash of its text; `fraction` holds out
             the end of the whole text, as nanoGPT does; `auto` is `fraction` for fewer than 100 documents.
         validation_fraction: share of the text, or of the documents, that is held out.
         stride: tokens between the starts of training windows; None is the context length, 1 is every offset.
+        packing: `windows` cuts the text into windows wherever they fall; `documents` fills each window with whole
+            documents as far as they fit, which do not see each other, and pads the rest. Only a document that is longer
+            than a window is divided.
         invalid_utf8: text that is not UTF-8 is an error, becomes U+FFFD, or its document is left out (the last two are
             counted).
     """
 
     path: str | Tuple[str] = Field(BUILTIN, min_length=1)
+    sources: Tuple[SourceConfig] = ()
     text_key: str = "text"
     split: Literal["document", "fraction", "auto"] = "document"
     validation_fraction: float = Field(0.05, gt=0, lt=1)
     stride: int | None = Field(None, ge=1)
+    packing: Literal["windows", "documents"] = "windows"
     invalid_utf8: Literal["refuse", "replace", "skip"] = "refuse"
+
+    @model_validator(mode="after")
+    def _stride_of_windows(self) -> DataConfig:
+        if self.stride is not None and self.packing == "documents":
+            raise ValueError("stride is between windows of text; leave it out with packing: documents")
+        return self
+
+    @model_validator(mode="after")
+    def _sources_are_the_only_ones(self) -> DataConfig:
+        titles = [source.title for source in self.sources]
+        twice = next((title for index, title in enumerate(titles) if title in titles[:index]), None)
+        if twice is not None:
+            raise ValueError(f"sources: two are called '{twice}'; give one of them another name (name: ...)")
+        if titles and self.path != BUILTIN:
+            raise ValueError("sources: given beside path; give one of the two (path: builtin counts as none)")
+        if titles and not any(source.weight for source in self.sources):
+            raise ValueError("sources: the weights sum to 0; give at least one source a weight above 0")
+        return self
+
+    def each(self) -> dict[str, DataConfig]:
+        """The configuration of each source of a mixture, by name; of other data itself, without a name."""
+        own = {"sources": ()}
+        return {
+            source.title: self.model_copy(
+                update={**own, "path": source.path, "text_key": source.text_key or self.text_key}
+            )
+            for source in self.sources
+        } or {"": self}
 
     @property
     def paths(self) -> tuple[str, ...]:

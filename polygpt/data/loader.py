@@ -8,11 +8,14 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from polygpt.data.packing import LOOKAHEAD
 from polygpt.data.shards import TokenSplit
+from polygpt.data.windows import Arrays, DocumentWindows, StreamWindows, Windows
 from polygpt.errors import RequestError
 
-# Part of the fingerprint: when the order of windows changes, an older run must not resume silently.
+# When the order of windows changes, an older run must not resume silently.
 ORDER = "grain-index-shuffle-1"
+PACKED = "best-fit-decreasing-1"
 
 
 class Loader:
@@ -21,6 +24,8 @@ class Loader:
     Training windows are full: window `w` starts at token `w * stride`. Evaluation predicts every token but the first
     exactly once: with a `stride` below the context length, windows overlap, and each counts only the targets that the
     previous one did not contain. The last window and the last batch are padded with zeros that do not count.
+
+    With `packing` "documents", a window holds whole documents (see `DocumentWindows`), in training and evaluation.
 
     Attributes:
         num_windows: windows per epoch.
@@ -36,6 +41,7 @@ class Loader:
         stride: int | None = None,
         seed: int = 0,
         shuffle: bool = True,
+        packing: str = "windows",
     ):
         """A loader of `split`, with T = `context_length` and B = `batch_size`.
 
@@ -44,15 +50,18 @@ class Loader:
         """
         self.split, self.context_length, self.batch_size = split, context_length, batch_size
         self.stride = context_length if stride is None else stride
-        self.seed, self.shuffle = seed, shuffle
+        self.seed, self.shuffle, self.packing = seed, shuffle, packing
         self._check()
+        self.windows: Windows = (
+            DocumentWindows(split, context_length)
+            if packing == "documents"
+            else StreamWindows(split, context_length, self.stride, training=shuffle)
+        )
+        self.num_windows = self.windows.count
         if shuffle:
-            self.num_windows = (split.tokens - context_length - 1) // self.stride + 1
             self.num_batches = max(1, self.num_windows // batch_size)
             self._order = _shuffled(self.num_windows, seed)
         else:
-            later = max(0, split.tokens - 1 - context_length)  # targets after the first window's
-            self.num_windows = 1 + -(-later // self.stride)
             self.num_batches = -(-self.num_windows // batch_size)
             self._order = range(self.num_windows)
 
@@ -67,39 +76,55 @@ class Loader:
                 f"a stride of {self.stride} skips tokens between windows of {self.context_length}; "
                 "in evaluation it must be at most the context length"
             )
-        needed = self.context_length + 1 if self.shuffle else 2
+        full = self.shuffle and self.packing == "windows"
+        needed = self.context_length + 1 if full else 2
         if self.split.tokens < needed:
-            window = f"{needed} (context_length {self.context_length} + 1)" if self.shuffle else "2"
-            fix = "give more text, or lower model.context_length" if self.shuffle else "give more text"
+            window = f"{needed} (context_length {self.context_length} + 1)" if full else "2"
+            fix = "give more text, or lower model.context_length" if full else "give more text"
             raise RequestError(f"{self.split.name} has {self.split.tokens} tokens, one window needs {window};\n{fix}")
 
-    def batch(self, i: int) -> dict[str, np.ndarray]:
+    def empty(self) -> Arrays:
+        """The arrays of a batch, zeroed."""
+        shape = (self.batch_size, self.context_length)
+        names = ("input", "target", *(["segment_ids"] if self.packing == "documents" else []))
+        return {"mask": np.zeros(shape, np.float32)} | {name: np.zeros(shape, np.int32) for name in names}
+
+    def batch(self, i: int) -> Arrays:
         """Batch `i`: `input` and `target` int32 `[B, T]`, `mask` float32 `[B, T]` (1 where a target counts).
 
-        Each training epoch is shuffled anew, and a batch may contain the end of one and the start of the next. Targets
-        are the inputs shifted by one token.
+        Of packed documents also `segment_ids`, int32 `[B, T]`. Each training epoch is shuffled anew, and a batch may
+        contain the end of one and the start of the next. Targets are the inputs shifted by one token.
 
         Raises:
             IndexError: `i` is negative, or (evaluation) not below `num_batches`.
         """
         if i < 0 or (not self.shuffle and i >= self.num_batches):
             raise IndexError(f"batch {i} of {self.num_batches}")
-        tokens = np.zeros((self.batch_size, self.context_length + 1), np.int32)
-        mask = np.zeros((self.batch_size, self.context_length), np.float32)
+        arrays = self.empty()
         first = i * self.batch_size
         last = first + self.batch_size if self.shuffle else min(first + self.batch_size, self.num_windows)
         for row, position in enumerate(range(first, last)):
-            window = int(self._order[position])
-            start = window * self.stride
-            ids = self.split.read(start, min(start + self.context_length + 1, self.split.tokens))
-            seen = 0 if self.shuffle or window == 0 else self.context_length - self.stride
-            tokens[row, : len(ids)] = ids
-            mask[row, seen : len(ids) - 1] = 1
-        return {"input": tokens[:, :-1].copy(), "target": tokens[:, 1:].copy(), "mask": mask}
+            self.fill(position, arrays, row)
+        return arrays
 
-    def epoch(self) -> Iterator[dict[str, np.ndarray]]:
+    def fill(self, position: int, arrays: Arrays, row: int) -> None:
+        """Writes the window at `position` of the order (of all epochs) into row `row` of a zeroed batch."""
+        self.windows.fill(int(self._order[position]), {name: values[row] for name, values in arrays.items()})
+
+    def facts(self, steps: int) -> dict[str, str]:
+        """What is worth showing before a run of `steps` batches."""
+        if self.packing != "documents":
+            return {}
+        return {"packing": f"documents, {self.windows.packing.padding:.1%} padding"}
+
+    def epoch(self) -> Iterator[Arrays]:
         """The batches of the first epoch; in evaluation, all of them."""
         return (self.batch(i) for i in range(self.num_batches))
+
+    @property
+    def order(self) -> str:
+        """The method by which windows are filled and ordered."""
+        return ORDER if self.packing == "windows" else f"{ORDER} {PACKED}-of-{LOOKAHEAD}"
 
     @property
     def fingerprint(self) -> str:
@@ -111,7 +136,7 @@ class Loader:
             self.stride,
             self.seed,
             self.shuffle,
-            ORDER,
+            self.order,
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

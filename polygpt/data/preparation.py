@@ -86,7 +86,7 @@ def _manifest(source: Source, tokenizer: Tokenizer, dtype: str, entries: dict[st
         end_of_text=tokenizer.end_of_text,
         tokenizer=tokenizer.fingerprint,
         source=source.describe(),
-        invalid_documents=source.invalid.documents,
+        invalid_documents=source.tally.invalid,
         **entries,
     )
 

@@ -1,4 +1,4 @@
-"""Reading files as documents in bytes: .txt and .jsonl, plain or compressed."""
+"""Files as bytes, plain or compressed, and the format that a file's name implies."""
 
 from __future__ import annotations
 
@@ -13,18 +13,28 @@ import zstandard
 
 from polygpt.errors import PolygptError, RequestError
 
-SEPARATOR = b"<|endoftext|>"
 CHUNK = 1 << 20
 GZIP = b"\x1f\x8b"
-SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz", ".gz", ".txt.zst", ".jsonl.zst", ".zst")
+COMPRESSED = (".gz", ".zst")
+FORMATS = {".txt": "text", ".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet"}
+SUFFIXES = (*FORMATS, *COMPRESSED, *(f"{s}{c}" for s in FORMATS if s != ".parquet" for c in COMPRESSED))
+
+Format = Literal["text", "jsonl", "csv", "parquet"]
 
 
-def format_of(path: Path) -> Literal["text", "jsonl"] | None:
+def format_of(path: Path) -> Format | None:
     """The format that the file's name implies (a bare .gz or .zst is text); None for any other name."""
     suffix = path.suffix.lower()
-    if suffix in (".gz", ".zst"):
+    if is_compressed(path):
         suffix = Path(path.stem).suffix.lower() or ".txt"
-    return {".txt": "text", ".jsonl": "jsonl"}.get(suffix)
+        if suffix == ".parquet":  # compresses its own pages, and must be read from its end
+            return None
+    return FORMATS.get(suffix)
+
+
+def is_compressed(path: Path) -> bool:
+    """Whether the file's name says that it is compressed as a whole."""
+    return path.suffix.lower() in COMPRESSED
 
 
 @contextmanager
@@ -86,19 +96,3 @@ class _Decompressed(io.RawIOBase):
         count = min(len(buffer), len(self.pending))
         buffer[:count], self.pending = self.pending[:count], self.pending[count:]
         return count
-
-
-def text_documents(stream: BinaryIO) -> Iterator[bytes]:
-    """The documents of a text file: the whole file, byte for byte, or the parts between `<|endoftext|>`.
-
-    Newlines around a part are removed: they belong to the separator's line (as in TinyStories).
-    """
-    pending, separated = bytearray(), False
-    while chunk := stream.read(CHUNK):
-        searched = max(0, len(pending) - len(SEPARATOR) + 1)
-        pending += chunk
-        while (at := pending.find(SEPARATOR, searched)) >= 0:
-            yield bytes(pending[:at].strip(b"\r\n"))
-            del pending[: at + len(SEPARATOR)]
-            separated, searched = True, 0
-    yield bytes(pending.strip(b"\r\n") if separated else pending)

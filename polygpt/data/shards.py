@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_right
+from collections.abc import Sequence
+from copy import copy
 from itertools import accumulate
 from pathlib import Path
 from typing import Literal
@@ -78,11 +80,13 @@ class TokenSplit:
 
     Attributes:
         tokens, documents, bytes: counts; `bytes` of the raw text in UTF-8, for bits per byte.
+        end_of_text: the id before each document; None if the tokenizer has none.
         fingerprint: SHA-256, in hexadecimal, of the SHA-256 sums of the files.
     """
 
-    def __init__(self, name: str, entry: SplitEntry, folder: Path, dtype: np.dtype):
+    def __init__(self, name: str, entry: SplitEntry, folder: Path, dtype: np.dtype, end_of_text: int | None = None):
         """Maps the files, which `open_shards` has verified."""
+        self.end_of_text = end_of_text
         self.name, self.tokens, self.documents, self.bytes = name, entry.tokens, entry.documents, entry.bytes
         hashes = [file.sha256 for s in entry.shards for file in (s.tokens_file, s.offsets_file)]
         self.fingerprint = hashlib.sha256("".join(hashes).encode()).hexdigest()
@@ -91,6 +95,19 @@ class TokenSplit:
         self._offsets = [np.asarray(np.memmap(folder / s.offsets_file.name, OFFSET, "r")) for s in entry.shards]
         self._starts = [0, *accumulate(s.tokens for s in entry.shards)]
         self._first_documents = [0, *accumulate(s.documents for s in entry.shards)]
+
+    @classmethod
+    def joined(cls, splits: Sequence[TokenSplit]) -> TokenSplit:
+        """Several splits as one stream, in order."""
+        one = copy(splits[0])
+        for name in ("tokens", "documents", "bytes"):
+            setattr(one, name, sum(getattr(split, name) for split in splits))
+        one.fingerprint = hashlib.sha256("".join(split.fingerprint for split in splits).encode()).hexdigest()
+        one._ids = [ids for split in splits for ids in split._ids]
+        one._offsets = [offsets for split in splits for offsets in split._offsets]
+        one._starts = [0, *accumulate(len(ids) for ids in one._ids)]
+        one._first_documents = [0, *accumulate(len(offsets) for offsets in one._offsets)]
+        return one
 
     def __len__(self) -> int:
         return self.tokens
@@ -112,6 +129,11 @@ class TokenSplit:
             out[filled : filled + len(part)] = part
             filled, shard = filled + len(part), shard + 1
         return out
+
+    def document_offsets(self) -> np.ndarray:
+        """Where each document starts in the stream, and the stream's length: int64 `[documents + 1]`."""
+        starts = [offsets + start for offsets, start in zip(self._offsets, self._starts, strict=False)]
+        return np.concatenate([*starts, [self.tokens]]).astype(np.int64)
 
     def document(self, i: int) -> np.ndarray:
         """The tokens of document `i`, int32, including the end-of-text token before it if the tokenizer has one.
@@ -135,13 +157,27 @@ class Shards:
         """Maps the files, which `open_shards` has verified."""
         self.folder, self.manifest = folder, manifest
         dtype = DTYPES[manifest.dtype]
-        self.train = TokenSplit("train", manifest.train, folder, dtype)
-        self.validation = TokenSplit("validation", manifest.validation, folder, dtype)
+        self.train = TokenSplit("train", manifest.train, folder, dtype, manifest.end_of_text)
+        self.validation = TokenSplit("validation", manifest.validation, folder, dtype, manifest.end_of_text)
+
+
+class JoinedShards:
+    """The shards of several sources, by name.
+
+    `train` and `validation` are those of all sources together, and `manifest` is the first source's: tokenizer and
+    end-of-text token are the same in all.
+    """
+
+    def __init__(self, sources: dict[str, Shards]):
+        self.sources, shards = sources, list(sources.values())
+        self.manifest = shards[0].manifest
+        self.train = TokenSplit.joined([each.train for each in shards])
+        self.validation = TokenSplit.joined([each.validation for each in shards])
 
 
 def is_prepared(config: DataConfig) -> bool:
     """Whether `config.path` is a folder of prepared shards rather than text."""
-    return len(config.paths) == 1 and (expand(config.paths[0]) / MANIFEST).is_file()
+    return not config.sources and len(config.paths) == 1 and (expand(config.paths[0]) / MANIFEST).is_file()
 
 
 def open_shards(folder: str | Path, tokenizer: Tokenizer | None = None) -> Shards:

@@ -3,55 +3,79 @@
 from __future__ import annotations
 
 import glob
-import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from polygpt.data import builtin
+from polygpt.data import builtin, hub
+from polygpt.data.catalogue import DATASETS
 from polygpt.data.config import BUILTIN, DataConfig
-from polygpt.data.reading import SUFFIXES, format_of, open_bytes, text_documents
-from polygpt.errors import RequestError
+from polygpt.data.formats import Part, part_name, parts_of, rows_of
+from polygpt.data.reading import SUFFIXES, format_of
+from polygpt.errors import RequestError, suggest
 from polygpt.files import expand
-
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class Document(NamedTuple):
-    """A text and its source: `FILE:N` for the N-th line or part of a file, or the name of a built-in text."""
+    """A text and its source: `FILE:N` for the N-th row or part of a file, or the name of a built-in text."""
 
     name: str
     text: str
 
 
 @dataclass
-class InvalidText:
-    """How much text was not UTF-8: documents that contained some, and invalid sequences in them."""
+class Tally:
+    """What was read: `documents` that are not empty, and what was left out or replaced.
+
+    Attributes:
+        documents: texts that were found, invalid ones included.
+        empty: rows without text.
+        invalid: documents that contained bytes that are not UTF-8, and `sequences` of such bytes.
+    """
 
     documents: int = 0
+    empty: int = 0
+    invalid: int = 0
     sequences: int = 0
+
+    def add(self, other: Tally) -> None:
+        """Adds another tally's counts."""
+        for name, count in vars(other).items():
+            setattr(self, name, getattr(self, name) + count)
 
 
 class Source:
     """Documents; can be iterated any number of times. Empty documents and blank lines are left out.
 
     Attributes:
-        invalid: what the last iteration replaced or skipped.
+        tally: of the last iteration.
     """
 
     def __init__(self, config: DataConfig, files: tuple[str | Path, ...]):
         """`files` are paths or the word `builtin`, found by `open_source`."""
         self.config = config
         self.files = files
-        self.invalid = InvalidText()
+        self.tally = Tally()
 
     def describe(self) -> str:
         """Names the files in one line."""
         names = [builtin.describe() if file == BUILTIN else str(file) for file in self.files]
         return ", ".join(names[:3]) + (f" and {len(names) - 3} more files" if len(names) > 3 else "")
+
+    def parts(self) -> Iterator[Part]:
+        """Portions that can be read by themselves, in order. They depend on the files alone.
+
+        Raises:
+            RequestError: a file cannot be read, or is not what its suffix says.
+        """
+        for file in self.files:
+            if file == BUILTIN:
+                yield Part(BUILTIN)
+            else:
+                for path in hub.fetched(str(file)) if _is_remote(file) else [Path(file)]:
+                    yield from parts_of(path)
 
     def __iter__(self) -> Iterator[Document]:
         """Yields each document.
@@ -60,86 +84,61 @@ class Source:
             RequestError: a file is not in the format of its suffix, is not UTF-8 (if that is refused), or no file has
                 any text.
         """
-        self.invalid = InvalidText()
-        empty = True
-        for file in self.files:
-            for document in self._builtin() if file == BUILTIN else self._file(Path(file)):
-                if document.text:
-                    empty = False
-                    yield document
-        if empty:
-            skipped = f" ({self.invalid.documents} documents were skipped)" if self.invalid.documents else ""
-            raise RequestError(f"{self.describe()}: no text in it{skipped}")
+        self.tally = Tally()
+        for file, parts in groupby(self.parts(), lambda part: part.file):
+            tally = Tally()  # of this file
+            for part in parts:
+                yield from self.read(part, tally)
+            self.tally.add(tally)
+            self.check(file, tally)
+        self.check_not_empty()
 
-    def _builtin(self) -> Iterator[Document]:
-        for name, data in builtin.topics():
-            yield Document(name, data.decode())
-        for name, path in builtin.library_files():
-            with open_bytes(path) as stream:
-                data = stream.read()
-            yield Document(name, data.decode(errors="replace"))  # a few old modules are Latin-1
+    def read(self, part: Part, tally: Tally) -> Iterator[Document]:
+        """The documents of one part; adds what it finds to `tally`.
 
-    def _file(self, path: Path) -> Iterator[Document]:
-        policy = self.config.invalid_utf8
-        bad, seen = InvalidText(), 0  # of this file
-        for number, text, sequences in self._texts(path):
-            seen += 1
-            if sequences:
-                for counts in (bad, self.invalid):
-                    counts.documents += 1
-                    counts.sequences += sequences
-                if policy == "skip":
-                    continue
-            if not (bad.documents and policy == "refuse"):  # an invalid file is read to the end, to count all of it
-                yield Document(f"{path}:{number}", text)
-        if bad.documents and policy == "refuse":
+        Of invalid documents, if they are refused, all are counted, but neither they nor later ones are yielded.
+
+        Raises:
+            RequestError: the part is not in the format of its file's suffix.
+        """
+        if part.file == BUILTIN:
+            for name, data in builtin.texts():
+                tally.documents += 1
+                yield Document(name, data.decode(errors="replace"))  # a few old modules are Latin-1
+            return
+        policy, name = self.config.invalid_utf8, part_name(part)
+        for number, text, sequences in rows_of(part, self.config.text_key):
+            if not text:
+                tally.empty += 1
+                continue
+            tally.documents += 1
+            tally.invalid += sequences > 0
+            tally.sequences += sequences
+            if (sequences and policy == "skip") or (tally.invalid and policy == "refuse"):
+                continue
+            yield Document(f"{name}:{number}", text)
+
+    def check(self, file: str, tally: Tally) -> None:
+        """Refuses a file that is not UTF-8, unless `invalid_utf8` says otherwise; `tally` is of the whole file."""
+        if tally.invalid and self.config.invalid_utf8 == "refuse":
             raise RequestError(
-                f"{path}: {bad.documents} of {seen} documents are not UTF-8 ({bad.sequences} sequences);\n"
+                f"{file}: {tally.invalid} of {tally.documents} documents are not UTF-8 ({tally.sequences} sequences);\n"
                 "convert the file, or set data.invalid_utf8 to 'replace' (U+FFFD) or 'skip' (leave them out)"
             )
 
-    def _texts(self, path: Path) -> Iterator[tuple[int, str, int]]:
-        """The number of each non-empty text, the text, and how many sequences in it became U+FFFD."""
-        is_json = format_of(path) == "jsonl"
-        with open_bytes(path) as stream:
-            for number, data in enumerate(stream if is_json else text_documents(stream), start=1):
-                text, sequences = _decode(data.removeprefix(BYTE_ORDER_MARK) if number == 1 else data)
-                if is_json and text.strip():
-                    text, surrogates = self._from_json(text, f"{path} line {number}")
-                    sequences += surrogates
-                elif is_json:
-                    continue  # a blank line
-                if text:
-                    yield number, text, sequences
-
-    def _from_json(self, line: str, where: str) -> tuple[str, int]:
-        """The text of a line's object, and how many lone surrogates in it became U+FFFD."""
-        try:
-            value: Any = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise RequestError(f"{where}: not JSON ({error})") from None
-        key = self.config.text_key
-        if not isinstance(value, dict):
-            raise RequestError(f"{where}: an object with the key '{key}' is needed, not {type(value).__name__}")
-        if key not in value:
-            keys = ", ".join(list(value)[:8]) or "none"
-            raise RequestError(f"{where}: no key '{key}'; its keys are: {keys} (set data.text_key to one)")
-        if not isinstance(value[key], str):
-            raise RequestError(f"{where}: '{key}' must be text, not {type(value[key]).__name__}")
-        return re.subn("[\ud800-\udfff]", REPLACEMENT, value[key])
-
-
-def _decode(data: bytes) -> tuple[str, int]:
-    """The text, and how many invalid byte sequences in it became U+FFFD."""
-    try:
-        return data.decode(), 0
-    except UnicodeDecodeError:
-        text = data.decode(errors="replace")
-        return text, text.count(REPLACEMENT) - data.count(REPLACEMENT.encode())
+    def check_not_empty(self) -> None:
+        """Refuses a source without any text, after it was read."""
+        skipped = self.tally.invalid if self.config.invalid_utf8 == "skip" else 0
+        if self.tally.documents == skipped:
+            hint = f" ({skipped} documents were skipped)" if skipped else ""
+            raise RequestError(f"{self.describe()}: no text in it{hint}")
 
 
 def open_source(config: DataConfig) -> Source:
-    """The documents that `config.path` names. Files are found now, and read during iteration.
+    """The documents that `config.path` names. Local files are found now, and read during iteration.
+
+    A file or folder has precedence over a data set of the same name (`polygpt data list`). Files on a hub are found and
+    downloaded during iteration.
 
     Raises:
         RequestError: a path is missing, a glob matches nothing, or a file's suffix is not one that is read.
@@ -148,10 +147,33 @@ def open_source(config: DataConfig) -> Source:
     return Source(config, tuple(dict.fromkeys(files)))  # a file that two globs match is read once
 
 
+def _is_remote(file: str | Path) -> bool:
+    return isinstance(file, str) and file.startswith(hub.PREFIX)
+
+
+def _not_found(path: str) -> RequestError:
+    known = [BUILTIN, *DATASETS]
+    near = suggest(path, known) if "/" not in path and "." not in path else ""
+    hint = (
+        near
+        if "did you mean" in near
+        else "data.path is a file, a folder, a glob, 'builtin', or a name of: polygpt data list"
+    )
+    return RequestError(f"{path}: no such file; {hint}")
+
+
 def _files(path: str) -> list[str | Path]:
     if path == BUILTIN:
         return [BUILTIN]
     found = expand(path)
+    if path.startswith(hub.PREFIX) and not found.exists():
+        hub.check_name(path)
+        return [path]
+    if path in DATASETS and not found.exists():
+        dataset = DATASETS[path]
+        if not dataset.is_read:
+            raise RequestError(f"{path}: download it from {dataset.where} first, and give data.path=FILE")
+        return [dataset.where]
     if found.is_dir():
         return _folder(found)
     if not found.exists() and glob.has_magic(path):
@@ -163,7 +185,7 @@ def _files(path: str) -> list[str | Path]:
         files = [found]
     for file in files:
         if not file.exists():
-            raise RequestError(f"{path}: no such file; data.path is a file, a folder, a glob or 'builtin'")
+            raise _not_found(path)
         if not file.is_file():
             raise RequestError(f"{path}: not a regular file")
         if format_of(file) is None:

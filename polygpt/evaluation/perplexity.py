@@ -66,15 +66,15 @@ class Text(NamedTuple):
 def read_text(path: Path, documents: bool = False, text_key: str = "text") -> list[str]:
     """The documents of a UTF-8 file, read as training reads them (.gz and .zst are decompressed).
 
-    Those of a .jsonl file are the `text_key` of its lines. Any other file is one text, `<|endoftext|>` in it ordinary
-    text; with `documents` that mark divides it. A byte order mark at the beginning is removed.
+    Those of a .jsonl, .csv or .parquet file are the `text_key` of its rows. Any other file is one text, `<|endoftext|>`
+    in it ordinary text; with `documents` that mark divides it. A byte order mark at the beginning is removed.
 
     Raises:
         RequestError: it is missing, a folder, empty, not UTF-8, or a line is malformed.
     """
     if path.is_dir():
         raise RequestError(f"{path}: is a folder; give a file of text, or a .jsonl file of documents")
-    if not documents and format_of(path) != "jsonl":
+    if not documents and format_of(path) in ("text", None):
         return [_whole(path)]
     try:
         return [document.text for document in Source(DataConfig(path=str(path), text_key=text_key), (path,))]

@@ -163,10 +163,16 @@ class Model:
         decoder = self.module(params)
         return decoder.logits(decoder(tokens).hidden)
 
-    def nll(self, params: Params, tokens: Int[Array, "B T"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
+    def nll(
+        self,
+        params: Params,
+        tokens: Int[Array, "B T"],
+        targets: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T"]:
         """Negative log likelihood of each target in nats, float32; nothing is dropped and every part is causal."""
         decoder = self.module(params)
-        return decoder.nll(decoder(tokens).hidden, targets)
+        return decoder.nll(decoder(tokens, segment_ids=segment_ids).hidden, targets)
 
     def loss(
         self,

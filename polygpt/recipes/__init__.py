@@ -94,7 +94,7 @@ _PLACEHOLDERS = {
         "MODEL",
         "the model to start from: a run's folder, a Hugging Face folder, hf:owner/name, a .gguf",
     ),
-    "data.path": ("FILE", "the text to train on: a .txt or .jsonl file, a folder, a glob"),
+    "data.path": ("FILE", "the text to train on: a .txt, .jsonl, .csv or .parquet file, a folder, a glob"),
 }
 
 

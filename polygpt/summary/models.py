@@ -80,8 +80,9 @@ def _vocabulary(run: RunConfig) -> tuple[int, str, bool]:
 
     tokenizer = run.tokenizer
     try:
-        if is_prepared(run.data):
-            return open_shards(run.data.paths[0]).manifest.vocab_size, "that of the prepared shards", False
+        for data in run.data.each().values():
+            if is_prepared(data):
+                return open_shards(data.paths[0]).manifest.vocab_size, "that of the prepared shards", False
         match tokenizer.kind:
             case "byte":
                 return 256 + len(tokenizer.specials), "every byte", True
@@ -89,9 +90,9 @@ def _vocabulary(run: RunConfig) -> tuple[int, str, bool]:
                 return tokenizer.vocab_size, "tokenizer.vocab_size; a short text gives fewer", True
             case "file":
                 return load_tokenizer(tokenizer.path).vocab_size, f"that of {tokenizer.path}", False
-        source = open_source(run.data)
-        if sum(Path(file).stat().st_size for file in source.files) <= LARGEST_TEXT:
-            alphabet = set().union(*(document.text for document in source))
+        sources = [open_source(data) for data in run.data.each().values()]
+        if sum(Path(file).stat().st_size for source in sources for file in source.files) <= LARGEST_TEXT:
+            alphabet = set().union(*(document.text for source in sources for document in source))
             return len(alphabet) + len(tokenizer.specials), "the characters of the text", False
     except (PolygptError, OSError):  # training reports what is wrong
         pass

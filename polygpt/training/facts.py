@@ -6,20 +6,22 @@ from typing import Any
 
 import jax
 
+from polygpt.data import Loader, MixedLoader
 from polygpt.model import Model
 from polygpt.process import memory_not_kept
 from polygpt.training.config import RunConfig
 from polygpt.training.optimizers import in_steps
 
 
-def facts(config: RunConfig, model: Model, batches: int) -> dict[str, Any]:
-    """What is worth knowing about the run, by name; `batches` make an epoch."""
+def facts(config: RunConfig, model: Model, loader: Loader | MixedLoader) -> dict[str, Any]:
+    """What is worth knowing about the run, by name."""
     device = jax.local_devices()[0]
     return {
         "device": f"{device.platform} ({device.device_kind})",
         "attention": model.attention_implementation(),
         "tokens a step": config.training.batch_size * config.model.context_length,
-        "steps an epoch": batches,
+        "steps an epoch": loader.num_batches,
+        **loader.facts(config.training.steps),
     }
 
 

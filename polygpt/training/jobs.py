@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import numpy as np
 
 from polygpt import checkpoint
+from polygpt.data import Loader
 from polygpt.evaluation import EvaluationConfig, Ready
 from polygpt.language_model import LanguageModel
 from polygpt.loading import read_origin
@@ -45,36 +46,53 @@ def is_due(job: Job, step: int) -> bool:
 
 
 class Validation:
-    """Loss on the validation windows: during training on some of them, the same every time; at the end on all."""
+    """Loss on the validation windows: during training on some of them, the same every time; at the end on all.
+
+    Of a mixture, each source is measured by itself as well.
+    """
 
     def __init__(self, run: Run, weights: Weights, emit: Listener):
         self.weights = weights
         training, self.emit, self.loader = run.config.training, emit, run.validation_loader
         self.every = in_steps(training.eval_every, training.steps)
-        self.batches = training.eval_batches or self.loader.num_batches
+        self.sources, self.batches = run.source_loaders, training.eval_batches
         self.text = run.shards.validation.fingerprint[:12]
-        self.tokens_per_byte = run.shards.validation.tokens / run.shards.validation.bytes
         model = model_of(run.config.model)
         self.sums = jax.jit(lambda params, batch: nll_sums(model, params, batch))
 
     def run(self, state: TrainState, last: bool) -> None:
-        count = self.loader.num_batches
-        wanted = count if last else min(self.batches, count)
-        indices = np.linspace(0, count - 1, wanted).round().astype(int)
+        step, found = int(state.step), self._measure(self.loader, state, last)
+        self.latest = Evaluated(step, found.loss, found.bits_per_byte, found.full)
+        self.compared = found.compared
+        self.emit(self.latest)
+        for name, loader in self.sources.items():
+            found = self._measure(loader, state, last)
+            metrics = {f"{name}/val_loss": found.loss, f"{name}/val_bits_per_byte": found.bits_per_byte}
+            self.emit(Measured(step, metrics))
+
+    def _measure(self, loader: Loader, state: TrainState, last: bool) -> _Measurement:
+        count = loader.num_batches
+        every = np.linspace(0, count - 1, min(self.batches or count, count)).round().astype(int)
+        indices = np.arange(count) if last else every
         weights, sums = self.weights(state), {}
         for previous, index in zip([None, *indices[:-1]], indices, strict=True):
-            sums[index] = self.sums(weights, Batch.of(self.loader.batch(int(index))))
+            sums[index] = self.sums(weights, Batch.of(loader.batch(int(index))))
             if previous is not None:  # at most two are computed ahead, so that an interruption need not wait for all
                 jax.block_until_ready(sums[previous])
         loss = _mean(sums.values())
         if not math.isfinite(loss):
             raise checkpoint.NotFiniteError(f"step {int(state.step)}: validation loss {loss}")
-        bits = loss * self.tokens_per_byte / math.log(2)
-        self.latest = Evaluated(int(state.step), loss, bits, full=wanted == count)
-        # On the windows that every evaluation reads, so that losses can be compared.
-        every = np.linspace(0, count - 1, min(self.batches, count)).round().astype(int)
-        self.compared = _mean(sums[index] for index in every)
-        self.emit(self.latest)
+        bits = loss * loader.split.tokens / loader.split.bytes / math.log(2)
+        return _Measurement(loss, bits, len(indices) == count, _mean(sums[index] for index in every))
+
+
+class _Measurement(NamedTuple):
+    """Nats per token, bits per byte, whether they are of all windows, and the loss on those that are always read."""
+
+    loss: float
+    bits_per_byte: float
+    full: bool
+    compared: float
 
 
 def _mean(sums: Iterable[jax.Array]) -> float:

@@ -14,6 +14,7 @@ from typing import NoReturn
 from polygpt import checkpoint
 from polygpt.checkpoint import NotFiniteError
 from polygpt.errors import PolygptError, RequestError
+from polygpt.files import expand
 from polygpt.loading import CHECKPOINTS, CONFIG
 from polygpt.model import model_of
 from polygpt.process import command_line
@@ -30,7 +31,7 @@ from polygpt.training.optimizers import ParameterGroups
 from polygpt.training.profiling import Profile
 from polygpt.training.restoring import Restoring
 from polygpt.training.resume import finished_result, with_changes
-from polygpt.training.run_folder import Run, create_run, naming_evaluation, open_run, read_config, write_config
+from polygpt.training.run_folder import Run, create_run, naming, open_run, read_config, write_config
 from polygpt.training.saving import Saving
 from polygpt.training.step import Batch, Trainer, TrainState
 
@@ -61,7 +62,7 @@ def train(
         Interrupted: SIGINT or SIGTERM came; a checkpoint was saved.
     """
     started = time.perf_counter()
-    out = Path(out).expanduser()
+    out = expand(out)
     emit = emitter(standard_listeners() if listeners is None else listeners)
     try:
         if profile is not None and config is not None:
@@ -110,7 +111,7 @@ def _opened(config: RunConfig | None, out: Path, resume: bool, emit: Listener) -
         raise RequestError(f"train takes a RunConfig, such as polygpt.load_recipe('demo'), not {config!r:.60}")
     # Mistakes in these are found first: preparing the data may take long.
     for index, evaluation in enumerate(config.training.evaluations if config is not None else ()):
-        with naming_evaluation(index):
+        with naming(f"training.evaluations.{index}"):
             evaluation.check()
     check_trackers(config.training.trackers if config is not None else ())
 
@@ -129,7 +130,8 @@ def _opened(config: RunConfig | None, out: Path, resume: bool, emit: Listener) -
 
 def _check(run: Run) -> None:
     """Refuses a run whose data is too short or whose model cannot be built, before its folder is written."""
-    _ = run.train_loader, run.validation_loader, run.evaluations
+    run.train_loader.facts(run.config.training.steps)  # refuses sources that do not last so long
+    _ = run.validation_loader, run.source_loaders, run.evaluations
     model = model_of(run.config.model)
     model.check()
     model.attention_implementation()  # refuses one that cannot run here
@@ -176,7 +178,7 @@ class _Loop:
                     self.folder,
                     int(state.step),
                     self.model.num_parameters,
-                    facts(self.config, self.model, self.loader.num_batches),
+                    facts(self.config, self.model, self.loader),
                     held_out=self.validation.text,
                 )
             )

@@ -2,7 +2,7 @@
 
 config.yaml      the resolved configuration
 tokenizer.json   the tokenizer
-data/            token shards (absent if `data.path` is a folder of prepared shards)
+data/            token shards, in a folder for each source of a mixture (absent if they were prepared before)
 checkpoints/     verified steps; best.json says which had the lowest validation loss, if that is kept
 .lock            held while a process trains in the folder
 metrics.jsonl    one JSON object per line: what it is (`event`), `step`, and `loss`, `val_loss` or other metrics
@@ -23,10 +23,22 @@ from typing import Any
 
 from polygpt import checkpoint
 from polygpt.config import read_yaml, to_yaml, validate
-from polygpt.data import Loader, Shards, TokenSplit, is_prepared, open_shards, open_source, prepare, training_texts
+from polygpt.data import (
+    DataConfig,
+    JoinedShards,
+    Loader,
+    MixedLoader,
+    Shards,
+    TokenSplit,
+    is_prepared,
+    open_shards,
+    open_source,
+    prepare,
+    training_texts,
+)
 from polygpt.errors import PolygptError, RequestError
 from polygpt.evaluation import EvaluationConfig, Ready
-from polygpt.files import check_checkpoint_path, new_folder, remove_folder, write_text
+from polygpt.files import check_checkpoint_path, expand, new_folder, remove_folder, write_text
 from polygpt.loading import CHECKPOINTS, CONFIG, TOKENIZER, write_origin
 from polygpt.model import ModelConfig
 from polygpt.process import command_line
@@ -46,29 +58,38 @@ class Run:
     folder: Path
     config: RunConfig
     tokenizer: Tokenizer
-    shards: Shards
+    shards: Shards | JoinedShards
 
     @cached_property
-    def train_loader(self) -> Loader:
+    def train_loader(self) -> Loader | MixedLoader:
         """Training batches.
 
         Raises:
             RequestError: the training text is shorter than a window.
         """
-        training, context = self.config.training, self.config.model.context_length
-        return Loader(
-            self.shards.train,
-            context_length=context,
-            batch_size=training.batch_size,
-            stride=self.config.data.stride,
-            seed=training.seeds.data,
-        )
+        training, sources = self.config.training, self.config.data.sources
+        if not sources:
+            return self._loader(self.shards.train, stride=self.config.data.stride, seed=training.seeds.data)
+        loaders = {}
+        for index, (name, shards) in enumerate(self.shards.sources.items()):
+            with naming(f"data.sources.{index}"):
+                loaders[name] = self._loader(shards.train, stride=self.config.data.stride, seed=training.seeds.data)
+        return MixedLoader(loaders, [each.weight for each in sources], [each.epochs for each in sources])
+
+    def _loader(self, split: TokenSplit, **options: Any) -> Loader:
+        size, context = self.config.training.batch_size, self.config.model.context_length
+        return Loader(split, context_length=context, batch_size=size, packing=self.config.data.packing, **options)
 
     @cached_property
     def validation_loader(self) -> Loader:
-        """Validation batches, in order."""
-        size, context = self.config.training.batch_size, self.config.model.context_length
-        return Loader(self.shards.validation, context_length=context, batch_size=size, shuffle=False)
+        """Validation batches, in order; of a mixture, those of all sources."""
+        return self._loader(self.shards.validation, shuffle=False)
+
+    @cached_property
+    def source_loaders(self) -> dict[str, Loader]:
+        """Validation batches of each source of a mixture, by name."""
+        sources = self.shards.sources if self.config.data.sources else {}
+        return {name: self._loader(shards.validation, shuffle=False) for name, shards in sources.items()}
 
     @cached_property
     def evaluations(self) -> list[tuple[EvaluationConfig, Ready]]:
@@ -79,18 +100,18 @@ class Run:
         """
         ready = []
         for index, evaluation in enumerate(self.config.training.evaluations):
-            with naming_evaluation(index):
+            with naming(f"training.evaluations.{index}"):
                 ready.append((evaluation, evaluation.prepare(self.tokenizer, self.config.model.context_length)))
         return ready
 
 
 @contextmanager
-def naming_evaluation(index: int) -> Iterator[None]:
-    """Adds the key of an entry of `training.evaluations` to a refusal."""
+def naming(key: str) -> Iterator[None]:
+    """Adds the key of a setting to a refusal."""
     try:
         yield
     except RequestError as error:
-        raise RequestError(f"training.evaluations.{index}: {error}") from None
+        raise RequestError(f"{key}: {error}") from None
 
 
 def create_run(config: RunConfig, folder: Path, note: Callable[[str], None], check: Callable[[Run], None]) -> Run:
@@ -134,10 +155,8 @@ def open_run(folder: Path, note: Callable[[str], None] | None = None) -> Run:
     config = read_config(folder)
     tokenizer = load_tokenizer(folder / TOKENIZER)
     own = folder / DATA
-    if own.exists():
-        return Run(folder, config, tokenizer, open_shards(own, tokenizer))
-    if is_prepared(config.data):
-        return Run(folder, config, tokenizer, open_shards(config.data.paths[0], tokenizer))
+    if not _missing(config, own):
+        return Run(folder, config, tokenizer, _open(config, own, tokenizer))
     if note is None:
         command = command_line("train", "--resume", "--out", folder)
         raise RequestError(f"{own}: the prepared data is missing; prepare it again and continue with: {command}")
@@ -146,12 +165,13 @@ def open_run(folder: Path, note: Callable[[str], None] | None = None) -> Run:
 
 def _prepare_again(run: Run, note: Callable[[str], None]) -> Run:
     """The run with its missing shards, prepared as they were; other ones are refused and removed."""
-    own, path = run.folder / DATA, run.config.data.path
+    own, data = run.folder / DATA, run.config.data
+    path = ", ".join(str(each.path) for each in data.each().values())
     note(f"data: {own} is missing; preparing it again from {path}")
     run = dataclasses.replace(run, shards=_write_shards(run.config, run.tokenizer, own, note))
     saved = checkpoint.newest(run.folder / CHECKPOINTS, warn=note)
     data = saved.info.get("fingerprints", {}).get("data") if saved is not None else None
-    if data is not None and data != run.train_loader.split.fingerprint:
+    if data is not None and data != run.shards.train.fingerprint:
         remove_folder(own)
         raise RequestError(
             f"{own}: is missing, and cannot be prepared again: data.path={path} now gives other tokens than those of "
@@ -224,38 +244,80 @@ def resolve_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
     return model
 
 
-def _prepare(config: RunConfig, partial: Path, note: Callable[[str], None]) -> tuple[Tokenizer, Shards]:
-    if is_prepared(config.data):
-        folder = Path(config.data.paths[0]).expanduser()
-        wanted = config.tokenizer
-        path = wanted.path if wanted.kind == "file" else folder / TOKENIZER
-        if wanted.kind == "initial":
-            check_prepared(config, folder)
-        note(f"data: prepared shards in {folder}, with their own tokenizer")
-        tokenizer = load_tokenizer(path)
-        return tokenizer, open_shards(folder, tokenizer)
-    source = open_source(config.data)
-    note(f"data: {source.describe()}")
-    # An alphabet says next to nothing about the held-out text, and a character outside it could not be encoded.
-    whole = config.tokenizer.kind == "char"
-    texts = (document.text for document in source) if whole else training_texts(source, config.data)
-    initial = config.tokenizer.kind == "initial"
-    tokenizer = initial_tokenizer(config) if initial else train_tokenizer(config.tokenizer, texts)
-    note(f"tokenizer: {config.tokenizer.kind}, {tokenizer.vocab_size} ids, {tokenizer.fingerprint[:12]}")
+def _folders(config: RunConfig, own: Path) -> dict[str, Path]:
+    """The folder of shards of each source: its own, or one in the run's folder of data."""
+    each = config.data.each().items()
+    return {name: expand(data.paths[0]) if is_prepared(data) else own / name for name, data in each}
+
+
+def _missing(config: RunConfig, own: Path) -> bool:
+    """Whether shards that belong in the run's folder are not there."""
+    return any(not folder.exists() for folder in _folders(config, own).values() if own in (folder, folder.parent))
+
+
+def _open(config: RunConfig, own: Path, tokenizer: Tokenizer) -> Shards | JoinedShards:
+    return _joined({name: open_shards(folder, tokenizer) for name, folder in _folders(config, own).items()})
+
+
+def _joined(shards: dict[str, Shards]) -> Shards | JoinedShards:
+    return shards[""] if "" in shards else JoinedShards(shards)
+
+
+def _prepare(config: RunConfig, partial: Path, note: Callable[[str], None]) -> tuple[Tokenizer, Shards | JoinedShards]:
+    tokenizer = _tokenizer(config, note)
     return tokenizer, _write_shards(config, tokenizer, partial / DATA, note)
 
 
-def _write_shards(config: RunConfig, tokenizer: Tokenizer, folder: Path, note: Callable[[str], None]) -> Shards:
-    source = open_source(config.data)
-    shards = prepare(source, tokenizer, folder, config.data)
-    if source.invalid.documents:
-        note(f"data: {source.invalid.documents} documents were not UTF-8 ({config.data.invalid_utf8})")
+def _tokenizer(config: RunConfig, note: Callable[[str], None]) -> Tokenizer:
+    """That of the first prepared source, if there is one, or the configured one, trained on all sources."""
+    each, wanted = config.data.each().values(), config.tokenizer
+    prepared = next((expand(data.paths[0]) for data in each if is_prepared(data)), None)
+    if prepared is not None:
+        path = wanted.path if wanted.kind == "file" else prepared / TOKENIZER
+        if wanted.kind == "initial":
+            check_prepared(config, prepared)
+        note(f"data: prepared shards in {prepared}, with their own tokenizer")
+        return load_tokenizer(path)
+    sources = [(open_source(data), data) for data in each]
+    note(f"data: {'; '.join(source.describe() for source, _ in sources)}")
+    # An alphabet says next to nothing about the held-out text, and a character outside it could not be encoded.
+    whole = wanted.kind == "char"
+    texts = (
+        text
+        for source, data in sources
+        for text in ((document.text for document in source) if whole else training_texts(source, data))
+    )
+    tokenizer = initial_tokenizer(config) if wanted.kind == "initial" else train_tokenizer(wanted, texts)
+    note(f"tokenizer: {wanted.kind}, {tokenizer.vocab_size} ids, {tokenizer.fingerprint[:12]}")
+    return tokenizer
+
+
+def _write_shards(
+    config: RunConfig, tokenizer: Tokenizer, own: Path, note: Callable[[str], None]
+) -> Shards | JoinedShards:
+    """Prepares what has to be and is not in the folder `own` yet, and opens all."""
+    each, shards = config.data.each(), {}
+    for name, folder in _folders(config, own).items():
+        if own in (folder, folder.parent) and not folder.exists():
+            shards[name] = _write_source(each[name], tokenizer, folder, name or "shards", note)
+        else:
+            shards[name] = open_shards(folder, tokenizer)
+    return _joined(shards)
+
+
+def _write_source(
+    data: DataConfig, tokenizer: Tokenizer, folder: Path, name: str, note: Callable[[str], None]
+) -> Shards:
+    source = open_source(data)
+    shards = prepare(source, tokenizer, folder, data)
+    if source.tally.invalid:
+        note(f"data: {source.tally.invalid} documents were not UTF-8 ({data.invalid_utf8})")
     lost = shards.manifest.validation.lost_bytes
     if lost:
         note(f"data: the tokenizer has no tokens for {lost:,} bytes of held-out text; bits per byte leave them out")
     train, validation = shards.train, shards.validation
     note(
-        f"shards: {train.tokens:,} tokens of {_documents(train)} to train on, {validation.tokens:,} of "
+        f"{name}: {train.tokens:,} tokens of {_documents(train)} to train on, {validation.tokens:,} of "
         f"{_documents(validation)} held out ({validation.bytes:,} bytes)"
     )
     return shards

@@ -12,7 +12,6 @@ from jaxtyping import PyTree
 
 from polygpt import checkpoint
 from polygpt.checkpoint import Keep, NotFiniteError, Snapshot
-from polygpt.data import ORDER
 from polygpt.errors import PolygptError
 from polygpt.files import write_text
 from polygpt.loading import BEST, CHECKPOINTS
@@ -55,11 +54,11 @@ def fingerprints(run: Run) -> dict[str, str]:
         "param_dtype": model.param_dtype,
         "batch_size": training.batch_size,
         "stride": run.train_loader.stride,
-        "order": ORDER,
+        "order": run.train_loader.order,
         "optimizer": training.optimizer.kind,
     }
     return {
-        "data": run.train_loader.split.fingerprint,
+        "data": run.shards.train.fingerprint,
         "tokenizer": run.tokenizer.fingerprint,
         "seed": _digest([training.seeds.data, training.seeds.dropout]),
         "configuration": _digest(configuration),

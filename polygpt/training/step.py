@@ -288,5 +288,5 @@ def _norm(tree: PyTree) -> Float[Array, ""]:
 
 def nll_sums(model: Model, params: Params, batch: Batch) -> Float[Array, "2"]:
     """(Σ nats, Σ tokens) of a batch, without dropout."""
-    nll = model.nll(params, batch.input, batch.target)
+    nll = model.nll(params, batch.input, batch.target, batch.segment_ids)
     return jnp.stack([(nll * batch.mask).sum(), batch.mask.sum()])

@@ -7,7 +7,7 @@ import pytest
 import zstandard
 
 from polygpt.config import validate
-from polygpt.data import DataConfig, open_source, reading
+from polygpt.data import DataConfig, Tally, formats, open_source
 from polygpt.errors import RequestError
 
 
@@ -32,7 +32,7 @@ def test_a_text_file_is_one_document_byte_for_byte(tmp_path):
 
 @pytest.mark.parametrize("chunk", [1, 7, 13, 14, 1 << 20])
 def test_a_text_file_divides_at_end_of_text(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(reading, "CHUNK", chunk)
+    monkeypatch.setattr(formats, "CHUNK", chunk)
     path = write(tmp_path / "a.txt", "one\ntwo\n<|endoftext|>\n\n<|endoftext|>three<|endoftex<|endoftext|>\r\nfour\n")
     assert texts(path) == ["one\ntwo", "three<|endoftex", "four"]
 
@@ -145,7 +145,7 @@ def test_text_that_is_not_utf8_is_replaced_or_skipped_and_counted(tmp_path):
         source = open_source(DataConfig(path=path, invalid_utf8=policy))
         for _ in range(2):  # counted anew each time
             assert [document.text for document in source] == expected
-            assert (source.invalid.documents, source.invalid.sequences) == (2, 4)
+            assert (source.tally.invalid, source.tally.sequences) == (2, 4)
 
 
 def test_a_source_without_text_is_refused(tmp_path):
@@ -228,3 +228,68 @@ def test_a_list_of_paths_is_read_from_yaml_and_written_back():
     config = validate(DataConfig, {"path": ["a.txt", "b.txt"]})
     assert config.paths == ("a.txt", "b.txt")
     assert validate(DataConfig, config.to_dict()) == config
+
+
+CSV = 'id,text\r\n1,one\n2,"two, with a comma\nand a line"\n3,\n\n4,four é\n'
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_csv_takes_the_column(tmp_path, suffix):
+    compress = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}[suffix]
+    path = write(tmp_path / f"a.csv{suffix}", compress(b"\xef\xbb\xbf" + CSV.encode()))
+    source = open_source(DataConfig(path=path))
+    expected = [(f"{path}:1", "one"), (f"{path}:2", "two, with a comma\nand a line"), (f"{path}:5", "four é")]
+    assert list(source) == expected
+    assert (source.tally.documents, source.tally.empty) == (3, 1)
+    assert texts(path, text_key="id") == ["1", "2", "3", "4"]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("id,body\n1,x\n", r"no column 'text'; its columns are: id, body \(set data.text_key to one\)"),
+        ("id,text\n1\n", r"row 1 \(line 2\) has 1 fields, the header 2"),
+        ('id,text\n1,x\n2,"open', r"line 3 is not CSV"),
+        ("text,id\n", "no text in it"),
+        ("", "no text in it"),
+        (b"text\nok\na\xffb\n", r"1 of 2 documents are not UTF-8 \(1 sequences\)"),
+    ],
+)
+def test_a_csv_file_that_cannot_be_right_is_refused(tmp_path, data, message):
+    path = write(tmp_path / "a.csv", data)
+    with pytest.raises(RequestError, match=message) as caught:
+        texts(path)
+    assert path in str(caught.value)
+
+
+def test_a_csv_field_may_be_long(tmp_path):
+    assert texts(write(tmp_path / "a.csv", "text\n" + "x" * 300_000 + "\n")) == ["x" * 300_000]
+
+
+@pytest.mark.parametrize("size", [1, 5, 13, 14, 40, 10_000])
+@pytest.mark.parametrize("chunk", [3, 1 << 20])
+def test_files_read_part_by_part_are_the_same(tmp_path, monkeypatch, size, chunk):
+    """However long parts are, each document is in one of them; a part can be read without those before it."""
+    monkeypatch.setattr(formats, "PART_BYTES", size)
+    monkeypatch.setattr(formats, "CHUNK", chunk)
+    stories = "\ufeffone\n<|endoftext|><|endoftext|>\ntwo é<|endoftex<|endoftext|>\n\nthree\n<|endoftext|>\nfour\n"
+    write(tmp_path / "a.txt", stories)
+    write(
+        tmp_path / "b.jsonl", "\n" + jsonl(*({"text": f"line {i} é"} for i in range(9)), {"text": "last"}).rstrip("\n")
+    )
+    write(tmp_path / "c.txt", "no separator in it\n")
+    expected = ["one", "two é<|endoftex", "three", "four", *(f"line {i} é" for i in range(9)), "last"]
+    expected.append("no separator in it\n")
+    source = open_source(DataConfig(path=str(tmp_path)))
+    assert [document.text for document in source] == expected
+    parts = list(source.parts())
+    assert len(parts) > 3 or size == 10_000
+    found = {part: [document.text for document in source.read(part, Tally())] for part in reversed(parts)}
+    assert [text for part in parts for text in found[part]] == expected
+
+
+def test_a_line_is_named_by_the_byte_its_part_begins_at(tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "PART_BYTES", 20)
+    path = write(tmp_path / "a.jsonl", jsonl({"text": "one"}, {"text": "two"}) + "{not json}\n")
+    with pytest.raises(RequestError, match=r"a\.jsonl from byte 20 line 1: not JSON"):
+        texts(path)

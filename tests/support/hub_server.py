@@ -21,12 +21,16 @@ class Hub:
 
     Attributes:
         models: owner/name -> revision -> folder; `main` is what is meant without a revision.
+        datasets: the same of data sets, whose files may be in folders.
+        troubles: answers to the next requests for a data set's file or facts, in order: a status, or "broken".
         lies: files whose bytes are served changed, at the same length.
         address: http://127.0.0.1:PORT.
         requests: method and path of each request.
     """
 
     models: dict[str, dict[str, Path]]
+    datasets: dict[str, dict[str, Path]] = field(default_factory=dict)
+    troubles: list[int | str] = field(default_factory=list)
     lies: set[str] = field(default_factory=set)
     address: str = ""
     requests: list[str] = field(default_factory=list)
@@ -58,11 +62,43 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
         def answer(self, body: bool) -> None:
             hub.requests.append(f"{self.command} {self.path}")
             words = [unquote(word) for word in urlsplit(self.path).path.strip("/").split("/")]
+            if words[:2] == ["api", "datasets"] or words[0] == "datasets":
+                return self.of_dataset(words, body)
             if words[:2] == ["api", "models"]:
                 return self.tell(words[2:], body)
             if len(words) == 5 and words[2] == "resolve":
                 return self.file("/".join(words[:2]), words[3], words[4], body)
             return self.refuse("EntryNotFound", body)
+
+        def of_dataset(self, words: list[str], body: bool) -> None:
+            """A data set's facts (commit and files), or one of its files."""
+            facts = words[0] == "api"
+            repo, rest = "/".join(words[2:4] if facts else words[1:3]), words[4:]
+            revisions = hub.datasets.get(repo)
+            if hub.troubles:
+                trouble = hub.troubles.pop(0)
+                if trouble == "broken":
+                    self.close_connection = True
+                    return None
+                return self.send(b"{}", {"Retry-After": "3"}, body, int(trouble))
+            if revisions is None:
+                return self.refuse("RepoNotFound", body)
+            named = revisions | {commit_of(folder): folder for folder in revisions.values()}
+            revision = (rest[1] if len(rest) > 1 else "main") if facts else rest[0]
+            if revision not in named:
+                return self.refuse("RevisionNotFound", body)
+            folder = named[revision]
+            if facts:
+                files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+                siblings = [{"rfilename": name} for name in files]
+                told = {"id": repo, "sha": commit_of(folder), "siblings": siblings, "tags": []}
+                return self.send(json.dumps(told).encode(), {"Content-Type": "application/json"}, body)
+            path = folder / "/".join(rest[1:])
+            if not path.is_file():
+                return self.refuse("EntryNotFound", body)
+            data = path.read_bytes()
+            headers = {"X-Repo-Commit": commit_of(folder), "ETag": f'"{_entry(path, data)["oid"]}"'}
+            return self.send(data, headers, body)
 
         def folder(self, repo: str, revision: str) -> Path | None:
             revisions = hub.models.get(repo, {})

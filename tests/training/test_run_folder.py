@@ -170,3 +170,18 @@ def test_lines_come_back_whatever_they_hold_and_a_cut_one_is_left_out(tmp_path):
     path.write_bytes(text.encode()[:-4])  # within the é
     assert read_lines(path) == lines[:1]
     assert read_lines(tmp_path / "missing.jsonl") == []
+
+
+def test_a_run_on_packed_documents_says_how_much_is_padding_and_goes_on_as_it_began(workdir):
+    from polygpt.training import Started
+
+    documents = "".join(json.dumps({"text": line}) + "\n" for line in Path("text.txt").read_text().splitlines())
+    Path("text.jsonl").write_text(documents)
+    config = load_recipe(
+        "tiny.yaml", {"data.path": "text.jsonl", "data.packing": "documents", "model.context_length": 80}
+    )
+    seen = []
+    whole = train(config, workdir / "whole", listeners=[seen.append])
+    facts = next(event.facts for event in seen if isinstance(event, Started))
+    assert facts["packing"].startswith("documents, ")
+    assert whole.val_bits_per_byte > 0
