@@ -51,6 +51,8 @@ class Stepped:
         flops_utilization: share of the device's peak FLOP/s, from 0 to 1; given where `tokens_per_second` is.
         memory_bytes: peak of the device where its runtime reports it, otherwise of the process; given likewise.
         extra: auxiliary losses (weighted, not part of `loss`) and metrics of the model's parts, by name.
+        expert_load: the share of the batch's choices that each expert received, by layer; given where
+            `tokens_per_second` is, if there are experts.
     """
 
     step: int
@@ -63,6 +65,7 @@ class Stepped:
     flops_utilization: float | None = None
     memory_bytes: int | None = None
     extra: dict[str, float] = field(default_factory=dict)
+    expert_load: dict[int, list[float]] | None = None
 
 
 @dataclass(frozen=True)
