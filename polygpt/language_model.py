@@ -29,6 +29,7 @@ from polygpt.generation import (
     as_grammar,
     as_ids,
     as_prompts,
+    as_samples,
     as_seeds,
     as_stop_strings,
     continue_all,
@@ -290,7 +291,7 @@ class LanguageModel:
         search = {name: settings.pop(name) for name in BEAM_SETTINGS if name in settings}
         constraint = as_grammar(*(settings.pop(name, None) for name in CONSTRAINTS))
         sampler = validate(Sampler, settings)
-        samples = _number_of_samples(n)
+        samples = as_samples(n)
         stops = as_stop_strings(stop)
         if stops or chat or on_text is not None:
             _ = self.tokenizer  # refuses a model that has none
@@ -344,9 +345,3 @@ class LanguageModel:
         if chat:
             raise RequestError("chat=True lays out a message, which is text; a prompt of ids is taken as it is")
         return list(prompt)
-
-
-def _number_of_samples(n: int | None) -> int:
-    if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
-        raise RequestError(f"n must be a whole number of at least 1, not {n!r:.40}")
-    return n or 1
