@@ -25,7 +25,7 @@ REQUESTS = {
     "a command's command": (["tokenizer", "trian"], "No such command 'trian'. Did you mean 'train'?"),
     "an option": (
         ["generate", "run", "--promt", "a"],
-        "No such option '--promt'. (Did you mean one of: '--out', '--prompt', ",
+        "No such option '--promt'. (Did you mean",
     ),
     "a recipe": (["train", "dmeo", "--out", "new"], "no recipe 'dmeo'; did you mean 'demo'?"),
     "a preset to show": (["show", "gtp2"], "no preset, recipe, model or .yaml file 'gtp2'; did you mean 'gpt2'?"),

@@ -12,7 +12,6 @@ from polygpt.errors import RequestError
 from polygpt.generation import Sampler
 from polygpt.generation.sampling import NOT_FINITE, filter_logits, sample, stack_samplers, token_keys
 
-
 filtered = jax.jit(filter_logits)
 
 
