@@ -168,7 +168,7 @@ EXPONENTIAL = {
 @pytest.mark.parametrize("name", EXPONENTIAL)
 def test_a_constraint_of_exponential_size_is_followed_or_refused_in_time(write, name):
     began = time.monotonic()
-    refused = pytest.raises(RequestError, match="^the constraint cannot be followed: lexer error[^\\n]*$")
+    refused = pytest.raises(RequestError, match=r"^the constraint cannot be followed: lexer error[^\n]*$")
     with refused if name == "repeated repetitions" else contextlib.nullcontext():
         assert write(count=30, **EXPONENTIAL[name])[1] in ("length", "stop")
     assert time.monotonic() - began < 20  # half a second where nothing else runs
