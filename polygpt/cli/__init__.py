@@ -75,9 +75,8 @@ class _Commands(click.Group):
 def polygpt(debug: bool) -> None:
     """One decoder, every GPT: compose, train, evaluate and sample from GPT-style language models.
 
-    Every command takes --json: one JSON object on standard output, everything else on standard error. Exit codes:
-    0 done, 1 failed, 2 invalid request, 130 (Ctrl-C) or 143
-    (SIGTERM) interrupted.
+    Every command but chat takes --json: one JSON object on standard output, everything else on standard error. Exit
+    codes: 0 done, 1 failed, 2 invalid request, 130 (Ctrl-C) or 143 (SIGTERM) interrupted.
     """
 
 

@@ -34,6 +34,7 @@ COMMANDS = """/reset      forget the conversation
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
 @dtype_option
 @weights_option
+@click.option("--json", is_flag=True, hidden=True, expose_value=False, callback=lambda *given: _refuse_json(given[2]))
 def chat(model: str, system: str | None, seed: int, dtype: str | None, weights: str | None, **settings) -> None:
     """Talk with a model; it needs a chat template. Lines are read from standard input: /help lists commands.
 
@@ -53,6 +54,14 @@ def chat(model: str, system: str | None, seed: int, dtype: str | None, weights: 
                 return
         except RequestError as error:
             click.echo(f"polygpt: {error}", err=True)
+
+
+def _refuse_json(given: bool) -> None:
+    if given:
+        raise click.UsageError(
+            "chat has no --json: /save FILE writes the conversation as JSON; polygpt generate --chat --json answers a "
+            "single message"
+        )
 
 
 def _read() -> str | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -15,17 +17,23 @@ if TYPE_CHECKING:
 
 
 SAMPLING = ("temperature", "top_p", "min_p", "seed")
+NOT_IN_A_BATCH = ("n", "beams", "length_penalty", "schema", "regex")
 
 
 @click.command()
 @click.argument("model", metavar="MODEL")
 @click.option(
     "--prompt",
-    "prompts",
-    required=True,
+    "texts",
     multiple=True,
     help="The text to continue; - reads standard input. Given several times, each is continued.",
 )
+@click.option(
+    "--prompts",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help='A file of JSON lines such as {"prompt": "Once"}, with "id" and own settings ("seed", ...) if wanted.',
+)
+@click.option("--out", type=click.Path(path_type=Path), help="With --prompts: the file that gets a line for each.")
 @click.option("--max-new-tokens", type=int, default=100, show_default=True)
 @click.option("--temperature", type=float, default=0.8, show_default=True, help="0 is greedy.")
 @click.option("--top-k", type=int, help="Only the k likeliest tokens.")
@@ -62,12 +70,22 @@ SAMPLING = ("temperature", "top_p", "min_p", "seed")
 @weights_option
 @json_option
 def generate(
-    model: str, prompts: tuple[str, ...], dtype: str | None, weights: str | None, as_json: bool, **settings
+    model: str,
+    texts: tuple[str, ...],
+    prompts: Path | None,
+    out: Path | None,
+    dtype: str | None,
+    weights: str | None,
+    as_json: bool,
+    **settings,
 ) -> None:
     """Continue a prompt; text streams to standard output as it is decoded.
 
     With several prompts the texts are printed when all are done, an empty line between two; --json prints a line for
     each. A prompt's text does not depend on the others.
+
+    --prompts FILE --out FILE continues many prompts, and writes a JSON line for each in their order. Repeat the command
+    after an interruption: lines that are there are kept.
 
     MODEL is a run's folder, an imported or a Hugging Face folder, hf:owner/name, a .gguf file, or a preset (random
     weights, without text).
@@ -75,13 +93,47 @@ def generate(
     settings = _chosen(settings)
     if "schema" in settings:
         settings["schema"] = settings["schema"].read()
-    texts = [_standard_input() if prompt == "-" else _checked(prompt) for prompt in prompts]
-    if "logprobs" in settings and not as_json:
-        raise click.UsageError("--logprobs goes with --json")
+    _check_options(texts, prompts, out, settings)
+    if "logprobs" in settings and not (as_json or prompts):
+        raise click.UsageError("--logprobs goes with --json or --prompts")
+    texts = [_standard_input() if text == "-" else _checked(text) for text in texts]
     lm = reading(model, dtype, {}, weights=weights or "auto", for_text=True)
-    if len(texts) == 1 and not as_json and not settings.keys() & {"n", "beams"}:
+    if prompts is not None:
+        _batch(lm, f"{model} {dtype} {weights}", prompts, out, settings, as_json)
+    elif len(texts) == 1 and not as_json and not settings.keys() & {"n", "beams"}:
         _stream(lm, texts[0], settings)
+    else:
+        _show_all(lm, texts, settings, as_json)
+
+
+def _check_options(texts: Sequence[str], prompts: Path | None, out: Path | None, settings: dict) -> None:
+    if prompts is None:
+        if out is not None:
+            raise click.UsageError("--out goes with --prompts")
+        if not texts:
+            raise click.MissingParameter(ctx=click.get_current_context(), param_hint="'--prompt'", param_type="option")
         return
+    if out is None:
+        raise click.UsageError("--prompts goes with --out FILE, which gets a line for each prompt")
+    if texts:
+        raise click.UsageError("give --prompt or --prompts, not both")
+    wrong = [name for name in NOT_IN_A_BATCH if name in settings]
+    if wrong:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in wrong)
+        raise click.UsageError(f"{options}: not with --prompts; give the prompts one by one, with --prompt")
+
+
+def _batch(lm: LanguageModel, name: str, prompts: Path, out: Path, settings: dict, as_json: bool) -> None:
+    from polygpt.cli.batch import run_batch
+
+    kept, added, tokens = run_batch(lm, name, prompts, out, settings)
+    if as_json:
+        print_json({"out": str(out), "kept": kept, "added": added, "tokens": tokens})
+    else:
+        click.echo(f"{out}: {added:,} lines added" + (f" to {kept:,}" if kept else ""), err=True)
+
+
+def _show_all(lm: LanguageModel, texts: Sequence[str], settings: dict, as_json: bool) -> None:
     several, shown = len(texts) > 1, 0
     for text, results in zip(texts, lm.generate(texts, **settings), strict=True):
         for result in results if isinstance(results, list) else [results]:

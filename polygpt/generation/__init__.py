@@ -4,7 +4,7 @@ from polygpt.generation.beams import Beam, BeamSettings, EarlyStopping, refuse_w
 from polygpt.generation.constrained import continue_constrained
 from polygpt.generation.constraints import Vocabulary, as_grammar
 from polygpt.generation.continuation import Continuation, continue_all
-from polygpt.generation.engine import Chunk, FinishReason, Piece, Request, generate_tokens
+from polygpt.generation.engine import Chunk, FinishReason, Piece, Request, check_requests, generate_tokens
 from polygpt.generation.handle import Handle, Logprob, Part
 from polygpt.generation.past_context import windowed
 from polygpt.generation.prompts import Prompt, as_ids, as_prompts, as_samples, as_seeds, as_stop_strings
@@ -38,6 +38,7 @@ __all__ = [
     "as_samples",
     "as_seeds",
     "as_stop_strings",
+    "check_requests",
     "continue_all",
     "continue_constrained",
     "generate_tokens",

@@ -23,7 +23,10 @@ REQUESTS = {
     "a preset within a recipe": ([*TRAIN, "model.preset=gtp2"], "no preset 'gtp2'; did you mean 'gpt2'?"),
     "a command": (["trian"], "no command 'trian'; did you mean 'train'?"),
     "a command's command": (["tokenizer", "trian"], "No such command 'trian'. Did you mean 'train'?"),
-    "an option": (["generate", "run", "--promt", "a"], "No such option '--promt'. Did you mean '--prompt'?"),
+    "an option": (
+        ["generate", "run", "--promt", "a"],
+        "No such option '--promt'. (Did you mean",
+    ),
     "a recipe": (["train", "dmeo", "--out", "new"], "no recipe 'dmeo'; did you mean 'demo'?"),
     "a preset to show": (["show", "gtp2"], "no preset, recipe, model or .yaml file 'gtp2'; did you mean 'gpt2'?"),
     "a preset to generate with": (["generate", "gtp2", "--prompt", "a"], "did you mean 'gpt2'?"),

@@ -121,3 +121,10 @@ def test_ctrl_c_ends_an_answer_and_ctrl_d_leaves(model):
         child.kill()
         child.wait()
         os.close(ours)
+
+
+def test_json_is_refused_by_name(talk, program):
+    done = talk("hello", options=["--json"])
+    assert (done.code, done.out, len(done.complaint)) == (2, "", 1)
+    assert "chat has no --json: /save FILE" in done.err
+    assert "Every command but chat takes --json" in program("--help").out

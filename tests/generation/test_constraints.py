@@ -1,8 +1,10 @@
 """Constraints: what a model of random weights writes is what was asked for."""
 
+import contextlib
 import json
 import random
 import re
+import time
 
 import jax
 import numpy as np
@@ -13,11 +15,22 @@ from polygpt.errors import RequestError
 from polygpt.generation import Request, Sampler
 from polygpt.generation.constrained import generate_constrained
 from polygpt.generation.constraints import Matcher, Vocabulary, as_grammar
+from polygpt.loading import build
 from polygpt.model import Model, ModelConfig
+from polygpt.tokenizers import load_tokenizer
 
 pytest.importorskip("llguidance", reason="llguidance is not installed (pip install 'polygpt[constraints]')")
 
-FIELDS = {"vocab_size": 256, "context_length": 512, "embed_dim": 16, "num_layers": 1, "position": "rope"}
+FIELDS = {
+    "vocab_size": 256,
+    "context_length": 512,
+    "embed_dim": 16,
+    "num_layers": 1,
+    "position": "rope",
+    "norm": "rmsnorm",
+    "attention": {"kind": "softmax", "num_heads": 2},
+    "feedforward": {"kind": "mlp", "mlp_dim": 16},
+}
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +40,7 @@ def bytes_():
 
 @pytest.fixture(scope="module")
 def write(bytes_):
-    fields = FIELDS | {
-        "norm": "rmsnorm",
-        "attention": {"kind": "softmax", "num_heads": 2},
-        "feedforward": {"kind": "mlp", "mlp_dim": 16},
-    }
-    model = Model(validate(ModelConfig, fields))
+    model = Model(validate(ModelConfig, FIELDS))
     drawn = np.random.default_rng(0)
     params = jax.tree.map(
         lambda info: ((info.inputs is None) + 0.5 * drawn.standard_normal(info.shape)).astype("float32"),
@@ -136,3 +144,73 @@ def test_a_language_model_and_the_command_follow_constraints(run, program):
     assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
     with pytest.raises(RequestError, match="beam search takes no constraint"):
         lm.generate("the ", beams=2, regex="a")
+
+
+# Each doubles with every letter of its size: as a table of states none would fit into memory.
+EXPONENTIAL = {
+    "a regular expression of many states": {"regex": "(a|b)*a(a|b){40}"},
+    "repeated repetitions": {"regex": "((a{1,500}){1,500}){1,500}"},
+    "gaps within gaps": {"regex": "(.*a.{30}){20}"},
+    "an ambiguous grammar": {"grammar": 'start: e\ne: e e | e e e | "a" | "b"'},
+    "references that double": {
+        "schema": {
+            "$ref": "#/$defs/d0",
+            "$defs": {"d40": {"type": "null"}}
+            | {
+                f"d{i}": {"properties": {name: {"$ref": f"#/$defs/d{i + 1}"} for name in "ab"}, "required": ["a", "b"]}
+                for i in range(40)
+            },
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("name", EXPONENTIAL)
+def test_a_constraint_of_exponential_size_is_followed_or_refused_in_time(write, name):
+    began = time.monotonic()
+    refused = pytest.raises(RequestError, match=r"^the constraint cannot be followed: lexer error[^\n]*$")
+    with refused if name == "repeated repetitions" else contextlib.nullcontext():
+        assert write(count=30, **EXPONENTIAL[name])[1] in ("length", "stop")
+    assert time.monotonic() - began < 20  # half a second where nothing else runs
+    assert write(regex="ab")[:2] == ("ab", "stop")
+
+
+LANGUAGE = 'the cat sat on a mat. é ö 日本 {} " 0 1 2 3'
+
+
+@pytest.fixture(scope="module", params=["byte-level", "byte-fallback"])
+def wide(request):
+    """A vocabulary whose tokens are several characters, or parts of one."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    if request.param == "byte-level":
+        made = Tokenizer(models.BPE())
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        made.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<end>"], initial_alphabet=alphabet)
+        made.train_from_iterator([LANGUAGE] * 9, trainer)
+    else:
+        pieces = ["<unk>", "<end>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"theca", "▁t", "he", "▁the"]
+        numbers = {piece: number for number, piece in enumerate(pieces)}
+        merges = [("▁", "t"), ("h", "e"), ("▁t", "he")]
+        made = Tokenizer(models.BPE(numbers, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+        made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+        made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+        made.add_special_tokens(["<end>"])
+    return made
+
+
+def test_constraints_follow_the_bytes_of_every_kind_of_vocabulary(wide, tmp_path):
+    """Characters that are no token of their own are written byte by byte, and spaces are spaces."""
+    wide.save(str(tmp_path / "tokenizer.json"))
+    lm = build(validate(ModelConfig, FIELDS | {"vocab_size": wide.get_vocab_size()}), 3, load_tokenizer(tmp_path))
+    for seed in range(4):
+        found = lm.generate("the", regex="( the){1,2} (日本|é+ö) [0-9]{3}", seed=seed, max_new_tokens=60)
+        assert found.finish_reason in ("stop", "length")
+        assert found.finish_reason == "length" or re.fullmatch("( the){1,2} (日本|é+ö) [0-9]{3}", found.text)
+    found = lm.generate("the", choices=["日本 the", "the cat"], max_new_tokens=60)
+    assert (found.text in {"日本 the", "the cat"}, found.finish_reason) == (True, "stop")
+    found = lm.generate("the", schema={"enum": ["日本", "é"]}, max_new_tokens=60)
+    assert json.loads(found.text) in ("日本", "é")
+    assert wide.token_to_id("<end>") not in found.tokens

@@ -113,6 +113,20 @@ def test_evicted_prefixes_change_no_bit_and_the_limit_holds():
         forget(engine)
 
 
+def test_a_block_is_reused_only_after_the_same_beginning():
+    """The second block of one prompt stands in the cache after another first block."""
+    engine, random = engine_of("linear"), np.random.default_rng(1)  # one layer's keys know nothing of what came before
+    first, other, second, third = random.integers(0, zoo.VOCAB, (4, CHUNK)).tolist()
+    request = Request([*other, *second, 1], 8, GREEDY, logprobs=0)
+    forget(engine)
+    cold = outcome(engine.submit(request))
+    forget(engine)
+    for prompt in ([*first, *second, 1], [*other, *third, 1]):
+        engine.submit(Request(prompt, 1, GREEDY)).result()
+    assert len(engine.prefixes) == 4
+    assert outcome(engine.submit(request)) == cold
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_log_probabilities_are_those_of_a_full_pass(name):
     engine = engine_of(name)

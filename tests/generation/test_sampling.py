@@ -12,10 +12,12 @@ from polygpt.errors import RequestError
 from polygpt.generation import Sampler
 from polygpt.generation.sampling import NOT_FINITE, filter_logits, sample, stack_samplers, token_keys
 
+filtered = jax.jit(filter_logits)
+
 
 def kept(logits, **fields):
     """Which tokens the filters of a sampler leave."""
-    return np.isfinite(filter_logits(jnp.asarray(logits)[None], stack_samplers([Sampler(**fields)]))[0])
+    return np.isfinite(filtered(jnp.asarray(logits, jnp.float32)[None], stack_samplers([Sampler(**fields)]))[0])
 
 
 @pytest.mark.parametrize(
@@ -90,9 +92,9 @@ def test_each_row_has_settings_of_its_own():
         Sampler(temperature=2.0, min_p=0.2),
     ]
     logits = jnp.asarray(np.random.default_rng(1).standard_normal((5, 40)) * 3, jnp.float32)
-    together = filter_logits(logits, stack_samplers(samplers))
+    together = filtered(logits, stack_samplers(samplers))
     for row in range(1, 5):
-        alone = filter_logits(logits[row : row + 1], stack_samplers([samplers[row]]))[0]
+        alone = filtered(logits[row : row + 1], stack_samplers([samplers[row]]))[0]
         np.testing.assert_array_equal(together[row], alone)
     tokens = {
         int(sample(logits, stack_samplers(samplers), jax.random.split(jax.random.key(i), 5))[0]) for i in range(9)

@@ -1,0 +1,295 @@
+"""`polygpt generate --prompts`: many prompts from a file, through one engine, into a file that can be continued."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+
+import click
+
+from polygpt.config import validate
+from polygpt.errors import PolygptError, RequestError, suggest
+from polygpt.generation import (
+    Engine,
+    Handle,
+    Request,
+    Sampler,
+    TextStream,
+    as_ids,
+    as_prompts,
+    as_stop_strings,
+    check_requests,
+)
+
+if TYPE_CHECKING:
+    from polygpt.language_model import LanguageModel
+
+SLOTS = 16
+# The engine's length is a multiple of this many tokens.
+LENGTHS = 128
+# Tokens decoded between two looks at what has ended.
+STEPS = 16
+# Seconds between two lines of progress where standard error is not a terminal.
+EVERY = 10.0
+_OWN = {"prompt", "id", "max_new_tokens", "seed", "stop", "stop_tokens", "logprobs", "chat"}
+# Wrong lines that are named; the others are counted.
+_NAMED = 2
+
+
+@dataclass(frozen=True)
+class Job:
+    """One line of the input.
+
+    Attributes:
+        shown: what its line in the output begins with: its id, if it has one, and the prompt.
+        request: what is generated.
+        stops: the strings that end it.
+        key: a digest of all that its text depends on.
+    """
+
+    shown: dict[str, Any]
+    request: Request
+    stops: tuple[str, ...]
+    key: str
+
+
+class Outcome(NamedTuple):
+    """How many lines were there already and how many were added, and the tokens of these."""
+
+    kept: int
+    added: int
+    tokens: int
+
+
+def run_batch(lm: LanguageModel, name: str, prompts: Path, out: Path, settings: Mapping[str, Any]) -> Outcome:
+    """Continues every prompt of a file, and appends a line to `out` for each, in the order of the input.
+
+    Args:
+        lm: the model.
+        name: what it is called; the texts in `out` must be of one model.
+        prompts: a line of JSON for each prompt.
+        out: lines that are there already are kept, and only the others are generated.
+        settings: of every prompt that does not have its own.
+
+    Raises:
+        RequestError: a line of the input is wrong, or `out` does not belong to the input; nothing has been generated.
+        PolygptError: the model's logits are not finite numbers, or `out` cannot be written.
+    """
+    if out.exists() and prompts.samefile(out):
+        raise RequestError(f"--out {out} is the file of the prompts; choose another name")
+    jobs = read_jobs(lm, name, prompts, settings)
+    kept, length = _finished(out, prompts, jobs)
+    progress = _Progress(len(jobs))
+    tokens = 0
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("ab") as file:
+            file.truncate(length)
+            for done, (job, handle) in enumerate(_generate(lm, jobs, kept), start=kept + 1):
+                _append(file, _line(job, handle))
+                tokens += len(handle.tokens)
+                progress(done, tokens)
+    except OSError as error:
+        raise PolygptError(f"{out}: cannot be written ({error.strerror or error})") from None
+    return Outcome(kept, len(jobs) - kept, tokens)
+
+
+# --- The input ----------------------------------------------------------------------------------------------------
+
+
+def read_jobs(lm: LanguageModel, name: str, path: Path, settings: Mapping[str, Any]) -> list[Job]:
+    """The jobs of a file's lines; empty lines are passed over.
+
+    Raises:
+        RequestError: lines are wrong (the first ones are named by number), or there is none.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be read ({error.strerror})") from None
+    jobs, wrong, ids = [], [], {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            job = _job(lm, name, line, settings)
+            first = ids.setdefault(job.shown["id"], number) if "id" in job.shown else number
+            if first != number:
+                raise RequestError(f"the id {job.shown['id']!r} is that of line {first}, too")
+        except RequestError as error:
+            wrong.append(f"{path} line {number}: {error}")
+        else:
+            jobs.append(job)
+    if len(wrong) > _NAMED + 1:
+        wrong[_NAMED:] = [f"and {len(wrong) - _NAMED} more lines are wrong"]
+    if wrong:
+        raise RequestError("\n".join(wrong))
+    if not jobs:
+        raise RequestError(f'{path}: no prompts in it; a line is an object such as {{"prompt": "Once upon a time"}}')
+    return jobs
+
+
+def _job(lm: LanguageModel, name: str, line: bytes, settings: Mapping[str, Any]) -> Job:
+    own = _parsed(line)
+    known = _OWN | set(Sampler.model_fields)
+    unknown = next((key for key in own if key not in known), None)
+    if unknown is not None:
+        raise RequestError(f"no setting '{unknown:.40}'; {suggest(unknown, known)}")
+    if "prompt" not in own:
+        raise RequestError('no "prompt"; it is text or a list of token ids')
+    shown = {key: own[key] for key in ("id", "prompt") if key in own}
+    if not isinstance(shown.get("id", ""), str | int) or isinstance(shown.get("id"), bool):
+        raise RequestError(f"id is text or a whole number, not {shown['id']!r:.40}")
+    # null is the default, as in Python.
+    asked = dict(settings) | {key: value for key, value in own.items() if key not in shown and value is not None}
+    stops = as_stop_strings(asked.pop("stop", ()))
+    request = _request(lm, own["prompt"], asked)
+    check_requests(lm.config, [request])
+    return Job(shown, request, stops, _key(name, request, stops))
+
+
+def _parsed(line: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeError:
+        raise RequestError("not UTF-8 text") from None
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise RequestError(f'not an object such as {{"prompt": "Once upon a time"}}, but {value!r:.40}')
+    return value
+
+
+def _request(lm: LanguageModel, prompt: Any, asked: dict[str, Any]) -> Request:
+    prompts, single = as_prompts(prompt)
+    if not single:
+        raise RequestError("several prompts in one line: write a line for each")
+    chat = asked.pop("chat", False)
+    if not isinstance(chat, bool):
+        raise RequestError(f"chat must be true or false, not {chat!r:.40}")
+    if isinstance(prompts[0], str):
+        ids = lm.prompt_tokens(prompts[0], chat)
+    elif chat:
+        raise RequestError("chat lays out a message, which is text; a prompt of ids is taken as it is")
+    else:
+        ids = prompts[0]
+    ends = tuple(dict.fromkeys([*lm.stop_tokens, *as_ids(asked.pop("stop_tokens", ()), "stop_tokens")]))
+    most, seed, logprobs = asked.pop("max_new_tokens", 100), asked.pop("seed", 0), asked.pop("logprobs", None)
+    bias = asked.get("logit_bias")
+    if isinstance(bias, dict):  # JSON has only text as keys
+        asked["logit_bias"] = {int(token) if token.isdecimal() else token: value for token, value in bias.items()}
+    return Request(ids, most, validate(Sampler, asked), seed, ends, logprobs)
+
+
+def _key(name: str, request: Request, stops: Sequence[str]) -> str:
+    sampler = request.sampler.model_dump(mode="json")
+    parts = [name, list(request.prompt), request.max_new_tokens, sampler, request.seed]
+    parts += [request.stop_tokens, request.logprobs, stops]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+# --- The output ---------------------------------------------------------------------------------------------------
+
+
+def _finished(out: Path, prompts: Path, jobs: Sequence[Job]) -> tuple[int, int]:
+    """How many jobs have their line in `out` already, and how many bytes these lines are; a torn last line is none.
+
+    Raises:
+        RequestError: a line is not that of its job.
+    """
+    if not out.exists():
+        return 0, 0
+    try:
+        data = out.read_bytes()
+    except OSError as error:
+        raise RequestError(f"{out}: cannot be read ({error.strerror})") from None
+    whole = data[: data.rfind(b"\n") + 1]
+    lines, torn = whole.split(b"\n")[:-1], data[len(whole) :]
+    advice = "choose another --out, or remove it"
+    if len(lines) + bool(torn) > len(jobs):
+        raise RequestError(f"{out} has more lines than {prompts} has prompts; {advice}")
+    for number, (line, job) in enumerate(zip(lines, jobs, strict=False), start=1):
+        try:
+            key = json.loads(line)["key"]
+        except (ValueError, TypeError, KeyError):
+            raise RequestError(f"{out} line {number}: not what such a job writes; {advice}") from None
+        if key != job.key:
+            raise RequestError(
+                f"{out} line {number}: written for another prompt, other settings or another model; {advice}"
+            )
+    if torn:
+        begin = _json(jobs[len(lines)].shown)[:-1]
+        if not (torn.startswith(begin) or begin.startswith(torn)):
+            raise RequestError(f"{out} line {len(lines) + 1}: not what such a job writes; {advice}")
+    return len(lines), len(whole)
+
+
+def _line(job: Job, handle: Handle) -> dict[str, Any]:
+    line = job.shown | {"text": handle.text, "tokens": handle.tokens, "finish_reason": handle.finish_reason}
+    if job.request.logprobs is not None:
+        line["logprobs"] = [score.logprob for score in handle.logprobs]
+    if job.request.logprobs:
+        line["top_logprobs"] = [score.top for score in handle.logprobs]
+    return line | {"key": job.key}
+
+
+def _append(file: BinaryIO, line: Mapping[str, Any]) -> None:
+    file.write(_json(line) + b"\n")
+    file.flush()
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+
+
+# --- In between ---------------------------------------------------------------------------------------------------
+
+
+def _generate(lm: LanguageModel, jobs: Sequence[Job], start: int) -> Iterator[tuple[Job, Handle]]:
+    """Every job from `start` on with its finished request, in order."""
+    if start == len(jobs):
+        return
+    # Its shape follows from all jobs, those that are done included: a job that was interrupted ends as it would have.
+    most = max(len(job.request.prompt) + job.request.max_new_tokens for job in jobs)
+    engine = Engine(
+        lm.model,
+        lm.params,
+        slots=min(SLOTS, len(jobs)),
+        length=max(min(-(-most // LENGTHS) * LENGTHS, lm.model.longest_sequence), 2),
+        queue=len(jobs),
+        vocab_size=lm.tokenizer.vocab_size if lm.has_tokenizer else None,
+    )
+    handles = [engine.submit(job.request, _stream(lm, job)) for job in jobs[start:]]
+    for job, handle in zip(jobs[start:], handles, strict=True):
+        while not handle.ended:
+            engine.step(STEPS)
+        if handle.error is not None:
+            raise handle.error
+        yield job, handle
+
+
+def _stream(lm: LanguageModel, job: Job) -> TextStream | None:
+    return TextStream(lm.tokenizer.decode_after, job.request.prompt, job.stops) if lm.has_tokenizer else None
+
+
+class _Progress:
+    """Says on standard error how far a job is: in one line of a terminal, elsewhere in a line now and then."""
+
+    def __init__(self, total: int):
+        self.total, self.began, self.shown = total, time.monotonic(), time.monotonic()
+
+    def __call__(self, done: int, tokens: int) -> None:
+        terminal, now = sys.stderr.isatty(), time.monotonic()
+        if now - self.shown < (0.2 if terminal else EVERY) and done < self.total:
+            return
+        self.shown = now
+        speed = tokens / max(now - self.began, 1e-9)
+        line = f"{done:,} of {self.total:,} prompts, {speed:,.0f} tokens/s"
+        click.echo(f"\r\x1b[K{line}" if terminal else line, err=True, nl=not terminal or done == self.total)

@@ -1,0 +1,185 @@
+"""`polygpt generate --prompts FILE --out FILE`: what is written, kept, continued and refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from polygpt import load
+from polygpt.cli import batch
+
+LINES = [
+    {"prompt": "the ", "id": "first", "max_new_tokens": 5},
+    {"prompt": "a cat", "temperature": 0, "seed": 3, "id": 7},
+    {"prompt": "the cat sat on a"},  # fills the context
+    {"prompt": [1, 2, 3], "logprobs": 2, "top_k": None, "logit_bias": {"4": 1.5}, "stop_tokens": [5]},
+    {"prompt": "o", "stop": [" "], "repetition_penalty": 1.5, "seed": 2**32 - 1},
+]
+OPTIONS = ["--max-new-tokens", "4", "--temperature", "1.2", "--seed", "9"]
+
+
+def write(lines, path="prompts.jsonl"):
+    Path(path).write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
+
+
+@pytest.fixture
+def job(run, program):
+    write(LINES)
+    return lambda *options: program("generate", run, "--prompts", "prompts.jsonl", "--out", "out.jsonl", *options)
+
+
+def test_each_prompt_has_its_line_in_order_with_its_own_settings(job, run):
+    done = job(*OPTIONS)
+    assert (done.code, done.out) == (0, ""), done.err
+    assert done.err == "5 of 5 prompts, " + done.err[len("5 of 5 prompts, ") :]
+    assert done.err.endswith("\nout.jsonl: 5 lines added\n")
+    lines = list(map(json.loads, Path("out.jsonl").read_text().splitlines()))
+    lm = load(run, weights="auto")
+    for asked, line in zip(LINES, lines, strict=True):
+        settings = {"max_new_tokens": 4, "temperature": 1.2, "top_p": 0.95, "seed": 9} | asked
+        settings = {name: value for name, value in settings.items() if name not in ("prompt", "id")}
+        if "logit_bias" in settings:
+            settings["logit_bias"] = {4: 1.5}
+        alone = lm.generate(asked["prompt"], **settings)
+        assert {key: line.get(key) for key in ("id", "prompt")} == {"id": asked.get("id"), "prompt": asked["prompt"]}
+        found = line["text"], line["tokens"], line["finish_reason"]
+        assert found == (alone.text, alone.tokens, alone.finish_reason)
+        assert line.get("logprobs") == pytest.approx(alone.logprobs)
+        assert ("top_logprobs" in line) == ("logprobs" in asked)
+    assert len(lines[0]["tokens"]) == 5
+    assert [len(top) for top in lines[3]["top_logprobs"]] == [2] * len(lines[3]["tokens"])
+
+
+@pytest.mark.parametrize("cut", [0, 1, 40, None])
+def test_an_interrupted_job_goes_on_to_the_same_file(job, cut, monkeypatch):
+    """Cut within a line, between two lines, and not at all."""
+    assert job().code == 0
+    whole = Path("out.jsonl").read_bytes()
+    lines = whole.splitlines(keepends=True)
+    left = whole if cut is None else b"".join(lines[:3]) + lines[3][:cut]
+    Path("out.jsonl").write_bytes(left)
+    kept = 5 if cut is None else 3
+    generated = []
+    append = batch._append
+    monkeypatch.setattr(batch, "_append", lambda file, line: (generated.append(line), append(file, line)))
+    done = job("--json")
+    tokens = sum(len(json.loads(line)["tokens"]) for line in lines[kept:])
+    assert json.loads(done.out) == {"out": "out.jsonl", "kept": kept, "added": 5 - kept, "tokens": tokens}
+    assert len(generated) == 5 - kept
+    assert Path("out.jsonl").read_bytes() == whole
+
+
+def test_lines_are_written_as_they_are_done(job, monkeypatch):
+    append = batch._append
+
+    def interrupt(file, line):
+        if line["prompt"] == [1, 2, 3]:
+            raise KeyboardInterrupt
+        append(file, line)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(batch, "_append", interrupt)
+        assert job().code == 130
+    assert len(Path("out.jsonl").read_text().splitlines()) == 3
+    assert job().code == 0
+    assert len(Path("out.jsonl").read_text().splitlines()) == 5
+
+
+@pytest.mark.parametrize("change", ["prompt", "setting", "model", "fewer", "foreign", "foreign line", "other text"])
+def test_an_output_of_another_job_is_refused_and_left(job, run, program, change):
+    out, options, word = Path("out.jsonl"), [], "line 1: written for another prompt"
+    assert job().code == 0
+    if change == "prompt":
+        write([LINES[0], LINES[1] | {"prompt": "a dog"}, *LINES[2:]])
+        word = "line 2: written for another prompt"
+    elif change == "setting":
+        options = ["--temperature", "0.5"]
+    elif change == "model":
+        options = ["--weights", "int8"]
+    elif change == "fewer":
+        write(LINES[:3])
+        word = "more lines than prompts.jsonl"
+    elif change == "foreign":
+        out.write_text('{"mine": 1}\n')
+        word = "line 1: not what such a job writes"
+    elif change == "foreign line":
+        out.write_text('{"mine": 1}')
+        word = "line 1: not what such a job writes"
+    else:
+        out.write_text("my notes\n")
+        word = "line 1: not what such a job writes"
+    before = out.read_bytes()
+    done = job(*options)
+    assert (done.code, done.out, len(done.complaint)) == (2, "", 1)
+    assert word in done.err
+    assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("line", "word"),
+    [
+        ("{", "not JSON"),
+        ("[]", "not an object"),
+        ('{"prompt": "\\ud800"}', "not UTF-8"),
+        ({}, 'no "prompt"'),
+        ({"prompt": 3}, "no prompt"),
+        ({"prompt": None}, "no prompt"),
+        ({"prompt": []}, "no prompt"),
+        ({"prompt": ["a", "b"]}, "a line for each"),
+        ({"prompt": "a" * 17}, "17 tokens"),
+        ({"prompt": [99]}, "99"),
+        ({"prompt": "a", "temprature": 1}, "did you mean 'temperature'?"),
+        ({"prompt": "a", "temperature": -1}, "temperature"),
+        ({"prompt": "a", "temperature": "hot"}, "temperature"),
+        ({"prompt": "a", "seed": -1}, "seed"),
+        ({"prompt": "a", "seed": "one"}, "seed"),
+        ({"prompt": "a", "max_new_tokens": 0}, "max_new_tokens"),
+        ({"prompt": "a", "logprobs": 21}, "logprobs"),
+        ({"prompt": "a", "stop": [""]}, "stop string is empty"),
+        ({"prompt": "a", "stop_tokens": ["a"]}, "stop_tokens"),
+        ({"prompt": "a", "chat": 1}, "chat must be"),
+        ({"prompt": "a", "chat": True}, "chat template"),
+        ({"prompt": "a", "id": [1]}, "id is text"),
+        ({"prompt": "a", "id": "first"}, "line 1"),
+    ],
+)
+def test_a_wrong_line_is_named_before_anything_is_generated(job, line, word):
+    write([LINES[0], "", LINES[1], line])
+    done = job()
+    assert (done.code, done.out, len(done.complaint)) == (2, "", 1)
+    assert "prompts.jsonl line 4: " in done.err
+    assert word in done.err
+    assert not Path("out.jsonl").exists()
+
+
+def test_of_many_wrong_lines_the_first_are_named(job):
+    write([{}] * 9)
+    complaint = job().complaint
+    assert len(complaint) == 3
+    assert "line 1:" in complaint[0]
+    assert complaint[2] == "and 7 more lines are wrong"
+
+
+@pytest.mark.parametrize(
+    ("words", "word"),
+    [
+        (["--prompts", "prompts.jsonl"], "--out"),
+        (["--out", "out.jsonl", "--prompt", "a"], "--out goes with --prompts"),
+        (["--prompts", "prompts.jsonl", "--out", "out.jsonl", "--prompt", "a"], "not both"),
+        (["--prompts", "prompts.jsonl", "--out", "out.jsonl", "--beams", "2"], "--beams"),
+        (["--prompts", "prompts.jsonl", "--out", "out.jsonl", "--regex", "a", "--n", "2"], "--n, --regex"),
+        (["--prompts", "prompts.jsonl", "--out", "prompts.jsonl"], "file of the prompts"),
+        (["--prompts", "prompts.jsonl", "--out", "run"], "run"),
+        (["--prompts", "missing.jsonl", "--out", "out.jsonl"], "missing.jsonl"),
+        (["--prompts", "empty.jsonl", "--out", "out.jsonl"], "no prompts in it"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(run, program, words, word):
+    write(LINES)
+    Path("empty.jsonl").write_text("\n\n")
+    before = Path("prompts.jsonl").read_bytes()
+    done = program("generate", run, *words)
+    assert (done.code, done.out, len(done.complaint)) == (2, "", 1), done.err
+    assert word in done.err
+    assert Path("prompts.jsonl").read_bytes() == before
+    assert not Path("out.jsonl").exists()
