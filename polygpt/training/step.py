@@ -290,7 +290,7 @@ def _norm(tree: PyTree) -> Float[Array, ""]:
 
 
 def _by_layer(loads: Loads, period: int) -> dict[int, Float[Array, " experts"]]:
-    """The experts' loads of each layer that has experts, where entry i of the pattern serves layers i, i + period, ..."""
+    """The loads of each layer that has experts; entry i of the pattern serves layers i, i + period, and so on."""
     layers = {entry + row * period: load for entry, kept in loads.items() for row, load in enumerate(kept["load"])}
     return dict(sorted(layers.items()))
 
