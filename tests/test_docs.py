@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import shlex
 import tomllib
 from pathlib import Path
 
@@ -10,10 +11,11 @@ import pytest
 from polygpt.cache import COMPILED_BYTES, SETTING
 from polygpt.config import known_keys, parse_overrides, parse_yaml, validate
 from polygpt.data import DataConfig
-from polygpt.model import ModelConfig, attention, block, feedforward, norms, positions
+from polygpt.model import Model, ModelConfig, attention, block, feedforward, norms, positions
 from polygpt.recipes import load_recipe
 from polygpt.tokenizers import TokenizerConfig
-from polygpt.training import RunConfig, SamplingConfig
+from polygpt.training import RunConfig, SamplingConfig, TrainingConfig
+from polygpt.training.optimizers import OPTIMIZERS, SCHEDULES, ParameterGroups
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -127,3 +129,20 @@ def test_the_blocks_of_the_python_page_run_and_name_every_public_function(tmp_pa
     for code in blocks:
         exec(compile(code, "docs/python-api.md", "exec"), namespace)
     assert [name for name in polygpt.__all__ if f"polygpt.{name}" not in "".join(blocks)] == []
+
+
+def test_what_the_page_of_training_shows_can_be_trained():
+    text = (ROOT / "docs/training.md").read_text(encoding="utf-8")
+    lines = [line for block in re.findall(r"```\n(polygpt .*?)```", text, re.DOTALL) for line in block.splitlines()]
+    configs = []
+    for line in lines:
+        program, command, recipe, *words = shlex.split(line)
+        assert (program, command in ("train", "show")) == ("polygpt", True), line
+        configs.append(load_recipe(recipe, parse_overrides([word for word in words if "=" in word])))
+    assert {config.training.optimizer.kind for config in configs} == set(OPTIMIZERS)
+    assert {config.training.schedule.kind for config in configs} >= set(SCHEDULES) - {"trapezoid"}
+    groups, band = (parse_yaml(block) for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL))
+    demo = load_recipe("demo")
+    model = Model(demo.model.with_vocab(64))
+    ParameterGroups(model.parameters, validate(TrainingConfig, demo.training.to_dict() | groups["training"]).groups)
+    assert band["expected"].items() <= demo.expected.to_dict().items(), "the band of the demo"

@@ -73,6 +73,7 @@ def _content(run: Recorded, baselines: Sequence[Baseline]) -> dict[str, Any]:
     own = [Baseline("this model", bits)] if bits is not None else []
     course = [name for name in COURSE if any(line.get(name) is not None for line in steps)]
     resources = [name for name in RESOURCES if any(line.get(name) is not None for line in steps)]
+    loads = [line for line in steps if "expert_load" in line]
     return {
         "name": run.name,
         "result": run.result,
@@ -84,9 +85,7 @@ def _content(run: Recorded, baselines: Sequence[Baseline]) -> dict[str, Any]:
         "resources": len(resources),
         "speed": svg(_resources_figure(resources, steps)) if resources else "",
         "parts": svg(panels(_extra_names(lines), steps, _draw_steps)) if _extra_names(lines) else None,
-        "experts": svg(_experts_figure(loads))
-        if (loads := [line for line in steps if "expert_load" in line])
-        else None,
+        "experts": svg(_experts_figure(loads)) if loads else None,
         "measured": measured,
         "measured_names": _measured_names(measured),
         "measures": svg(_measured_figure(measured)) if _measured_names(measured) else None,
