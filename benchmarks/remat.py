@@ -1,9 +1,9 @@
 """Peak memory of a training step for each `training.remat`, from compiled programs that are not run.
 
-    python benchmarks/remat.py [--layers 12 --width 768 --context 1024 --batch 4] [--plot remat.png]
+    python benchmarks/remat.py [--layers 12 --width 768 --context 1024 --batch 16] [--time] [--plot remat.png]
 
 Memory is XLA's own account of the compiled step: the state, which the new state takes over, and the temporaries. With
-`--time` the steps are run as well, alternating, and the median time of each is given.
+`--time` the steps of a smaller model (TIMED) are run as well, alternating, and the median of each is given.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from polygpt.model import Model, ModelConfig
 from polygpt.training import Batch, Trainer, TrainingConfig
 
 POLICIES = ("none", "dots", "block", "full")
+TIMED = {"layers": 8, "width": 256, "context": 256, "batch": 4, "vocab": 2048}
 
 
 def trainer_of(args: argparse.Namespace, remat: str) -> Trainer:
     fields = {
-        "vocab_size": 50304,
+        "vocab_size": args.vocab,
         "context_length": args.context,
         "embed_dim": args.width,
         "num_layers": args.layers,
@@ -62,29 +63,37 @@ def times(args: argparse.Namespace, steps: dict[str, tuple[Trainer, Any]], round
 def plot(path: str, memory: dict[str, float], taken: dict[str, float]) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7 if taken else 4, 3), layout="constrained")
-    panels = [("peak memory, GB", memory), ("time of a step, s", taken)][: 2 if taken else 1]
-    for axes, (title, values) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        axes.bar(list(values), list(values.values()))
-        axes.set_title(title)
+    figure = Figure(figsize=(8 if taken else 4, 3), layout="constrained")
+    panels = [("peak memory of a step (GB)", memory, "%.1f")]
+    if taken:
+        relative = {name: seconds / taken["none"] for name, seconds in taken.items()}
+        panels.append(("time of a step, smaller model (none = 1)", relative, "%.2f"))
+    for axes, (title, values, form) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        bars = axes.bar(list(values), list(values.values()), color="#2563eb", width=0.6)
+        axes.bar_label(bars, fmt=form, padding=2)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(y=0.12)
+        axes.set_title(title, fontsize=10)
     figure.savefig(path, dpi=120)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    for name, default in (("layers", 12), ("width", 768), ("context", 1024), ("batch", 4)):
+    for name, default in (("layers", 12), ("width", 768), ("context", 1024), ("batch", 16), ("vocab", 50304)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--time", action="store_true")
     parser.add_argument("--plot")
     args = parser.parse_args()
-    steps = {remat: compiled(args, remat) for remat in POLICIES}
-    analyses = {name: step.memory_analysis() for name, (_, step) in steps.items()}
-    memory = {name: (m.argument_size_in_bytes + m.temp_size_in_bytes) / 1e9 for name, m in analyses.items()}
-    taken = times(args, steps) if args.time else {}
-    print("| remat | temporaries, GB | peak, GB | step, s |\n|---|---|---|---|")
-    for name, m in analyses.items():
-        seconds = f"{taken[name]:.2f}" if taken else "–"
-        print(f"| {name} | {m.temp_size_in_bytes / 1e9:.2f} | {memory[name]:.2f} | {seconds} |")
+    small = argparse.Namespace(**TIMED)
+    taken = times(small, {remat: compiled(small, remat) for remat in POLICIES}) if args.time else {}
+    memory = {}
+    print("| remat | temporaries, GB | peak, GB | step of the smaller model, ms |\n|---|---|---|---|", flush=True)
+    for remat in POLICIES:
+        analysis = compiled(args, remat)[1].memory_analysis()
+        memory[remat] = (analysis.argument_size_in_bytes + analysis.temp_size_in_bytes) / 1e9
+        milliseconds = f"{1e3 * taken[remat]:.0f}" if taken else "–"
+        temporaries = f"{analysis.temp_size_in_bytes / 1e9:.2f}"
+        print(f"| {remat} | {temporaries} | {memory[remat]:.2f} | {milliseconds} |", flush=True)
     if args.plot:
         plot(args.plot, memory, taken)
 

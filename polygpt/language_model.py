@@ -29,15 +29,17 @@ from polygpt.generation import (
     as_grammar,
     as_ids,
     as_prompts,
+    as_samples,
     as_seeds,
     as_stop_strings,
     continue_all,
     continue_constrained,
     refuse_with_beams,
     search_beams,
+    windowed,
 )
 from polygpt.kernels import WEIGHT_TYPES, WeightType
-from polygpt.model import ModelConfig, Params, model_of
+from polygpt.model import Model, ModelConfig, Params, model_of
 from polygpt.tokenizers import Messages, Tokenizer, chat_tokens
 
 LOGITS_NOT_FINITE = "the model's logits are not finite numbers (NaN or infinity)"
@@ -253,6 +255,7 @@ class LanguageModel:
         chat: bool = False,
         on_text: Callable[[str], None] | None = None,
         beams: int | None = None,
+        past_context: bool = False,
         **settings: Any,
     ) -> Generation | list[Generation] | list[list[Generation]]:
         """Continues a prompt until end of text, a stop, `max_new_tokens`, or the end of the context.
@@ -270,6 +273,7 @@ class LanguageModel:
             on_text: called with each new piece of text as soon as it can no longer change; for a single prompt.
             beams: search for the likeliest continuation, keeping so many at every step, instead of sampling. Gives
                 `ScoredGeneration`s; with n, the n best of each prompt.
+            past_context: go on past the context length: attention then sees a sliding window (`windowed`).
             settings: of a `Sampler`: temperature (0 is greedy), top_k, top_p, min_p, repetition_penalty,
                 presence_penalty, frequency_penalty, no_repeat_ngram, min_new_tokens, logit_bias; with beams
                 length_penalty, early_stopping, beam_groups, diversity_penalty (`BeamSettings`); and a constraint that
@@ -287,16 +291,17 @@ class LanguageModel:
         search = {name: settings.pop(name) for name in BEAM_SETTINGS if name in settings}
         constraint = as_grammar(*(settings.pop(name, None) for name in CONSTRAINTS))
         sampler = validate(Sampler, settings)
-        samples = _number_of_samples(n)
+        samples = as_samples(n)
         stops = as_stop_strings(stop)
         if stops or chat or on_text is not None:
             _ = self.tokenizer  # refuses a model that has none
         ends = tuple(dict.fromkeys([*self.stop_tokens, *as_ids(stop_tokens, "stop_tokens")]))
+        model = windowed(self.config) if past_context else self.model
         if beams is not None:
             given = {"stop": stops, "on_text": on_text, "seed": any(seeds), "constraint": constraint}
             refuse_with_beams(given | {"logprobs": logprobs is not None}, sampler)
             requests = [Request(self._ids_of(each, chat), max_new_tokens, stop_tokens=ends) for each in prompts]
-            found = self._search(requests, BeamSettings(beams, **search, n=samples))
+            found = self._search(model, requests, BeamSettings(beams, **search, n=samples))
             results = [best[0] for best in found] if n is None else found
             return results[0] if single else results
         if search:
@@ -309,9 +314,9 @@ class LanguageModel:
         continuations = list(map(Continuation, requests, streams))
         if constraint is None:
             vocab_size = self.tokenizer.vocab_size if self.has_tokenizer else None
-            continue_all(self.model, self.params, continuations, on_text, vocab_size=vocab_size)
+            continue_all(model, self.params, continuations, on_text, vocab_size=vocab_size)
         else:
-            continue_constrained(self.model, self.params, continuations, self._vocabulary, constraint, on_text)
+            continue_constrained(model, self.params, continuations, self._vocabulary, constraint, on_text)
         found = list(map(Generation.of, continuations))
         results = found if n is None else [found[start : start + n] for start in range(0, len(found), n)]
         return results[0] if single else results
@@ -322,8 +327,10 @@ class LanguageModel:
         special = tuple(tokenizer.special_tokens.values())
         return Vocabulary(tokenizer.vocabulary_bytes(), special, tokenizer.end_of_text, tokenizer.encode)
 
-    def _search(self, requests: Sequence[Request], settings: BeamSettings) -> list[list[ScoredGeneration]]:
-        found = search_beams(self.model, self.params, requests, settings)
+    def _search(
+        self, model: Model, requests: Sequence[Request], settings: BeamSettings
+    ) -> list[list[ScoredGeneration]]:
+        found = search_beams(model, self.params, requests, settings)
         return [
             [self._scored(request.prompt, beam) for beam in best] for request, best in zip(requests, found, strict=True)
         ]
@@ -338,9 +345,3 @@ class LanguageModel:
         if chat:
             raise RequestError("chat=True lays out a message, which is text; a prompt of ids is taken as it is")
         return list(prompt)
-
-
-def _number_of_samples(n: int | None) -> int:
-    if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
-        raise RequestError(f"n must be a whole number of at least 1, not {n!r:.40}")
-    return n or 1

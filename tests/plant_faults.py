@@ -162,7 +162,7 @@ FAULTS = [
     Fault("training/optimizers/average.py", "(10 + count)", "(20 + count)", "training/optimizers"),
     Fault("training/optimizers/matrices.py", "_for_each_matrix(direction, parameters.infos)", "direction", "training"),
     Fault("training/jobs.py", "np.linspace(0, count - 1, wanted)", "np.arange(wanted)", "training"),
-    Fault("training/loop.py", "self.loader.batch(step - 1)", "self.loader.batch(step)", "training"),
+    Fault("training/loop.py", "batch(step + self.saving", "batch(step + 1 + self.saving", "training"),
     Fault("checkpoint/steps.py", "complete[keep:]", "complete[keep + 1 :]", "checkpoint training"),
     # data
     Fault("data/loader.py", "mask[row, seen : len(ids) - 1]", "mask[row, : len(ids) - 1]", "data"),

@@ -11,7 +11,7 @@ import click
 
 from polygpt.cli.output import dtype_option, reading, weights_option
 from polygpt.errors import RequestError
-from polygpt.files import write_text
+from polygpt.files import expand, write_text
 
 if TYPE_CHECKING:
     from polygpt.language_model import LanguageModel
@@ -96,7 +96,7 @@ class Conversation:
         elif command == "/help":
             click.echo(COMMANDS)
         elif command == "/save" and argument:
-            self.save(Path(argument).expanduser())
+            self.save(expand(argument))
         elif command == "/seed" and argument.isdecimal() and int(argument) < 2**32:
             self.seed = int(argument)
         else:

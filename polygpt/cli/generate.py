@@ -54,6 +54,9 @@ SAMPLING = ("temperature", "top_p", "min_p", "seed")
 @click.option("--length-penalty", type=float, help="With --beams: above 0 favours long texts, below 0 short ones.  [1]")
 @click.option("--schema", type=click.File(encoding="utf-8"), help="A file with a JSON schema that the text must fit.")
 @click.option("--regex", help="A regular expression that the whole text must match.")
+@click.option(
+    "--past-context", is_flag=True, help="Go on past the context length; attention then sees a sliding window."
+)
 @click.option("--chat", is_flag=True, help="The prompt is a message: lay it out by the model's chat template.")
 @dtype_option
 @weights_option

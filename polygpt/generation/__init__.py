@@ -6,7 +6,8 @@ from polygpt.generation.constraints import Vocabulary, as_grammar
 from polygpt.generation.continuation import Continuation, continue_all
 from polygpt.generation.engine import Chunk, FinishReason, Piece, Request, generate_tokens
 from polygpt.generation.handle import Handle, Logprob, Part
-from polygpt.generation.prompts import Prompt, as_ids, as_prompts, as_seeds, as_stop_strings
+from polygpt.generation.past_context import windowed
+from polygpt.generation.prompts import Prompt, as_ids, as_prompts, as_samples, as_seeds, as_stop_strings
 from polygpt.generation.results import Generation, ScoredGeneration
 from polygpt.generation.sampling import Sampler
 from polygpt.generation.serving import Engine
@@ -34,6 +35,7 @@ __all__ = [
     "as_grammar",
     "as_ids",
     "as_prompts",
+    "as_samples",
     "as_seeds",
     "as_stop_strings",
     "continue_all",
@@ -41,4 +43,5 @@ __all__ = [
     "generate_tokens",
     "refuse_with_beams",
     "search_beams",
+    "windowed",
 ]

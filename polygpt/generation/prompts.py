@@ -96,3 +96,14 @@ def _is_integer(value: Any) -> bool:
 
 def _shown(value: Any) -> str:
     return f"{value!r:.40} ({type(value).__name__})"
+
+
+def as_samples(n: int | None) -> int:
+    """How many samples of each prompt are asked for.
+
+    Raises:
+        RequestError: `n` is no whole number of at least 1.
+    """
+    if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
+        raise RequestError(f"n must be a whole number of at least 1, not {n!r:.40}")
+    return n or 1

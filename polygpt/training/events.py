@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,8 @@ class Stepped:
         flops_utilization: share of the device's peak FLOP/s, from 0 to 1; given where `tokens_per_second` is.
         memory_bytes: peak of the device where its runtime reports it, otherwise of the process; given likewise.
         extra: auxiliary losses (weighted, not part of `loss`) and metrics of the model's parts, by name.
+        expert_load: the share of the batch's choices that each expert received, by layer; given where
+            `tokens_per_second` is, if there are experts.
     """
 
     step: int
@@ -63,6 +65,7 @@ class Stepped:
     flops_utilization: float | None = None
     memory_bytes: int | None = None
     extra: dict[str, float] = field(default_factory=dict)
+    expert_load: dict[int, list[float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -177,3 +180,20 @@ Event = (
     | Ended
 )
 Listener = Callable[[Event], None]
+
+
+def emitter(listeners: Iterable[Listener]) -> Listener:
+    """A function that gives an event to all listeners. One that cannot write is only warned of, once."""
+    listeners, failed = tuple(listeners), set()
+
+    def emit(event: Event) -> None:
+        for index, listener in enumerate(listeners):
+            try:
+                listener(event)
+            except OSError as error:
+                if index not in failed:
+                    failed.add(index)
+                    reason = error.strerror or str(error)
+                    emit(Note(f"{error.filename or 'a file'}: cannot be written ({reason}); the run goes on", True))
+
+    return emit

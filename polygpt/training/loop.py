@@ -9,28 +9,28 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
-
-import jax
+from typing import NoReturn
 
 from polygpt import checkpoint
 from polygpt.checkpoint import NotFiniteError
 from polygpt.errors import PolygptError, RequestError
+from polygpt.files import expand
 from polygpt.loading import CHECKPOINTS, CONFIG
-from polygpt.model import Model, model_of
-from polygpt.process import command_line, memory_not_kept
+from polygpt.model import model_of
+from polygpt.process import command_line
 from polygpt.training.config import RunConfig
 from polygpt.training.devices import Utilization
-from polygpt.training.events import Compiled, Ended, Event, Finished, Listener, Note, RolledBack, RunResult, Started
-from polygpt.training.initial import initial_changes, initial_params
+from polygpt.training.events import Compiled, Ended, Finished, Listener, Note, RunResult, Started, emitter
+from polygpt.training.facts import facts, warnings
 from polygpt.training.interrupt import Interrupted, InterruptFlag, Stop
 from polygpt.training.jobs import Evaluation, Job, Samples, Validation, is_due, language_models
 from polygpt.training.listeners import standard_listeners
 from polygpt.training.listeners.trackers import check_trackers
 from polygpt.training.meter import Meter
-from polygpt.training.optimizers import ParameterGroups, in_steps
+from polygpt.training.optimizers import ParameterGroups
 from polygpt.training.profiling import Profile
-from polygpt.training.resume import finished_result, restored, with_changes
+from polygpt.training.restoring import Restoring
+from polygpt.training.resume import finished_result, with_changes
 from polygpt.training.run_folder import Run, create_run, naming, open_run, read_config, write_config
 from polygpt.training.saving import Saving
 from polygpt.training.step import Batch, Trainer, TrainState
@@ -62,8 +62,8 @@ def train(
         Interrupted: SIGINT or SIGTERM came; a checkpoint was saved.
     """
     started = time.perf_counter()
-    out = Path(out).expanduser()
-    emit = _emitter(standard_listeners() if listeners is None else listeners)
+    out = expand(out)
+    emit = emitter(standard_listeners() if listeners is None else listeners)
     try:
         if profile is not None and config is not None:
             profile.check(config.training.steps)
@@ -128,23 +128,6 @@ def _opened(config: RunConfig | None, out: Path, resume: bool, emit: Listener) -
     return run
 
 
-def _emitter(listeners: Iterable[Listener]) -> Listener:
-    """A function that gives an event to all listeners. One that cannot write is only warned of, once."""
-    listeners, failed = tuple(listeners), set()
-
-    def emit(event: Event) -> None:
-        for index, listener in enumerate(listeners):
-            try:
-                listener(event)
-            except OSError as error:
-                if index not in failed:
-                    failed.add(index)
-                    reason = error.strerror or str(error)
-                    emit(Note(f"{error.filename or 'a file'}: cannot be written ({reason}); the run goes on", True))
-
-    return emit
-
-
 def _check(run: Run) -> None:
     """Refuses a run whose data is too short or whose model cannot be built, before its folder is written."""
     run.train_loader.facts(run.config.training.steps)  # refuses sources that do not last so long
@@ -160,7 +143,7 @@ class _Loop:
 
     def __init__(self, run: Run, emit: Listener, started: float, profile: Profile | None = None):
         self.profile = profile
-        self.opened, self.started, self.folder, self.emit = run, started, run.folder, emit
+        self.started, self.folder, self.emit = started, run.folder, emit
         self.config, self.training, self.loader = run.config, run.config.training, run.train_loader
         self.vocabulary = run.tokenizer.vocab_size
         self.model = model_of(run.config.model)
@@ -168,10 +151,9 @@ class _Loop:
         tokens = self.training.batch_size * run.config.model.context_length
         self.meter = Meter(emit, tokens, self.training.on_spike == "rollback", Utilization(self.model))
         lm = language_models(run, self.trainer.evaluated)
-        self.validation, self.saving = (
-            Validation(run, self.trainer.evaluated, emit),
-            Saving(run, self.trainer, self.meter, emit),
-        )
+        self.validation = Validation(run, self.trainer.evaluated, emit)
+        self.saving = Saving(run, self.trainer, self.meter, emit)
+        self.restoring = Restoring(run, self.trainer, self.meter, self.saving, emit)
         samples = Samples(run, lm, emit)
         evaluations = [Evaluation(config, ready, lm, emit) for config, ready in run.evaluations]
         # Saving comes last between steps, so that a checkpoint never lacks an evaluation of its step; and first at the
@@ -184,11 +166,11 @@ class _Loop:
         """Trains from the first step, or the newest checkpoint, to the last."""
         with InterruptFlag() as interrupt:
             self.interrupt = interrupt
-            state = self._restore() if resume else self._start()
+            state = self.restoring.newest() if resume else self.restoring.start()
             if self.profile is not None:
                 self.profile.check(self.training.steps, int(state.step))
             write_config(self.folder, self.config)  # settings may have changed on resuming
-            for text in _warnings(self.config, self.model, self.vocabulary):
+            for text in warnings(self.config, self.model, self.vocabulary):
                 self._warn(text)
             self.emit(
                 Started(
@@ -196,7 +178,7 @@ class _Loop:
                     self.folder,
                     int(state.step),
                     self.model.num_parameters,
-                    self._facts(),
+                    facts(self.config, self.model, self.loader),
                     held_out=self.validation.text,
                 )
             )
@@ -250,7 +232,7 @@ class _Loop:
             fetch = due or last or self.interrupt.raised or step % self.training.log_every == 0
             spike = self._flush(state) if fetch else None
             if spike is not None:
-                state = self._roll_back(spike)
+                state = self.restoring.before_spike(spike)
                 step = int(state.step)
                 continue
             self._do(due, state)
@@ -281,34 +263,6 @@ class _Loop:
             if updated and (self.meter.finite_loss or self.saving.saved_step is None):
                 self.saving.run(state, last=False)
             raise
-
-    def _roll_back(self, spike: int) -> TrainState:
-        """The state of the newest periodic checkpoint before step `spike`; the batches up to it are left out.
-
-        Only periodic checkpoints count, so that an interruption changes nothing.
-        """
-        every, saving = self.saving.every, self.saving
-        saving.rollbacks += 1
-        saving.wait()
-        found = restored(
-            self.opened, self.trainer, self.emit, lambda step: step < spike and every and step % every == 0
-        )
-        if found is None:
-            state, saving.saved_step, saving.best = self._start(), None, None
-            self.meter.recent.clear()
-        else:
-            state, snapshot = found
-            self._continue_from(snapshot)
-        step = int(state.step)
-        if saving.rollbacks > self.training.max_skipped_steps:
-            raise PolygptError(
-                f"step {spike}: the loss spiked again after {saving.rollbacks - 1} rollbacks to step {step}; lower "
-                "training.optimizer.learning_rate, raise training.spike_threshold, or set training.on_spike=log"
-            )
-        saving.batch_offset += spike - step
-        self.emit(RolledBack(spike, step, spike - step))
-        self.meter.restart()
-        return state
 
     def _do(self, jobs: list[Job], state: TrainState, last: bool = False) -> None:
         """Runs jobs, none of which counts as training time."""
@@ -341,70 +295,5 @@ class _Loop:
                 unsaved = str(error)
         raise Interrupted(step, self.folder, self.interrupt.number, unsaved)
 
-    def _start(self) -> TrainState:
-        """The state before the first step: new weights, or those of `training.initial`."""
-        if self.training.initial is None:
-            return self.trainer.init()
-        changes = initial_changes(self.config)
-        self.emit(Note(f"weights: from {self.training.initial}" + (f", with {', '.join(changes)}" if changes else "")))
-        return self.trainer.init(initial_params(self.config))
-
-    def _restore(self) -> TrainState:
-        """The state of the newest checkpoint; the first state if there is none."""
-        found = restored(self.opened, self.trainer, self.emit)
-        if found is None:
-            return self._start()
-        state, snapshot = found
-        self._continue_from(snapshot)
-        self.saving.batch_offset, self.saving.rollbacks = snapshot.batch_offset, snapshot.rollbacks
-        if self.trainer.is_stopped(state):  # by skipped steps: they are counted anew
-            state = state._replace(guard=state.guard._replace(in_a_row=jax.numpy.int32(0)))
-        return state
-
-    def _continue_from(self, snapshot: checkpoint.Snapshot) -> None:
-        """Takes over the plain values of a checkpoint."""
-        self.meter.recent.clear()
-        self.meter.recent.extend(snapshot.recent_losses)
-        self.meter.speeds.append(snapshot.tokens_per_second)
-        self.saving.saved_step, self.saving.best = snapshot.step, snapshot.best
-        self.saving.mark_best()
-
     def _warn(self, text: str) -> None:
         self.emit(Note(text, warning=True))
-
-    def _facts(self) -> dict[str, Any]:
-        device = jax.local_devices()[0]
-        return {
-            "device": f"{device.platform} ({device.device_kind})",
-            "attention": self.model.attention_implementation(),
-            "tokens a step": self.training.batch_size * self.config.model.context_length,
-            "steps an epoch": self.loader.num_batches,
-            **self.loader.facts(self.training.steps),
-        }
-
-
-def _warnings(config: RunConfig, model: Model, ids: int) -> list[str]:
-    """What may not be as the user meant it."""
-    found = []
-    vocab, steps, devices = config.model.vocab_size, config.training.steps, jax.local_devices()
-    warmup = in_steps(getattr(config.training.schedule, "warmup_steps", 0), steps)
-    if vocab > 1.5 * ids:  # padding to a round number is usual
-        found.append(
-            f"model.vocab_size={vocab} is far more than the tokenizer's {ids} ids: the rest is never seen; "
-            "model.vocab_size= (empty) takes the tokenizer's"
-        )
-    if warmup >= steps:
-        found.append(
-            f"training.schedule.warmup_steps={warmup} is not shorter than the run (training.steps={steps}): the "
-            "learning rate rises to the end and never decays; lower it"
-        )
-    if config.training.optimizer.averages and config.training.schedule.decays:
-        found.append(
-            f"training.schedule.kind={config.training.schedule.kind} decays; {config.training.optimizer.kind} is meant "
-            "for a constant learning rate: training.schedule.kind=constant"
-        )
-    if len(devices) > 1:
-        found.append(f"{len(devices)} {devices[0].platform} devices are here; training uses one, the first")
-    if devices[0].platform == "cpu" and (reason := memory_not_kept()):
-        found.append(f"freed memory is given back in every step, which makes training slower: {reason}")
-    return found + ([model.training_caveat] if model.training_caveat else [])

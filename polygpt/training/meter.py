@@ -73,10 +73,11 @@ class Meter:
         self.recent.append(loss)
         extra = {name: float(value) for name, value in metrics.extra.items()}
         rate, ratio = float(metrics.learning_rate), float(metrics.update_ratio)
-        used, held = None, None
+        used, held, load = None, None, None
         if speed is not None:
             used, held = self.utilization(speed) if self.utilization else None, peak_memory()
-        self.emit(Stepped(step, loss, grad_norm, rate, speed, ratio, scale, used, held, extra))
+            load = {layer: shares.round(4).tolist() for layer, shares in (metrics.expert_load or {}).items()} or None
+        self.emit(Stepped(step, loss, grad_norm, rate, speed, ratio, scale, used, held, extra, load))
         if metrics.spike:
             self.emit(Spiked(step, loss, float(metrics.spike_mean), float(metrics.spike_limit)))
 

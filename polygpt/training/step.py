@@ -76,6 +76,7 @@ class Metrics(NamedTuple):
         spike: the loss is a spike (see `guard.py`).
         spike_mean, spike_limit: the mean loss before this step, and the loss above which it is a spike.
         loss_scale: the scale of the loss in this step; None unless it is computed in float16.
+        expert_load: the share of the batch's choices that each expert received, by layer.
     """
 
     loss: Float[Array, ""]
@@ -90,6 +91,7 @@ class Metrics(NamedTuple):
     spike_mean: Float[Array, ""] | None = None
     spike_limit: Float[Array, ""] | None = None
     loss_scale: Float[Array, ""] | None = None
+    expert_load: dict[int, Float[Array, " experts"]] | None = None
 
 
 class Trainer:
@@ -263,6 +265,7 @@ class Trainer:
             spike_mean=state.guard.mean,
             spike_limit=limit,
             loss_scale=None if state.loss_scale is None else state.loss_scale.scale,
+            expert_load=_by_layer(effects.loads, len(self.model.config.pattern)),
         )
 
     def _average(self, state: TrainState, params: Params) -> Params | None:
@@ -284,6 +287,12 @@ class Trainer:
 
 def _norm(tree: PyTree) -> Float[Array, ""]:
     return optax.tree.norm(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree))
+
+
+def _by_layer(loads: Loads, period: int) -> dict[int, Float[Array, " experts"]]:
+    """The loads of each layer that has experts; entry i of the pattern serves layers i, i + period, and so on."""
+    layers = {entry + row * period: load for entry, kept in loads.items() for row, load in enumerate(kept["load"])}
+    return dict(sorted(layers.items()))
 
 
 def nll_sums(model: Model, params: Params, batch: Batch) -> Float[Array, "2"]:

@@ -25,7 +25,7 @@ def test_a_warm_up_as_long_as_the_run_is_warned_of(workdir, kind, warmup):
 
 def test_devices_that_are_not_used_are_said(workdir, monkeypatch):
     device = jax.local_devices()[0]
-    monkeypatch.setattr("polygpt.training.loop.jax.local_devices", lambda: [device] * 8)
+    monkeypatch.setattr("polygpt.training.facts.jax.local_devices", lambda: [device] * 8)
     (told,) = warnings_of(**{"training.schedule.warmup_steps": 1})
     assert told == "8 cpu devices are here; training uses one, the first"
 

@@ -11,6 +11,7 @@ import pytest
 from polygpt.config import validate
 from polygpt.model import NO_EFFECTS, Model, ModelConfig
 from polygpt.training import Batch, Trainer, TrainingConfig
+from polygpt.training.meter import Meter
 from polygpt.training.step import Metrics, nll_sums
 
 FIELDS = {
@@ -207,3 +208,26 @@ def test_updates_without_gradients_are_computed_once_from_the_mean_load(model):
     balance = after.params["blocks"][0]["feedforward"]["balance"]
     np.testing.assert_allclose(balance, 0.25 * np.sign(0.25 - mean))
     assert np.abs(mean - 0.25).max() > 0.01
+
+
+def test_the_experts_loads_are_reported_by_layer_once_a_group():
+    experts = {"kind": "moe", "num_experts": 4, "top_k": 1, "mlp_dim": 8}
+    fields = FIELDS | {"num_layers": 3, "dropout": 0.0, "pattern": [{"feedforward": experts}, {}]}
+    trainer, events = trainer_of(Model(validate(ModelConfig, fields))), []
+    state, meter = trainer.init(), Meter(events.append, 1)
+    _, _, effects = jax.jit(trainer.gradients)(state, batch_of(0))
+    step = jax.jit(trainer.step)
+    for number in (1, 2):
+        _, metrics = step(state, batch_of(0))
+        meter.add(number, metrics)
+    meter.flush()
+    first, second = events
+    assert first.expert_load is None
+    assert list(second.expert_load) == [0, 2]
+    np.testing.assert_allclose(list(second.expert_load.values()), effects.loads[0]["load"], atol=1e-4)
+    assert len({tuple(load) for load in second.expert_load.values()}) == 2, "the layers differ"
+
+
+def test_a_model_without_experts_reports_no_loads(model):
+    trainer = trainer_of(model)
+    assert jax.eval_shape(trainer.step, trainer.abstract_state(), batch_of(0))[1].expert_load == {}

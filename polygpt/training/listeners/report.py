@@ -13,6 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from polygpt.config import read_yaml, to_yaml
 from polygpt.files import write_text
 from polygpt.loading import CONFIG
@@ -82,6 +84,9 @@ def _content(run: Recorded, baselines: Sequence[Baseline]) -> dict[str, Any]:
         "resources": len(resources),
         "speed": svg(_resources_figure(resources, steps)) if resources else "",
         "parts": svg(panels(_extra_names(lines), steps, _draw_steps)) if _extra_names(lines) else None,
+        "experts": svg(_experts_figure(loads))
+        if (loads := [line for line in steps if "expert_load" in line])
+        else None,
         "measured": measured,
         "measured_names": _measured_names(measured),
         "measures": svg(_measured_figure(measured)) if _measured_names(measured) else None,
@@ -139,6 +144,35 @@ def _resources_figure(names: Sequence[str], steps: Sequence[dict[str, Any]]) -> 
         for line in steps
     ]
     return panels([units[name][0] for name in names], rows, draw)
+
+
+def _experts_figure(steps: Sequence[dict[str, Any]]) -> Figure:
+    """The experts' loads at the end, layers x experts, and the largest of each layer over time; 1 is an even load."""
+
+    def relative(line: dict[str, Any]) -> list[np.ndarray]:
+        return [np.asarray(shares) * len(shares) for shares in line["expert_load"].values()]
+
+    layers, last = list(steps[-1]["expert_load"]), relative(steps[-1])
+    table = np.full((len(last), max(map(len, last))), np.nan)  # layers may differ in their number of experts
+    for row, load in zip(table, last, strict=True):
+        row[: len(load)] = load
+    largest = np.array([[load.max() for load in relative(line)] for line in steps]).T
+    height = 0.22 * len(layers) + 1.1
+    figure, all_axes = new_figure(2 * height, rows=2)
+    limits = {"vmin": 0, "vmax": max(2.0, np.nanmax(table), largest.max())}
+    ends = [line["step"] for line in steps]
+    edges = [ends[0] - (ends[1] - ends[0]) if len(ends) > 1 else 0, *ends]
+    for axes, values, x in zip(all_axes, (table, largest), (np.arange(table.shape[1] + 1) - 0.5, edges), strict=True):
+        image = axes.pcolormesh(x, np.arange(len(layers) + 1) - 0.5, values, rasterized=True, **limits)
+        axes.set_yticks(range(len(layers)), layers)
+        axes.set_ylabel("layer")
+        axes.invert_yaxis()
+        axes.grid(visible=False)
+    all_axes[0].xaxis.get_major_locator().set_params(integer=True)
+    all_axes[0].set_xlabel(f"expert, after step {ends[-1]}")
+    all_axes[1].set_xlabel("step: the most loaded expert")
+    figure.colorbar(image, ax=all_axes, label="load (1 is even)")
+    return figure
 
 
 def _draw_steps(axes: Any, x: list[int], values: list[float]) -> None:

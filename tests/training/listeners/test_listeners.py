@@ -260,6 +260,20 @@ def test_the_report_has_the_runs_figures(run, page):
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_report_shows_the_experts_loads_where_there_are_experts(tmp_path, run, page):
+    assert "Load of the experts" not in page
+    for name in ("config.yaml", "result.json"):
+        (tmp_path / name).write_text((run / name).read_text())
+    for step, load in enumerate([None, {0: [0.25] * 4, 2: [0.5, 0.5]}, {0: [0.0, 0.0, 0.5, 0.5], 2: [0.9, 0.1]}], 1):
+        with (tmp_path / "metrics.jsonl").open("a") as stream:
+            line = {"event": "step", "step": step, "loss": 1.0} | ({} if load is None else {"expert_load": load})
+            stream.write(json.dumps(line) + "\n")
+    text = write_report(tmp_path).read_text()
+    assert "Load of the experts" in text
+    assert "expert, after step 3" in text
+    assert "expert_load" not in text.partition("Metrics of the model")[2]
+
+
 def test_the_moving_average_is_unbiased_from_the_start():
     line = np.linspace(7, 3, 101)
     np.testing.assert_allclose(figures.smooth(line)[:-10], line[:-10])

@@ -1,0 +1,52 @@
+"""What a run says about itself when it starts: facts, and warnings of what may not be as the user meant it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from polygpt.data import Loader, MixedLoader
+from polygpt.model import Model
+from polygpt.process import memory_not_kept
+from polygpt.training.config import RunConfig
+from polygpt.training.optimizers import in_steps
+
+
+def facts(config: RunConfig, model: Model, loader: Loader | MixedLoader) -> dict[str, Any]:
+    """What is worth knowing about the run, by name."""
+    device = jax.local_devices()[0]
+    return {
+        "device": f"{device.platform} ({device.device_kind})",
+        "attention": model.attention_implementation(),
+        "tokens a step": config.training.batch_size * config.model.context_length,
+        "steps an epoch": loader.num_batches,
+        **loader.facts(config.training.steps),
+    }
+
+
+def warnings(config: RunConfig, model: Model, ids: int) -> list[str]:
+    """What may not be as the user meant it."""
+    found = []
+    vocab, steps, devices = config.model.vocab_size, config.training.steps, jax.local_devices()
+    warmup = in_steps(getattr(config.training.schedule, "warmup_steps", 0), steps)
+    if vocab > 1.5 * ids:  # padding to a round number is usual
+        found.append(
+            f"model.vocab_size={vocab} is far more than the tokenizer's {ids} ids: the rest is never seen; "
+            "model.vocab_size= (empty) takes the tokenizer's"
+        )
+    if warmup >= steps:
+        found.append(
+            f"training.schedule.warmup_steps={warmup} is not shorter than the run (training.steps={steps}): the "
+            "learning rate rises to the end and never decays; lower it"
+        )
+    if config.training.optimizer.averages and config.training.schedule.decays:
+        found.append(
+            f"training.schedule.kind={config.training.schedule.kind} decays; {config.training.optimizer.kind} is meant "
+            "for a constant learning rate: training.schedule.kind=constant"
+        )
+    if len(devices) > 1:
+        found.append(f"{len(devices)} {devices[0].platform} devices are here; training uses one, the first")
+    if devices[0].platform == "cpu" and (reason := memory_not_kept()):
+        found.append(f"freed memory is given back in every step, which makes training slower: {reason}")
+    return found + ([model.training_caveat] if model.training_caveat else [])
