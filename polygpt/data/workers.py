@@ -16,7 +16,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import polygpt
 from polygpt.data.sources import Tally
 from polygpt.data.tasks import Counts, Plan, describe, finished, run_task
 from polygpt.errors import PolygptError, RequestError
@@ -40,7 +39,7 @@ class _Worker:
     """A process and the task it has."""
 
     def __init__(self, work: Path, alone: bool):
-        package = str(Path(polygpt.__file__).parent.parent)
+        package = str(Path(__file__).parents[2])
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(dict.fromkeys([package, *filter(None, sys.path)]))}
         if not alone:
             environment["TOKENIZERS_PARALLELISM"] = "false"  # every core has a process of its own
