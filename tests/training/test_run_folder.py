@@ -80,7 +80,9 @@ def test_data_that_was_removed_is_prepared_again(run, workdir, program, snapshot
 
 def test_any_number_of_workers_prepares_the_same_and_may_change_on_resuming(run, workdir, program, snapshot):
     start(workdir / "two", **{"data.workers": 2})
-    assert snapshot(workdir / "two/data") == snapshot(run / "data")
+    two, one = snapshot(workdir / "two/data"), snapshot(run / "data")
+    assert len(one) == 5
+    assert {**two, "manifest.json": None} == {**one, "manifest.json": None}, "the source's path is in the manifest"
     assert not list(workdir.glob("*.work"))
     done = program("train", "--resume", "training.steps=8", "data.workers=3", "--out", workdir / "two")
     assert done.code == 0, done.err
