@@ -2,11 +2,45 @@
 
 from __future__ import annotations
 
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from polygpt.cli.output import json_option, print_json, print_result
+
+if TYPE_CHECKING:
+    from polygpt.data import Progress
+
+LINE_SECONDS = 10.0
+
+
+@contextmanager
+def _progress_line() -> Iterator[Callable[[Progress], None]]:
+    """Progress callback that keeps a line up to date on standard error; a new one now and then if it is no terminal."""
+    terminal, shown = sys.stderr.isatty(), time.monotonic()
+
+    def show(progress: Progress) -> None:
+        nonlocal shown
+        if not terminal and time.monotonic() - shown < LINE_SECONDS:
+            return
+        shown = time.monotonic()
+        rate = progress.new_tokens / max(progress.seconds, 1e-9)
+        text = (
+            f"{progress.parts} of {progress.of_parts} parts, {progress.documents:,} documents, "
+            f"{progress.tokens:,} tokens ({rate:,.0f}/s)"
+        )
+        click.echo(f"\r{text}" if terminal else text, err=True, nl=not terminal)
+
+    try:
+        yield show
+    finally:
+        if terminal:
+            click.echo(err=True)
 
 
 @click.group()
@@ -37,20 +71,32 @@ def list_(as_json: bool) -> None:
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The folder for the shards.")
 @click.option("--split", type=click.Choice(["document", "fraction"]), default="document", show_default=True)
 @click.option("--validation-fraction", type=float, default=0.05, show_default=True)
+@click.option("--workers", type=click.IntRange(1, 1024), default=1, show_default=True, help="Processes.")
 @json_option
 def prepare(
-    sources: tuple[str, ...], tokenizer_path: str, out: Path, split: str, validation_fraction: float, as_json: bool
+    sources: tuple[str, ...],
+    tokenizer_path: str,
+    out: Path,
+    split: str,
+    validation_fraction: float,
+    workers: int,
+    as_json: bool,
 ) -> None:
-    """Turn text (files, folders, globs, or `builtin`) into token shards, for data.path=OUT."""
+    """Turn text (files, folders, globs, or `builtin`) into token shards, for data.path=OUT.
+
+    The shards are the same for any number of workers. Parts that are done are kept in OUT.work until all are: the same
+    command goes on after an interruption.
+    """
     from polygpt.config import validate
-    from polygpt.data import DataConfig, open_source
-    from polygpt.data import prepare as prepare_shards
+    from polygpt.data import DataConfig, open_source, prepare_in_parallel
     from polygpt.tokenizers import load_tokenizer
 
-    fields = {"path": list(sources), "split": split, "validation_fraction": validation_fraction}
+    fields = {"path": list(sources), "split": split, "validation_fraction": validation_fraction, "workers": workers}
     config = validate(DataConfig, fields)
     tokenizer = load_tokenizer(tokenizer_path)
-    shards = prepare_shards(open_source(config), tokenizer, out, config)
+    with _progress_line() as progress:
+        note = lambda text: click.echo(text, err=True)  # noqa: E731
+        shards = prepare_in_parallel(open_source(config), tokenizer, out, config, note=note, progress=progress)
     tokenizer.save(out / "tokenizer.json")
     facts = {"path": str(out), "dtype": shards.manifest.dtype, "invalid_documents": shards.manifest.invalid_documents}
     for side in (shards.train, shards.validation):

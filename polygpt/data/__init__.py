@@ -6,12 +6,14 @@
 
 from polygpt.data.catalogue import DATASETS, Dataset
 from polygpt.data.config import DataConfig, SourceConfig
+from polygpt.data.encoding import training_texts
 from polygpt.data.loader import Loader
 from polygpt.data.mixing import MixedLoader
-from polygpt.data.preparation import prepare, training_texts
+from polygpt.data.preparation import prepare, prepare_in_parallel
 from polygpt.data.reading import format_of, open_bytes
 from polygpt.data.shards import JoinedShards, Manifest, Shards, TokenSplit, is_prepared, open_shards
 from polygpt.data.sources import Document, Source, Tally, open_source
+from polygpt.data.workers import Progress
 
 __all__ = [
     "DATASETS",
@@ -22,6 +24,7 @@ __all__ = [
     "Loader",
     "Manifest",
     "MixedLoader",
+    "Progress",
     "Shards",
     "Source",
     "SourceConfig",
@@ -33,5 +36,6 @@ __all__ = [
     "open_shards",
     "open_source",
     "prepare",
+    "prepare_in_parallel",
     "training_texts",
 ]

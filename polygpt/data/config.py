@@ -58,6 +58,8 @@ class DataConfig(Config):
             than a window is divided.
         invalid_utf8: text that is not UTF-8 is an error, becomes U+FFFD, or its document is left out (the last two are
             counted).
+        workers: processes that tokenize the text. The tokens are the same for any number; with 2 or more, a preparation
+            that was interrupted keeps the parts that are done.
     """
 
     path: str | Tuple[str] = Field(BUILTIN, min_length=1)
@@ -68,6 +70,7 @@ class DataConfig(Config):
     stride: int | None = Field(None, ge=1)
     packing: Literal["windows", "documents"] = "windows"
     invalid_utf8: Literal["refuse", "replace", "skip"] = "refuse"
+    workers: int = Field(1, ge=1, le=1024)
 
     @model_validator(mode="after")
     def _stride_of_windows(self) -> DataConfig:

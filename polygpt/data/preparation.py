@@ -6,21 +6,21 @@ import hashlib
 import json
 import os
 from array import array
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack
-from itertools import islice
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from polygpt.data.config import DataConfig
+from polygpt.data.encoding import encode, pieces_of
 from polygpt.data.shards import (
     DTYPES,
     FORMAT,
     MANIFEST,
     OFFSET,
     SPLITS,
+    Dropped,
     FileEntry,
     Manifest,
     ShardEntry,
@@ -28,23 +28,14 @@ from polygpt.data.shards import (
     SplitEntry,
     open_shards,
 )
-from polygpt.data.sources import Source
-from polygpt.errors import RequestError
-from polygpt.files import expand, new_folder
+from polygpt.data.sources import Source, Tally
+from polygpt.data.tasks import Counts, documents_of, plan, write_plan
+from polygpt.data.workers import Pool, Progress
+from polygpt.errors import PolygptError, RequestError
+from polygpt.files import expand, new_folder, remove_folder
 from polygpt.tokenizers import Tokenizer
 
 SHARD_TOKENS = 100_000_000
-BATCH_CHARS = 1 << 20
-MANY_DOCUMENTS = 100
-
-
-class _Part(NamedTuple):
-    """A document, or the part of one that is on one side of the split."""
-
-    side: str
-    name: str
-    text: str
-    ends: bool  # whether it is the document's last (or only) part
 
 
 def prepare(
@@ -65,30 +56,104 @@ def prepare(
         RequestError: `out` exists, the source cannot be read or tokenized, or one side of the split would be empty.
         PolygptError: `out` cannot be written.
     """
-    out = expand(out)
-    if out.exists():
-        raise RequestError(f"{out}: exists already; choose another folder, or remove it first")
-    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    with new_folder(out) as partial:
-        with ExitStack() as stack:
-            writers = {name: stack.enter_context(_SplitWriter(partial, name, dtype, shard_tokens)) for name in SPLITS}
-            _write(_parts(source, config), tokenizer, writers, progress)
-            entries = {name: writer.finish(config) for name, writer in writers.items()}
-        _write_manifest(partial / MANIFEST, _manifest(source, tokenizer, dtype, entries))
+    with _new_shards(source, tokenizer, out, config, shard_tokens) as writers:
+        done = 0
+        for found in encode(pieces_of(source, config), tokenizer):
+            writers[found.side].add(found.ids, found.bytes, found.lost_bytes)
+            done += found.ends
+            if found.ends and progress is not None:
+                progress(done)
     return open_shards(out, tokenizer)
 
 
-def _manifest(source: Source, tokenizer: Tokenizer, dtype: str, entries: dict[str, SplitEntry]) -> Manifest:
-    return Manifest(
-        format=FORMAT,
-        dtype=dtype,
-        vocab_size=tokenizer.vocab_size,
-        end_of_text=tokenizer.end_of_text,
-        tokenizer=tokenizer.fingerprint,
-        source=source.describe(),
-        invalid_documents=source.tally.invalid,
-        **entries,
-    )
+def prepare_in_parallel(
+    source: Source,
+    tokenizer: Tokenizer,
+    out: str | Path,
+    config: DataConfig,
+    *,
+    work: Path | None = None,
+    note: Callable[[str], None] = lambda text: None,
+    progress: Callable[[Progress], None] = lambda progress: None,
+    shard_tokens: int = SHARD_TOKENS,
+) -> Shards:
+    """As `prepare`, by `config.workers` processes; the shards are the same.
+
+    Parts of the source that are done are kept in the folder `work` (by default `OUT.work`) until `out` is complete, so
+    that a preparation that failed or was killed goes on where it was. Needs twice the disk space of the shards.
+
+    Raises:
+        RequestError: as `prepare`; or another process is preparing the same.
+        PolygptError: as `prepare`; or the process that had a certain part died, three times in a row.
+    """
+    from polygpt.checkpoint import folder_lock  # imports JAX, which workers do without
+
+    out = expand(out)
+    _check_new(out)
+    work = out.with_name(f"{out.name}.work") if work is None else work
+    made = plan(source, config, _dtype(tokenizer))
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        with folder_lock(work):
+            write_plan(work, made, tokenizer)
+            pool = Pool(work, made, tokenizer, note, progress)
+            try:
+                pool.run(config.workers)
+            finally:
+                if 0 < len(pool.counts) < len(made.tasks):
+                    note(f"data: {len(pool.counts)} of {len(made.tasks)} parts are kept in {work} for another try")
+            source.tally = Tally()
+            for file, tally in pool.tallies():
+                source.tally.add(tally)
+                source.check(file, tally)
+            source.check_not_empty()
+            with _new_shards(source, tokenizer, out, config, shard_tokens) as writers:
+                for side, writer in writers.items():
+                    for index in range(len(made.tasks)):
+                        for ids in documents_of(work, index, made, side):
+                            writer.add(ids, 0, 0)
+                        writer.add_counts(pool.counts[index], side)
+    except OSError as error:
+        raise PolygptError(f"{error.filename or work}: cannot be written ({error.strerror or error})") from None
+    remove_folder(work)
+    return open_shards(out, tokenizer)
+
+
+def _check_new(out: Path) -> None:
+    if out.exists():
+        raise RequestError(f"{out}: exists already; choose another folder, or remove it first")
+
+
+def _dtype(tokenizer: Tokenizer) -> str:
+    return "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+
+
+@contextmanager
+def _new_shards(
+    source: Source, tokenizer: Tokenizer, out: str | Path, config: DataConfig, shard_tokens: int
+) -> Iterator[dict[str, _SplitWriter]]:
+    """A writer for each side; what they wrote gets its manifest and its name at the end."""
+    out, dtype = expand(out), _dtype(tokenizer)
+    _check_new(out)
+    with new_folder(out) as partial:
+        with ExitStack() as stack:
+            writers = {name: stack.enter_context(_SplitWriter(partial, name, dtype, shard_tokens)) for name in SPLITS}
+            yield writers
+            entries = {name: writer.finish(config) for name, writer in writers.items()}
+        tally, empty = source.tally, sum(writer.without_tokens for writer in writers.values())
+        skipped = tally.invalid if config.invalid_utf8 == "skip" else 0
+        manifest = Manifest(
+            format=FORMAT,
+            dtype=dtype,
+            vocab_size=tokenizer.vocab_size,
+            end_of_text=tokenizer.end_of_text,
+            tokenizer=tokenizer.fingerprint,
+            source=source.describe(),
+            invalid_documents=tally.invalid,
+            dropped=Dropped(empty=tally.empty, invalid=skipped, without_tokens=empty),
+            **entries,
+        )
+        _write_manifest(partial / MANIFEST, manifest)
 
 
 def _write_manifest(path: Path, manifest: Manifest) -> None:
@@ -98,87 +163,13 @@ def _write_manifest(path: Path, manifest: Manifest) -> None:
         os.fsync(stream.fileno())
 
 
-def training_texts(source: Source, config: DataConfig) -> Iterator[str]:
-    """The texts on the training side, on which a tokenizer is trained: it must not see held-out text either."""
-    return (part.text for part in _parts(source, config) if part.side == "train")
-
-
-def _parts(source: Source, config: DataConfig) -> Iterator[_Part]:
-    # Of fewer documents all could fall on one side.
-    many = config.split == "auto" and sum(1 for _ in islice(source, MANY_DOCUMENTS)) == MANY_DOCUMENTS
-    if config.split == "document" or many:
-        for document in source:
-            side = _side(document.text, config.validation_fraction)
-            yield _Part(side, document.name, document.text, True)
-        return
-    total = sum(len(document.text) for document in source)
-    cut = int(total * (1 - config.validation_fraction))  # rounded down, like nanoGPT's int(n * 0.9)
-    start = 0
-    for name, text in source:
-        before = max(0, min(cut - start, len(text)))
-        start += len(text)
-        if before:
-            yield _Part("train", name, text[:before], before == len(text))
-        if before < len(text):
-            yield _Part("validation", name, text[before:], True)
-
-
-def _side(text: str, validation_fraction: float) -> str:
-    # A hash of the text: a document that occurs twice is on one side only, whatever the order.
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return "validation" if int.from_bytes(digest, "big") < validation_fraction * 2**64 else "train"
-
-
-def _write(
-    parts: Iterable[_Part],
-    tokenizer: Tokenizer,
-    writers: dict[str, _SplitWriter],
-    progress: Callable[[int], None] | None,
-) -> None:
-    prefix = np.array([] if tokenizer.end_of_text is None else [tokenizer.end_of_text], np.int32)
-    done = 0
-    for batch in _batches(parts):
-        for part, ids in zip(batch, _encode(batch, tokenizer), strict=True):
-            # Held-out text is what bits per byte are measured on: bytes that no token stands for would lower them.
-            lost = tokenizer.count_lost(part.text) if part.side == "validation" else 0
-            writers[part.side].add(np.concatenate([prefix, ids]), len(part.text.encode()) - lost, lost)
-        done += sum(part.ends for part in batch)
-        if progress is not None:
-            progress(done)
-
-
-def _encode(batch: list[_Part], tokenizer: Tokenizer) -> list[np.ndarray]:
-    try:
-        return tokenizer.encode_batch([part.text for part in batch])
-    except RequestError:
-        for part in batch:  # one at a time, to find whose fault it is
-            try:
-                tokenizer.encode_batch([part.text])
-            except RequestError as error:
-                raise RequestError(f"{part.name}: {error}") from None
-        raise
-
-
-def _batches(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
-    batch: list[_Part] = []
-    size = 0
-    for part in parts:
-        batch.append(part)
-        size += len(part.text)
-        if size >= BATCH_CHARS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
 class _SplitWriter(AbstractContextManager):
     """Writes the documents of one side, shard after shard; on exit it closes the current file."""
 
     def __init__(self, folder: Path, name: str, dtype: str, shard_tokens: int):
         self.folder, self.name, self.dtype, self.shard_tokens = folder, name, DTYPES[dtype], shard_tokens
         self.shards: list[ShardEntry] = []
-        self.bytes = self.lost_bytes = 0
+        self.bytes = self.lost_bytes = self.without_tokens = 0
         self.stream = None
 
     def __exit__(self, *error: object) -> None:
@@ -188,6 +179,7 @@ class _SplitWriter(AbstractContextManager):
     def add(self, ids: np.ndarray, text_bytes: int, lost_bytes: int) -> None:
         """Adds a document: its ids, and how many UTF-8 bytes of its text they stand for and how many are lost."""
         if not len(ids):  # some tokenizers encode white space to nothing
+            self.without_tokens += 1
             return
         if self.stream is None:
             self.stream = (self.folder / f"{self.name}-{len(self.shards):05d}.tokens").open("wb")
@@ -201,6 +193,12 @@ class _SplitWriter(AbstractContextManager):
         self.lost_bytes += lost_bytes
         if self.tokens >= self.shard_tokens:
             self._close()
+
+    def add_counts(self, counts: Counts, side: str) -> None:
+        """Adds what a task counted beside its documents."""
+        self.bytes += counts.bytes[side]
+        self.lost_bytes += counts.lost_bytes[side]
+        self.without_tokens += counts.without_tokens[side]
 
     def _close(self) -> None:
         self.stream.close()

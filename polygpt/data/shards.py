@@ -59,6 +59,14 @@ class SplitEntry(Config):
     shards: Tuple[ShardEntry] = Field(min_length=1)
 
 
+class Dropped(Config):
+    """Documents that were left out: without text, not UTF-8 (if they are skipped), or encoded to no token at all."""
+
+    empty: int = Field(0, ge=0)
+    invalid: int = Field(0, ge=0)
+    without_tokens: int = Field(0, ge=0)
+
+
 class Manifest(Config):
     """What a folder of shards contains."""
 
@@ -71,6 +79,7 @@ class Manifest(Config):
     source: str
     invalid_documents: int = Field(ge=0)
     """Documents that were not UTF-8, and were replaced or skipped."""
+    dropped: Dropped = Dropped()
     train: SplitEntry
     validation: SplitEntry
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 # are computed. A band's seeds cover the first; the others change a loss by rounding at most.
 FREE = {
     "data.path",
+    "data.workers",
     *(f"training.{name}seed" for name in ("", "init_", "data_")),
     *(f"training.{name}" for name in ("eval_every", "eval_batches", "save_every", "log_every", "evaluations")),
     *(f"training.{name}" for name in ("keep", "keep_every", "keep_best", "async_saving", "trackers", "samples")),

@@ -39,7 +39,7 @@ def with_changes(run: Run, config: RunConfig) -> tuple[Run, list[str]]:
     compared = {
         "model": (own.model.architecture(), model.architecture()),
         "tokenizer": (own.tokenizer.to_dict(), config.tokenizer.to_dict()),
-        "data": (own.data.to_dict(), config.data.to_dict()),
+        "data": (_content(own), _content(config)),
         "training": (_fixed(own), _fixed(config)),
     }
     for name, (mine, theirs) in compared.items():
@@ -48,12 +48,18 @@ def with_changes(run: Run, config: RunConfig) -> tuple[Run, list[str]]:
                 f"{run.folder}: this run has {key}={had}, not {asked}; "
                 "resume without changing it, or start a new run with another --out"
             )
-    update = {"model": model, "training": config.training, "expected": config.expected}
+    update = {"model": model, "data": config.data, "training": config.training, "expected": config.expected}
     changed = dataclasses.replace(run, config=own.model_copy(update=update))
     check_prompts(config.training.samples, run.tokenizer, model.context_length)
     found = [*differences(own.model.to_dict(), model.to_dict(), "model")]
+    found += differences(own.data.to_dict(), config.data.to_dict(), "data")
     found += differences(own.training.to_dict(), config.training.to_dict(), "training")
     return changed, [f"{key} {had} → {asked}" for key, had, asked in found]
+
+
+def _content(config: RunConfig) -> dict[str, Any]:
+    """The settings of data that say which tokens there are."""
+    return config.data.model_copy(update={"workers": 1}).to_dict()
 
 
 def _fixed(config: RunConfig) -> dict[str, Any]:

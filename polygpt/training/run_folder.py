@@ -34,6 +34,7 @@ from polygpt.data import (
     open_shards,
     open_source,
     prepare,
+    prepare_in_parallel,
     training_texts,
 )
 from polygpt.errors import PolygptError, RequestError
@@ -129,7 +130,8 @@ def create_run(config: RunConfig, folder: Path, note: Callable[[str], None], che
     if config.training.initial is not None:
         check_initial(config)
     with new_folder(folder) as partial:
-        tokenizer, shards = _prepare(config, partial, note)
+        tokenizer = _tokenizer(config, note)
+        shards = _write_shards(config, tokenizer, partial / DATA, folder, note)
         model = resolve_vocabulary(config.model, tokenizer)
         # The shards stay mapped when the folder gets its name.
         run = Run(folder, config.model_copy(update={"model": model}), tokenizer, shards)
@@ -168,7 +170,7 @@ def _prepare_again(run: Run, note: Callable[[str], None]) -> Run:
     own, data = run.folder / DATA, run.config.data
     path = ", ".join(str(each.path) for each in data.each().values())
     note(f"data: {own} is missing; preparing it again from {path}")
-    run = dataclasses.replace(run, shards=_write_shards(run.config, run.tokenizer, own, note))
+    run = dataclasses.replace(run, shards=_write_shards(run.config, run.tokenizer, own, run.folder, note))
     saved = checkpoint.newest(run.folder / CHECKPOINTS, warn=note)
     data = saved.info.get("fingerprints", {}).get("data") if saved is not None else None
     if data is not None and data != run.shards.train.fingerprint:
@@ -263,11 +265,6 @@ def _joined(shards: dict[str, Shards]) -> Shards | JoinedShards:
     return shards[""] if "" in shards else JoinedShards(shards)
 
 
-def _prepare(config: RunConfig, partial: Path, note: Callable[[str], None]) -> tuple[Tokenizer, Shards | JoinedShards]:
-    tokenizer = _tokenizer(config, note)
-    return tokenizer, _write_shards(config, tokenizer, partial / DATA, note)
-
-
 def _tokenizer(config: RunConfig, note: Callable[[str], None]) -> Tokenizer:
     """That of the first prepared source, if there is one, or the configured one, trained on all sources."""
     each, wanted = config.data.each().values(), config.tokenizer
@@ -293,23 +290,30 @@ def _tokenizer(config: RunConfig, note: Callable[[str], None]) -> Tokenizer:
 
 
 def _write_shards(
-    config: RunConfig, tokenizer: Tokenizer, own: Path, note: Callable[[str], None]
+    config: RunConfig, tokenizer: Tokenizer, own: Path, run: Path, note: Callable[[str], None]
 ) -> Shards | JoinedShards:
-    """Prepares what has to be and is not in the folder `own` yet, and opens all."""
+    """Prepares what has to be and is not in the folder `own` yet, and opens all.
+
+    Unfinished work is kept beside the folder `run`: what is in it is removed if the run cannot be created.
+    """
     each, shards = config.data.each(), {}
     for name, folder in _folders(config, own).items():
         if own in (folder, folder.parent) and not folder.exists():
-            shards[name] = _write_source(each[name], tokenizer, folder, name or "shards", note)
+            work = run.with_name(f"{run.name}.{folder.name}.work")
+            shards[name] = _write_source(each[name], tokenizer, folder, work, name or "shards", note)
         else:
             shards[name] = open_shards(folder, tokenizer)
     return _joined(shards)
 
 
 def _write_source(
-    data: DataConfig, tokenizer: Tokenizer, folder: Path, name: str, note: Callable[[str], None]
+    data: DataConfig, tokenizer: Tokenizer, folder: Path, work: Path, name: str, note: Callable[[str], None]
 ) -> Shards:
     source = open_source(data)
-    shards = prepare(source, tokenizer, folder, data)
+    if data.workers > 1:
+        shards = prepare_in_parallel(source, tokenizer, folder, data, work=work, note=note)
+    else:
+        shards = prepare(source, tokenizer, folder, data)
     if source.tally.invalid:
         note(f"data: {source.tally.invalid} documents were not UTF-8 ({data.invalid_utf8})")
     lost = shards.manifest.validation.lost_bytes

@@ -131,7 +131,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, byte_tokenizer):
 
 
 def test_progress_counts_documents_once(tmp_path, byte_tokenizer, monkeypatch):
-    monkeypatch.setattr("polygpt.data.preparation.BATCH_CHARS", 30)
+    monkeypatch.setattr("polygpt.data.encoding.BATCH_CHARS", 30)
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     for split in ("document", "fraction"):

@@ -78,6 +78,17 @@ def test_data_that_was_removed_is_prepared_again(run, workdir, program, snapshot
     assert numbers(run)[-1]["step"] == 8
 
 
+def test_any_number_of_workers_prepares_the_same_and_may_change_on_resuming(run, workdir, program, snapshot):
+    start(workdir / "two", **{"data.workers": 2})
+    two, one = snapshot(workdir / "two/data"), snapshot(run / "data")
+    assert len(one) == 5
+    assert {**two, "manifest.json": None} == {**one, "manifest.json": None}, "the source's path is in the manifest"
+    assert not list(workdir.glob("*.work"))
+    done = program("train", "--resume", "training.steps=8", "data.workers=3", "--out", workdir / "two")
+    assert done.code == 0, done.err
+    assert "data.workers 2 → 3" in done.err
+
+
 def test_data_that_was_removed_and_whose_source_has_changed_is_refused(run, workdir, program, snapshot):
     source = Path(read_config(run).data.path)
     changed = workdir / "changed.txt"

@@ -1,0 +1,46 @@
+"""A process that prepares tasks: `python -m polygpt.data.worker WORK`; `workers.py` starts it.
+
+It reads the numbers of tasks from standard input and answers each with a line of JSON on standard output. It ends when
+standard input does, so that it does not outlive the process that started it by more than a moment.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+from dataclasses import asdict
+from pathlib import Path
+from queue import SimpleQueue
+
+from polygpt.data.tasks import read_plan, run_task
+from polygpt.errors import PolygptError
+
+
+def main(work: Path) -> None:
+    """Runs the tasks whose numbers come on standard input, until it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
+    asked: SimpleQueue[int] = SimpleQueue()
+    threading.Thread(target=_listen, args=[asked], daemon=True).start()
+    made, tokenizer = read_plan(work)
+    while True:
+        try:
+            answer = {"counts": asdict(run_task(work, asked.get(), made, tokenizer))}
+        except PolygptError as error:
+            answer = {"error": str(error), "kind": type(error).__name__}
+        except OSError as error:
+            name = error.filename or work
+            answer = {"error": f"{name}: {error.strerror or error}", "kind": "PolygptError"}
+        print(json.dumps(answer), flush=True)
+
+
+def _listen(asked: SimpleQueue[int]) -> None:
+    for line in sys.stdin:
+        asked.put(int(line))
+    os._exit(0)  # whatever task is under way is no longer wanted
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
