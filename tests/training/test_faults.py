@@ -25,7 +25,7 @@ from polygpt.training.listeners import RunFiles
 from polygpt.training.run_folder import read_lines
 from polygpt.training.saving import abstract_parts
 
-TIMED = {"tokens_per_second", "seconds", "compile_seconds", "run"}
+TIMED = {"tokens_per_second", "flops_utilization", "memory_bytes", "seconds", "compile_seconds", "run"}
 LONG = {"training.steps": 200, "training.save_every": 3, "training.eval_every": 20, "training.log_every": 1}
 
 # Imports once, then forks a child for each start of the run (before JAX has started threads). Each is killed at a
