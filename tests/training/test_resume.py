@@ -46,9 +46,8 @@ def numbers(run):
 
 EXTRAS = {
     "adamw": {},
-    "muon": {"training.optimizer.kind": "muon"},
+    "muon_ema": {"training.optimizer.kind": "muon", "training.ema_decay": 0.9},
     "schedule_free": {"training.optimizer.kind": "schedule_free", "training.schedule.kind": "constant"},
-    "ema": {"training.ema_decay": 0.9},
     # The first steps overflow, and the scale grows again before and after the interruptions.
     "float16": {"model.compute_dtype": "float16", "training.loss_scale": {"initial": 2.0**20, "growth_interval": 2}},
 }
