@@ -182,7 +182,7 @@ FAULTS = [
     Fault("training/saving.py", "if last:\n            self.writer.wait()", "if last:\n            pass", "training"),
     Fault("training/step.py", "choose(finite & ~stopped, after", "choose(~stopped, after", "training/test_guard.py"),
     Fault("checkpoint/lock.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH", "checkpoint training/test_faults.py"),
-    Fault("checkpoint/snapshot.py", "np.array(leaf, copy=True)", "np.asarray(leaf)", "checkpoint training"),
+    Fault("checkpoint/writer.py", "snapshot.copied()", "snapshot", "checkpoint training"),
     Fault("checkpoint/steps.py", "complete[keep.last :]", "complete[keep.last + 1 :]", "checkpoint training"),
     # data
     Fault("data/loader.py", "mask[row, seen : len(ids) - 1]", "mask[row, : len(ids) - 1]", "data"),
