@@ -108,6 +108,16 @@ def test_links_within_the_project_lead_somewhere(page):
     assert {target.lower() for target in re.findall(r"\]\(#([^)]*)\)", text)} <= headings
 
 
+def test_the_tests_that_the_page_of_reliability_names_exist():
+    page = (ROOT / "docs/reliability.md").read_text(encoding="utf-8")
+    named = re.findall(r"`((?:tests/\w+/)?)(test_\w+\.py)(?:::(\w+))?`", page)
+    assert len(named) > 20
+    for folder, file, test in named:
+        path = ROOT / (folder or "tests/training/") / file
+        assert path.is_file(), path
+        assert not test or f"\ndef {test}(" in path.read_text(encoding="utf-8"), f"{path}: {test}"
+
+
 def test_the_page_of_installing_names_what_there_is():
     text = (ROOT / "docs/install.md").read_text()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

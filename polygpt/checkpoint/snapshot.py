@@ -81,5 +81,5 @@ def _copied(tree: PyTree) -> PyTree:
     for leaf in leaves:  # all transfers are started before the first is waited for
         if isinstance(leaf, jax.Array):
             leaf.copy_to_host_async()
-    # On a CPU, np.asarray is a view of the buffer that the next step reuses.
+    # On a CPU, np.asarray is a view, and a step does not reuse the buffer of an array that has one.
     return jax.tree.unflatten(structure, [np.array(leaf, copy=True) for leaf in leaves])

@@ -237,7 +237,7 @@ class _Loop:
                 continue
             self._do(due, state)
             self.saving.report()
-            if self.interrupt.raised and not last:
+            if fetch and self.interrupt.raised and not last:  # a spike would be overlooked if nothing was fetched
                 self._end_profile(state)
                 self._stop(state)
         self._end_profile(state)
@@ -289,7 +289,6 @@ class _Loop:
         step, unsaved = int(state.step), None
         if step > 0:
             try:
-                self.meter.flush()
                 self.saving.run(state, last=True)
             except PolygptError as error:
                 unsaved = str(error)

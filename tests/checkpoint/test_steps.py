@@ -24,7 +24,7 @@ TREE = {
 
 def save(root, step, tree=TREE, **settings):
     training = {"momentum": jnp.full(5, step / 7, jnp.float32)}
-    snapshot = Snapshot(step, tree, training, {"data": "abc"}, 2, (1.5, 1 / step), Evaluation(1, 0.5), 99.0)
+    snapshot = Snapshot(step, tree, training, {"data": "abc"}, 2, 1, (1.5, 1 / step), Evaluation(1, 0.5), 99.0)
     return checkpoint.save(root, snapshot, Keep(**settings))
 
 

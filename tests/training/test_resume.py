@@ -10,19 +10,19 @@ import pytest
 from polygpt import checkpoint
 from polygpt.errors import RequestError
 from polygpt.recipes import load_recipe
-from polygpt.training import Ended, Interrupted, Stepped, read_config, train
+from polygpt.training import Ended, Interrupted, Skipped, Stepped, read_config, train
 from polygpt.training.listeners import RunFiles
 from polygpt.training.run_folder import read_lines
 from polygpt.training.saving import abstract_parts
 
-TIMED = {"tokens_per_second", "seconds", "compile_seconds", "run"}
+TIMED = {"tokens_per_second", "flops_utilization", "memory_bytes", "seconds", "compile_seconds", "run"}
 
 
 def stop_after(step):
     """A listener that interrupts the process as Ctrl-C would, once `step` is done."""
 
     def listen(event):
-        if isinstance(event, Stepped) and event.step == step:
+        if isinstance(event, (Stepped, Skipped)) and event.step == step:
             signal.raise_signal(signal.SIGINT)
 
     return listen
@@ -44,9 +44,18 @@ def numbers(run):
     return [{name: value for name, value in line.items() if name not in TIMED} for line in lines]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_an_interrupted_run_goes_on_to_the_same_numbers(workdir, optimizer):
-    changes = {"training.optimizer.kind": optimizer, "training.log_every": 1, "training.steps": 8}
+EXTRAS = {
+    "adamw": {},
+    "muon_ema": {"training.optimizer.kind": "muon", "training.ema_decay": 0.9},
+    "schedule_free": {"training.optimizer.kind": "schedule_free", "training.schedule.kind": "constant"},
+    # The first steps overflow, and the scale grows again before and after the interruptions.
+    "float16": {"model.compute_dtype": "float16", "training.loss_scale": {"initial": 2.0**20, "growth_interval": 2}},
+}
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_an_interrupted_run_goes_on_to_the_same_numbers(workdir, extra):
+    changes = {"training.log_every": 1, "training.steps": 8} | EXTRAS[extra]
     config = load_recipe("tiny.yaml", changes)
     assert config.model.dropout > 0
     whole = train(config, "whole", listeners=[RunFiles()])
