@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 SAMPLING = ("temperature", "top_p", "min_p", "seed")
-NOT_IN_A_BATCH = ("n", "beams", "length_penalty", "schema", "regex")
+NOT_IN_A_BATCH = ("n", "beams", "length_penalty", "schema", "regex", "past_context")
 
 
 @click.command()
@@ -157,6 +157,8 @@ def _fields(result: Generation) -> dict:
 def _chosen(settings: dict) -> dict:
     """The settings to call `generate` with; beam search takes those of sampling only where they were given."""
     chosen = {name: value for name, value in settings.items() if value is not None}
+    if not chosen["past_context"]:
+        del chosen["past_context"]
     if "beams" not in chosen:
         return chosen
     source = click.get_current_context().get_parameter_source
