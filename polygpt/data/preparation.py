@@ -114,7 +114,8 @@ def prepare_in_parallel(
                             writer.add(ids, 0, 0)
                         writer.add_counts(pool.counts[index], side)
     except OSError as error:
-        raise PolygptError(f"{error.filename or work}: cannot be written ({error.strerror or error})") from None
+        where = out if error.filename in (None, str(work)) else error.filename
+        raise PolygptError(f"{where}: cannot be written ({error.strerror or error})") from None
     remove_folder(work)
     return open_shards(out, tokenizer)
 
