@@ -161,7 +161,12 @@ FAULTS = [
     Fault("training/optimizers/schedule_free.py", "learning_rate(count - 1)", "learning_rate(count)", "training"),
     Fault("training/optimizers/average.py", "(10 + count)", "(20 + count)", "training/optimizers"),
     Fault("training/optimizers/matrices.py", "_for_each_matrix(direction, parameters.infos)", "direction", "training"),
-    Fault("training/jobs.py", "np.linspace(0, count - 1, wanted)", "np.arange(wanted)", "training"),
+    Fault(
+        "training/jobs.py",
+        "np.linspace(0, count - 1, min(self.batches or count, count))",
+        "np.arange(min(self.batches or count, count))",
+        "training",
+    ),
     Fault("training/loop.py", "batch(step + self.saving", "batch(step + 1 + self.saving", "training"),
     Fault("training/loop.py", "if fetch and self.interrupt", "if self.interrupt", "training/test_restoring.py"),
     Fault("training/restoring.py", "saving.batch_offset += spike - step", "pass", "training/test_restoring.py"),

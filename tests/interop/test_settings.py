@@ -33,7 +33,7 @@ REFUSED = {
     ),
     "a number for true": ("llama", {"attention_bias": 1}, "'attention_bias' is 1, where true or false is needed"),
     "a list": ("llama", {"vocab_size": [50]}, "'vocab_size' is [50], where an integer is needed"),
-    "heads that do not divide": ("llama", {"num_key_value_heads": 3}, "num_kv_heads=3"),
+    "heads that do not divide": ("llama", {"num_key_value_heads": 3}, "num_kv_heads must be 1, 2 or 4, not 3"),
     "no heads": ("llama", {"num_attention_heads": 0}, "greater than 0"),
     "negative layers": ("llama", {"num_hidden_layers": -2}, "greater than or equal to 0"),
     "an epsilon": ("llama", {"rms_norm_eps": -1.0}, "norm.eps"),

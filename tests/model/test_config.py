@@ -17,7 +17,7 @@ BLOCKWISE = {**SOFT, "kind": "causal_soft_moe"}
     ("changes", "words"),
     [
         ({"embed_dim": 65}, ("embed_dim=65", "num_heads=4", "head_dim")),
-        ({"attention": {"num_kv_heads": 3}}, ("num_heads=4", "num_kv_heads=3")),
+        ({"attention": {"num_kv_heads": 3}}, ("num_heads=4", "num_kv_heads must be 1, 2 or 4, not 3")),
         ({"attention": {"head_dim": 5}}, ("head_dim=5", "rope")),
         ({"embed_dim": 15, "attention": {"head_dim": 4}, "position": "sinusoidal"}, ("embed_dim=15", "odd")),
         ({"pattern": [{}, {}, {}]}, ("pattern", "num_layers=2")),

@@ -70,7 +70,7 @@ def test_a_file_is_of_a_run_or_of_a_model_alone(tmp_path, text):
 
 def test_overrides_are_written_as_in_a_run():
     assert resolve_model("gpt2", {"model.attention.num_heads": 6}).model == preset("gpt2", attention={"num_heads": 6})
-    with pytest.raises(RequestError, match=r"training: this is a model without a run; write model\.KEY=VALUE"):
+    with pytest.raises(RequestError, match=r"training\.steps: this is a model without a run; write model\.KEY=VALUE"):
         resolve_model("gpt2", {"training.steps": 3})
     with pytest.raises(RequestError, match=r"gpt2: num_layer: no such key"):
         resolve_model("gpt2", {"model.num_layer": 3})

@@ -138,7 +138,7 @@ def test_a_signal_between_two_fetches_does_not_hide_a_spike(workdir, bad_batch, 
     report, reports = saving.Saving.report, []
 
     def signalled(self, last=False):
-        if len(reports) == 25:
+        if len(reports) == 27:
             signal.raise_signal(signal.SIGTERM)
         reports.append(1)
         report(self, last)
