@@ -7,6 +7,7 @@ import ctypes
 import os
 import shlex
 import shutil
+import signal
 import sys
 import threading
 from functools import cache
@@ -101,7 +102,7 @@ def keep_interrupts() -> None:
             others(dropped)
             return
         # By then the callback is over, and this hook: after 0.01 s it was not always, on a machine that was busy.
-        again = threading.Timer(0.1, _thread.interrupt_main)
+        again = threading.Timer(0.1, _thread.interrupt_main, [getattr(dropped.exc_type, "number", signal.SIGINT)])
         again.daemon = True
         again.start()
 

@@ -190,7 +190,6 @@ FAULTS = [
     Fault("checkpoint/writer.py", "snapshot.copied()", "snapshot", "checkpoint training"),
     Fault("checkpoint/steps.py", "complete[keep.last :]", "complete[keep.last + 1 :]", "checkpoint training"),
     # data
-    Fault("data/loader.py", "mask[row, seen : len(ids) - 1]", "mask[row, : len(ids) - 1]", "data"),
     Fault("data/loader.py", "            self.stride,\n            self.seed,", "            self.seed,", "data"),
     Fault("data/loader.py", "shuffle(seed=spread)", "shuffle(seed=0)", "data"),
     # evaluation

@@ -103,6 +103,8 @@ def main(argv: list[str] | None = None) -> None:
 class _Terminated(KeyboardInterrupt):
     """SIGTERM came."""
 
+    number = signal.SIGTERM
+
 
 def _terminate(*_: object) -> None:
     raise _Terminated
@@ -123,7 +125,9 @@ def _run(words: list[str], debug: bool) -> int:
     except PolygptError as error:
         return _fail(error, str(error), error.exit_code, debug)
     except (KeyboardInterrupt, click.Abort) as error:
-        return _fail(error, "interrupted", 143 if isinstance(error, _Terminated) else 130, debug)
+        # click raises its own Abort from what came.
+        terminated = isinstance(error, _Terminated) or isinstance(error.__cause__, _Terminated)
+        return _fail(error, "interrupted", 143 if terminated else 130, debug)
     except (BrokenPipeError, SystemExit):
         # The reader has closed the pipe (`| head`). click raises SystemExit for that; without a new stdout Python would
         # report the broken pipe again when it flushes at exit.

@@ -165,7 +165,7 @@ def test_show_of_a_recipe_is_the_whole_run_with_its_tokenizers_vocabulary(workdi
     assert (shown["run"]["training"]["steps"], shown["run"]["tokenizer"]["kind"]) == (7, "bpe")
     assert shown["training_bytes"]["parameters"] == 4 * 893_568
     done = program("show", "tiny.yaml")
-    config, tree, facts, schedule = done.out.split("\n\n")
+    config, tree, schedule, facts = done.out.split("\n\n")
     assert "learning rate" in schedule
     (workdir / "again.yaml").write_text(config)
     assert program("show", "again.yaml").out.split("\n\n")[:2] == [config, tree]
