@@ -94,8 +94,11 @@ def prepare(
     fields = {"path": list(sources), "split": split, "validation_fraction": validation_fraction, "workers": workers}
     config = validate(DataConfig, fields)
     tokenizer = load_tokenizer(tokenizer_path)
+
+    def note(text: str) -> None:
+        click.echo(text, err=True)
+
     with _progress_line() as progress:
-        note = lambda text: click.echo(text, err=True)  # noqa: E731
         shards = prepare_in_parallel(open_source(config), tokenizer, out, config, note=note, progress=progress)
     tokenizer.save(out / "tokenizer.json")
     facts = {"path": str(out), "dtype": shards.manifest.dtype, "invalid_documents": shards.manifest.invalid_documents}

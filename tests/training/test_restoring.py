@@ -107,7 +107,9 @@ def test_a_run_with_a_rollback_equals_itself_however_it_is_interrupted(workdir, 
     assert final(workdir / "after") == wanted
 
     # A checkpoint newer than the one to go back to, and an interruption as the spike is seen.
-    at_spike = lambda event, events: isinstance(event, Spiked)  # noqa: E731
+    def at_spike(event, events):
+        return isinstance(event, Spiked)
+
     parts, saved = legs(workdir / "around", [step(23), at_spike], **{"training.log_every": 1})
     assert [(info["step"], info["batch_offset"]) for info in saved] == [(23, 0), (21, 6)]
     assert losses(parts) == losses([whole])
