@@ -22,6 +22,7 @@ ROOMS = [
     "config",
     "settings",
     "sharding",
+    "collectives",
     "tokenizers",
     "kernels",
     "model",
