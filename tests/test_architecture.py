@@ -22,7 +22,6 @@ ROOMS = [
     "config",
     "settings",
     "sharding",
-    "collectives",
     "tokenizers",
     "kernels",
     "model",

@@ -4,6 +4,7 @@ Parameters and activations name their axes logically (`embed`, `heads`, `batch`)
 each of them is split over; nothing outside this package knows.
 """
 
+from polygpt.sharding.collectives import Collective, bytes_by_axes, collectives
 from polygpt.sharding.config import MESH_AXES, MeshConfig, MeshSetting
 from polygpt.sharding.mesh import choose_mesh, describe_mesh, make_mesh
 from polygpt.sharding.rules import (
@@ -22,12 +23,15 @@ __all__ = [
     "ACTIVATION_RULES",
     "MESH_AXES",
     "PARAMETER_RULES",
+    "Collective",
     "MeshConfig",
     "MeshSetting",
     "Replicated",
     "Rules",
     "batch_sharding",
+    "bytes_by_axes",
     "choose_mesh",
+    "collectives",
     "constrain",
     "current_mesh",
     "describe_mesh",

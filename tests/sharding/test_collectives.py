@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from polygpt.collectives import bytes_by_axes, collectives
+from polygpt.sharding import bytes_by_axes, collectives
 
 MESH = SimpleNamespace(shape={"data": 2, "fsdp": 2, "tensor": 2, "expert": 1})
 
