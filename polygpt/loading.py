@@ -75,8 +75,8 @@ def load(
             on a CPU, where that is faster, and nowhere else; None leaves them as parameters.
         for_text: refuse a model without a tokenizer before its weights are read.
         check: is given the configuration before the weights are read, and may raise.
-        mesh: with axes `data` and `model`; weights are sharded over it by their logical axes, one at a time. None means
-            the first device.
+        mesh: of `make_mesh`; weights are sharded over it by their logical axes, one at a time. None means the first
+            device.
         warn: is given warnings.
         on_progress: progress callback, given the number of weights read.
 

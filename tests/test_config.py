@@ -307,7 +307,7 @@ def test_a_configuration_cannot_be_changed():
         ("training.samples.evry", 1, "training.samples.evry: no such key; did you mean 'every'?"),
         ("steps", 5, "steps: no such key; did you mean 'training.steps'?"),
         ("num_layers", 5, "num_layers: no such key; did you mean 'model.num_layers'?"),
-        ("zzz", 5, "zzz: no such key; choose from: data, expected, model, tokenizer, training"),
+        ("zzz", 5, "zzz: no such key; choose from: data, expected, mesh, model, tokenizer, training"),
         ("model.norm.kind", "rmsnrm", "model.norm: no kind 'rmsnrm'; did you mean 'rmsnorm'?"),
         ("model.norm", 5, "model.norm: a mapping with a 'kind' is needed here, not 5"),
         ("model.norm", {}, None),

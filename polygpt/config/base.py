@@ -178,7 +178,7 @@ def _locate(cls: type[BaseModel], loc: Sequence[str | int]) -> tuple[list[str], 
     for step in loc:
         if isinstance(step, int):  # an entry of a list: the same class as the list's
             steps.append(str(step))
-        elif here is not None:
+        elif here is not None and step != here.__name__:
             steps.append(step)
             field = here.model_fields.get(step)
             parent, here = here, None if field is None else nested(field)

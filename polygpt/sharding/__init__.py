@@ -1,0 +1,42 @@
+"""The device mesh, and the rules by which arrays are split over it.
+
+Parameters and activations name their axes logically (`embed`, `heads`, `batch`). Two tables say which axes of the mesh
+each of them is split over; nothing outside this package knows.
+"""
+
+from polygpt.sharding.config import MESH_AXES, MeshConfig, MeshSetting
+from polygpt.sharding.mesh import choose_mesh, describe_mesh, make_mesh
+from polygpt.sharding.rules import (
+    ACTIVATION_RULES,
+    DEFAULT_RULES,
+    PARAMETER_RULES,
+    Replicated,
+    Rules,
+    batch_sharding,
+    placement,
+    replicated_axes,
+    sharding_of,
+)
+from polygpt.sharding.scope import constrain, current_mesh, gathered, use_mesh
+
+__all__ = [
+    "ACTIVATION_RULES",
+    "DEFAULT_RULES",
+    "MESH_AXES",
+    "PARAMETER_RULES",
+    "MeshConfig",
+    "MeshSetting",
+    "Replicated",
+    "Rules",
+    "batch_sharding",
+    "choose_mesh",
+    "constrain",
+    "current_mesh",
+    "describe_mesh",
+    "gathered",
+    "make_mesh",
+    "placement",
+    "replicated_axes",
+    "sharding_of",
+    "use_mesh",
+]
