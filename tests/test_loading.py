@@ -121,7 +121,7 @@ def test_a_model_is_laid_over_a_mesh(tiny_run):
 
 
 def test_what_a_mesh_cannot_hold_is_named(tiny_run):
-    with pytest.raises(RequestError, match="the mesh has the axes .'x',.; they must be"):
+    with pytest.raises(RequestError, match=r"the mesh has the axes .'x',.; they must be"):
         polygpt.load(tiny_run, mesh=AbstractMesh((1,), ("x",)))
     with pytest.raises(RequestError, match="packed weights are on one device"):
         polygpt.load(tiny_run, mesh=make_mesh(), weights="float32")

@@ -9,6 +9,7 @@ from polygpt.sharding.config import MESH_AXES, MeshConfig, MeshSetting
 from polygpt.sharding.mesh import choose_mesh, describe_mesh, make_mesh
 from polygpt.sharding.rules import (
     ACTIVATION_RULES,
+    DEFAULT_RULES,
     PARAMETER_RULES,
     Replicated,
     Rules,
@@ -21,6 +22,7 @@ from polygpt.sharding.scope import constrain, current_mesh, gathered, use_mesh
 
 __all__ = [
     "ACTIVATION_RULES",
+    "DEFAULT_RULES",
     "MESH_AXES",
     "PARAMETER_RULES",
     "Collective",

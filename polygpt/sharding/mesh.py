@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -66,20 +67,13 @@ def _wrong_count(config: MeshConfig, devices: int) -> str:
     )
     return (
         f"mesh: {product} is a mesh of {config.devices} device{'s' * (config.devices > 1)}, but there "
-        f"{'are' if devices > 1 else 'is'} {devices}; {devices} would be {meshes} (mesh=auto chooses by itself)"
+        f"{'are' if devices > 1 else 'is'} {devices}; {devices} would be {' or '.join(written)} (mesh=auto chooses by itself)"
     )
 
 
 def _nearest(sizes: tuple[int, ...], devices: int) -> list[tuple[int, ...]]:
     """Up to two ways to give as many axes `devices` devices, those that change the fewest axes first."""
     divisors = [n for n in range(1, devices + 1) if devices % n == 0]
-    found = [new for new in itertools.product(divisors, repeat=len(sizes)) if _product(new) == devices]
+    found = [new for new in itertools.product(divisors, repeat=len(sizes)) if math.prod(new) == devices]
     changed = [(sum(a != b for a, b in zip(new, sizes, strict=True)), [-n for n in new], new) for new in found]
     return [new for _, _, new in sorted(changed)[:2]]
-
-
-def _product(sizes: Sequence[int]) -> int:
-    total = 1
-    for size in sizes:
-        total *= size
-    return total

@@ -50,6 +50,9 @@ class Rules(NamedTuple):
         )
 
 
+DEFAULT_RULES = Rules()
+
+
 class Replicated(NamedTuple):
     """An axis that every device holds whole, because its length cannot be split evenly over a mesh axis.
 
@@ -68,7 +71,7 @@ class Replicated(NamedTuple):
 
 
 def sharding_of(
-    axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh, table: Table = Rules().parameters
+    axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh, table: Table = DEFAULT_RULES.parameters
 ) -> NamedSharding:
     """The placement on `mesh` of an array whose axes have these logical names.
 
@@ -93,7 +96,7 @@ def _dividing(names: Sequence[str], length: int, sizes: Mapping[str, int]) -> tu
     return tuple(chosen)
 
 
-def placement(parameters: PyTree, mesh: Mesh | AbstractMesh, rules: Rules = Rules()) -> PyTree:
+def placement(parameters: PyTree, mesh: Mesh | AbstractMesh, rules: Rules = DEFAULT_RULES) -> PyTree:
     """Where each parameter goes on `mesh`, for a tree of what has `shape` and `axes`; see `sharding_of`.
 
     Raises:
@@ -103,7 +106,7 @@ def placement(parameters: PyTree, mesh: Mesh | AbstractMesh, rules: Rules = Rule
     return jax.tree.map(lambda info: sharding_of(info.axes, info.shape, mesh, rules.parameters), parameters)
 
 
-def replicated_axes(parameters: PyTree, mesh: Mesh | AbstractMesh, rules: Rules = Rules()) -> list[Replicated]:
+def replicated_axes(parameters: PyTree, mesh: Mesh | AbstractMesh, rules: Rules = DEFAULT_RULES) -> list[Replicated]:
     """The axes of parameters that the rules would split over `mesh` if that were possible evenly."""
     table, found = dict(rules.parameters), []
 
@@ -119,7 +122,7 @@ def replicated_axes(parameters: PyTree, mesh: Mesh | AbstractMesh, rules: Rules 
     return found
 
 
-def batch_sharding(mesh: Mesh, rules: Rules = Rules()) -> NamedSharding:
+def batch_sharding(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> NamedSharding:
     """Where an array goes whose first axis counts the rows of a batch."""
     axes = dict(rules.activations)["batch"]
     return NamedSharding(mesh, PartitionSpec(axes))

@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jaxtyping import Array
 
-from polygpt.sharding.rules import Rules, sharding_of
+from polygpt.sharding.rules import DEFAULT_RULES, Rules, sharding_of
 
 
 class Scope(NamedTuple):
@@ -26,7 +26,7 @@ _scope = jax.make_user_context(default_value=None)
 
 
 @contextmanager
-def use_mesh(mesh: Mesh | None, rules: Rules = Rules()) -> Iterator[None]:
+def use_mesh(mesh: Mesh | None, rules: Rules = DEFAULT_RULES) -> Iterator[None]:
     """Within it, `constrain` places activations on `mesh`; a mesh of one device, or None, changes nothing."""
     with _scope(None if mesh is None or mesh.size == 1 else Scope(mesh, rules)):
         yield

@@ -197,8 +197,8 @@ class RunConfig(Config):
     """The whole run, from text to a trained model.
 
     With `training.initial`, model and tokenizer may be left out of a recipe: they are those of the initial model.
-    `mesh` spreads the run over several devices: how many each axis has (`mesh.fsdp=8`), or `auto`: all devices share the
-    batch, or as many as divide it. `expected` is the band of a recipe; a run that changes what is trained has none.
+    `mesh` spreads the run over several devices: how many each axis has (`mesh.fsdp=8`), or `auto`: all devices share
+    the batch, or as many as divide it. `expected` is the band of a recipe; a run that changes what is trained has none.
     """
 
     model: ModelConfig
