@@ -6,6 +6,7 @@ each of them is split over; nothing outside this package knows.
 
 from polygpt.sharding.collectives import Collective, bytes_by_axes, collectives
 from polygpt.sharding.config import MESH_AXES, MeshConfig, MeshSetting
+from polygpt.sharding.hlo import products
 from polygpt.sharding.mesh import choose_mesh, describe_mesh, make_mesh
 from polygpt.sharding.rules import (
     ACTIVATION_RULES,
@@ -40,6 +41,7 @@ __all__ = [
     "gathered",
     "make_mesh",
     "placement",
+    "products",
     "replicated_axes",
     "sharding_of",
     "use_mesh",

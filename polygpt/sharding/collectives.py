@@ -7,22 +7,19 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from polygpt.sharding.hlo import array_bytes, computations, executions
+
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 
-_COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\) -> .*\{$")
 _INSTRUCTION = re.compile(
     r"^\s+(?:ROOT )?%?[\w.\-]+ = (?P<shape>\(.*?\)|\S+) (?P<kind>" + "|".join(KINDS) + r"|ragged-all-to-all)"
     r"(?P<start>-start)?\("
 )
-_CALLEES = re.compile(r"\b(?:body|to_apply|calls|(?:true|false)_computation)=%?([\w.\-]+)")
-_BRANCHES = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-_ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)[a-z0-9]*)\[([\d,]*)\]")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 
 # The four ways of writing groups: {{0,1},{2,3}}; [groups,size]<=[dims]T(order); pairs; a mesh of XLA's own.
@@ -71,9 +68,9 @@ class Collective(NamedTuple):
 
 def collectives(compiled_text: str, mesh: MeshShape) -> list[Collective]:
     """Every collective of a compiled program in the order of its text, without those among groups of one device."""
-    bodies = dict(_computations(compiled_text))
+    bodies = computations(compiled_text)
     found = []
-    for name, times in _executions(bodies).items():
+    for name, times in executions(bodies).items():
         for line in bodies[name]:
             if times and (match := _INSTRUCTION.match(line)):
                 collective = _collective(line, match, times, mesh)
@@ -91,47 +88,11 @@ def bytes_by_axes(found: Iterable[Collective]) -> dict[str, dict[str, int]]:
     return totals
 
 
-def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
-    """Each computation's name and lines; the entry computation has the name ''."""
-    name, lines = None, []
-    for line in text.splitlines():
-        if match := _COMPUTATION.match(line):
-            name, lines = "" if match["entry"] else match["name"], []
-        elif line.startswith("}") and name is not None:
-            yield name, lines
-            name = None
-        else:
-            lines.append(line)
-
-
-def _executions(bodies: Mapping[str, list[str]]) -> dict[str, int]:
-    """How often each computation runs in one run of the program. A branch of a conditional counts as taken."""
-    calls = {name: list(_calls(lines, bodies)) for name, lines in bodies.items()}
-    counts = dict.fromkeys(bodies, 0)
-
-    def visit(name: str, times: int) -> None:
-        counts[name] += times
-        for callee, trips in calls[name]:
-            visit(callee, times * trips)
-
-    visit("", 1)
-    return counts
-
-
-def _calls(lines: Iterable[str], bodies: Mapping[str, list[str]]) -> Iterator[tuple[str, int]]:
-    for line in lines:
-        trips = int(match[1]) if " while(" in line and (match := _TRIPS.search(line)) else 1
-        names = _CALLEES.findall(line)
-        for listed in _BRANCHES.findall(line):
-            names += [name.strip(" %") for name in listed.split(",")]
-        yield from ((name, trips) for name in names if name in bodies)
-
-
 def _collective(line: str, match: re.Match, times: int, mesh: MeshShape) -> Collective:
     kind = match["kind"].removeprefix("ragged-")
     groups = _groups(line, math.prod(mesh.shape.values()))
     group = 2 if "source_target_pairs" in line else groups.shape[1]
-    sizes = [_array_bytes(*array) for array in _ARRAY.findall(match["shape"])]
+    sizes = array_bytes(match["shape"])
     size = sum(sizes)
     if match["start"] and kind == "all-gather":  # inputs and outputs
         size = size * group // (group + 1)
@@ -149,11 +110,6 @@ def _collective(line: str, match: re.Match, times: int, mesh: MeshShape) -> Coll
         re.sub(r"\{[^}]*\}|/\*.*?\*/", "", match["shape"]),
         op_name[1] if op_name else "",
     )
-
-
-def _array_bytes(dtype: str, bits: str, dims: str) -> int:
-    count = math.prod(int(dim) for dim in dims.split(",") if dim)
-    return count if dtype == "pred" else -(-count * int(bits) // 8)
 
 
 def _axes(groups: np.ndarray, mesh: MeshShape) -> tuple[str, ...]:
