@@ -17,9 +17,12 @@ from polygpt.sharding.hlo import array_bytes, computations, executions
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 
 _INSTRUCTION = re.compile(
-    r"^\s+(?:ROOT )?%?[\w.\-]+ = (?P<shape>\(.*?\)|\S+) (?P<kind>" + "|".join(KINDS) + r"|ragged-all-to-all)"
+    r"^\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>\(.*?\)|\S+) (?P<kind>" + "|".join(KINDS) + r"|ragged-all-to-all)"
     r"(?P<start>-start)?\("
 )
+_USES = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (?:\(.*?\)|\S+) ([\w\-]+)\((.*?)\)(?:, |$)")
+_OPERAND = re.compile(r"%?([\w.\-]+)(?:, |$)")
+_MOVES = {"convert", "copy", "reshape", "transpose", "bitcast"}  # what may come before the slice
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 
 # The four ways of writing groups: {{0,1},{2,3}}; [groups,size]<=[dims]T(order); pairs; a mesh of XLA's own.
@@ -66,17 +69,45 @@ class Collective(NamedTuple):
         return passes * self.bytes * (self.group - 1) / self.group
 
 
-def collectives(compiled_text: str, mesh: MeshShape) -> list[Collective]:
-    """Every collective of a compiled program in the order of its text, without those among groups of one device."""
+def collectives(compiled_text: str, mesh: MeshShape, scatters: bool = False) -> list[Collective]:
+    """Every collective of a program in the order of its text, without those among groups of one device.
+
+    Args:
+        compiled_text: the optimized HLO (`compiled.as_text()`), or that after partitioning.
+        mesh: the mesh that it was partitioned for.
+        scatters: an all-reduce of which each device uses only a slice is a reduce-scatter; that is how GPUs and TPUs
+            run it, while the compiler for CPUs leaves it as it is.
+    """
     bodies = computations(compiled_text)
     found = []
     for name, times in executions(bodies).items():
-        for line in bodies[name]:
-            if times and (match := _INSTRUCTION.match(line)):
+        sliced = _sliced(bodies[name]) if scatters and times else set()
+        for line in bodies[name] if times else ():
+            if match := _INSTRUCTION.match(line):
                 collective = _collective(line, match, times, mesh)
+                if match["name"] in sliced:
+                    collective = collective._replace(kind="reduce-scatter")
                 if collective.axes:
                     found.append(collective)
     return found
+
+
+def _sliced(lines: list[str]) -> set[str]:
+    """All-reduces of which nothing but a slice is used, perhaps after their type or layout has changed."""
+    users: dict[str, list[tuple[str, str]]] = {}
+    reduced = []
+    for line in lines:
+        if match := _USES.match(line):
+            name, operation, operands = match.groups()
+            reduced += [name] if operation == "all-reduce" else []
+            for operand in _OPERAND.findall(operands):
+                users.setdefault(operand, []).append((name, operation))
+
+    def is_sliced(name: str) -> bool:
+        used = users.get(name, [])
+        return bool(used) and all(op == "dynamic-slice" or (op in _MOVES and is_sliced(user)) for user, op in used)
+
+    return {name for name in reduced if is_sliced(name)}
 
 
 def bytes_by_axes(found: Iterable[Collective]) -> dict[str, dict[str, int]]:

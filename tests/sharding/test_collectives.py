@@ -107,3 +107,14 @@ def test_branches_and_calls_count_as_taken():
         ]
     )
     assert len(collectives(text, MESH)) == 3
+
+
+def test_an_all_reduce_of_which_a_slice_is_used_is_a_reduce_scatter_if_asked():
+    reduce = "%r = f32[8,4]{1,0} all-reduce(%p), channel_id=1, replica_groups=[4,2]<=[8], to_apply=%add"
+    sliced = "%s = f32[4,4]{1,0} dynamic-slice(%c, %i, %zero), dynamic_slice_sizes={4,4}"
+    text = entry(reduce, "%c = f32[8,4]{0,1} copy(%r)", sliced)
+    assert [each.kind for each in collectives(text, MESH)] == ["all-reduce"]
+    (found,) = collectives(text, MESH, scatters=True)
+    assert (found.kind, found.bytes, found.sent) == ("reduce-scatter", 128, 64)
+    (whole,) = collectives(entry(reduce, sliced.replace("%c", "%r"), "%t = f32[] fusion(%i, %r)"), MESH, scatters=True)
+    assert whole.kind == "all-reduce"
