@@ -39,6 +39,8 @@ ROOMS = [
     "recipes",
     "demo",
     "summary",
+    "diagnosis",
+    "planning",
     "harness",
     "cli",
     "__main__",
