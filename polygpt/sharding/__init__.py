@@ -19,7 +19,18 @@ from polygpt.sharding.rules import (
     replicated_axes,
     sharding_of,
 )
-from polygpt.sharding.scope import constrain, current_mesh, gathered, use_mesh
+from polygpt.sharding.scope import (
+    Scope,
+    Splits,
+    axes_of,
+    constrain,
+    current_mesh,
+    device_index,
+    gathered,
+    keeps_gathered,
+    on_own_parts,
+    use_mesh,
+)
 
 __all__ = [
     "ACTIVATION_RULES",
@@ -31,6 +42,9 @@ __all__ = [
     "MeshSetting",
     "Replicated",
     "Rules",
+    "Scope",
+    "Splits",
+    "axes_of",
     "batch_sharding",
     "bytes_by_axes",
     "choose_mesh",
@@ -38,8 +52,11 @@ __all__ = [
     "constrain",
     "current_mesh",
     "describe_mesh",
+    "device_index",
     "gathered",
+    "keeps_gathered",
     "make_mesh",
+    "on_own_parts",
     "placement",
     "products",
     "replicated_axes",
