@@ -92,16 +92,17 @@ def _print(plan: Plan) -> None:
     rows = [
         ("mesh", f"{mesh}: {facts['devices']} × {plan.accelerator} ({_size(facts['memory_bytes'])} each)"),
         ("batch", f"{facts['batch_size']:,} rows, {facts['tokens_per_step']:,} tokens"),
-        ("", "each device:"),
         ("parameters", _size(facts["parameter_bytes"])),
         ("optimizer", _size(facts["optimizer_bytes"])),
         ("activations", f"{_size(facts['activation_bytes'])}, with gradients and other temporaries"),
         ("peak", f"{_size(facts['peak_bytes'])}: {'fits' if plan.fits else 'DOES NOT FIT'}"),
-        ("products", f"{facts['flops_per_step'] / 1e12:,.3f} TFLOP in {_time(facts['product_seconds'])}"),
+        ("products", f"{_count(facts['flops_per_step'])}FLOP in {_time(facts['product_seconds'])}"),
         ("memory traffic", _time(facts["memory_seconds"])),
         ("step", f"{_time(facts['step_seconds'])} at least, utilization {facts['utilization']:.0%} at most"),
     ]
-    print_result(rows)
+    print_result(rows[:2])
+    click.echo("\neach device:")
+    print_result(rows[2:])
     if facts["collective_bytes"]:
         click.echo()
         columns = [("collectives along", "left"), ("", "left"), ("bytes on a device", "right"), ("time", "right")]
@@ -119,11 +120,17 @@ def _collectives(facts: dict[str, Any]) -> list[tuple[str, str, str, str]]:
 
 
 def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
+    return f"{_count(count)}B"
+
+
+def _count(count: float) -> str:
+    """Three digits and a prefix: `80.0 G`."""
+    for prefix in ("", "k", "M", "G", "T"):
+        if count < 999.5 or prefix == "T":
+            digits = 0 if count >= 99.95 or not prefix else 1 if count >= 9.995 else 2
+            return f"{count:,.{digits}f} {prefix}"
         count /= 1000
-    return f"{count:,.2f} GB"
+    raise AssertionError
 
 
 def _time(seconds: float) -> str:
