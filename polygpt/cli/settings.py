@@ -64,9 +64,11 @@ def check_file(path: Path) -> None:
     """
     from polygpt.config import unknown_keys
     from polygpt.errors import RequestError
-    from polygpt.recipes import recipe_fields
+    from polygpt.recipes import has_short_form, recipe_fields
 
     problems = unknown_keys(_keys(), recipe_fields(str(path)))
+    if has_short_form(str(path)):
+        problems |= unknown_keys(_keys(), recipe_fields(str(path), short=True))
     if not problems:
         return
     lines, said = path.read_text(encoding="utf-8").splitlines(), []

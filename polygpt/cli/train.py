@@ -18,6 +18,7 @@ from polygpt.process import command_line
 @overrides_argument
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The run's folder.")
 @click.option("--resume", is_flag=True, help="Continue the run in --out; needs no recipe.")
+@click.option("--short", is_flag=True, help="The recipe's short form: minutes on a laptop, with a band of its own.")
 @click.option("--check", is_flag=True, help="Exit with 1 if the validation loss is outside the recipe's band.")
 @click.option("--profile", metavar="START:STOP", help="Trace these steps with JAX's profiler into RUN/profile.")
 @json_option
@@ -26,6 +27,7 @@ def train(
     overrides: tuple[str, ...],
     out: Path,
     resume: bool,
+    short: bool,
     check: bool,
     profile: str | None,
     as_json: bool,
@@ -44,25 +46,27 @@ def train(
     if recipe is not None and Path(recipe).suffix in (".yaml", ".yml"):
         check_file(expand(recipe))
     if recipe is not None or resume:
-        check_names(dotted_to_nested(changes) if recipe is None else recipe_fields(recipe, changes))
+        check_names(dotted_to_nested(changes) if recipe is None else recipe_fields(recipe, changes, short=short))
 
     from polygpt.training import Profile
     from polygpt.training import train as run_training
 
+    if short and recipe is None:
+        raise RequestError("--short is the short form of a recipe; name one (a run resumed without one is as it was)")
     traced = None if profile is None else Profile.parse(profile)
 
     if resume:
-        config = resume_config(out, recipe, changes)
+        config = resume_config(out, recipe, changes, short=short)
     elif recipe is None:
         raise RequestError("name a recipe or a .yaml file, or continue a run with --resume")
     else:
-        config = load_recipe(recipe, changes)
+        config = load_recipe(recipe, changes, short=short)
     listeners = None
     if check:
         from polygpt.recipes import HeldOutCheck, as_written, check_band
         from polygpt.training.listeners import standard_listeners
 
-        check_band(recipe or str(out / "config.yaml"), config, as_written(recipe) if recipe else config)
+        check_band(recipe or str(out / "config.yaml"), config, as_written(recipe, short=short) if recipe else config)
         listeners = [HeldOutCheck(), *standard_listeners()]
     result = run_training(config, out, resume=resume, listeners=listeners, profile=traced)
     found = verdict(config, result)
