@@ -39,6 +39,7 @@ ROOMS = [
     "demo",
     "summary",
     "harness",
+    "server",
     "cli",
     "__main__",
 ]
