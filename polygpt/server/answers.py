@@ -83,7 +83,8 @@ class Answer:
             ApiError: the job was refused, or failed.
         """
         runner, deadline = self.served.runner, self.settings.deadline_seconds
-        job = Job(works)
+        job, metrics = Job(works), state_of(self.request).metrics
+        job.on_end.append(lambda: metrics.count(self.served.name, job, self.prompts))
         runner.submit(job)
         if self.body.stream:
             return EventStream(job, runner, self._events(job), deadline)

@@ -10,7 +10,7 @@ from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
-from polygpt.server.errors import ApiError
+from polygpt.server.errors import ApiError, as_api_error
 from polygpt.server.jobs import Job
 from polygpt.server.runner import Runner
 
@@ -73,6 +73,9 @@ class EventStream:
             try:
                 async for data in self.events:
                     await send({"type": "http.response.body", "body": data, "more_body": True})
-            except ApiError as error:
-                await send({"type": "http.response.body", "body": event(error.body()), "more_body": True})
+            except Disconnected:
+                raise
+            except Exception as error:
+                told = as_api_error(error)
+                await send({"type": "http.response.body", "body": event(told.body()), "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
