@@ -93,7 +93,7 @@ def _run(models: list[Served], settings: ServerSettings, keys: tuple[str, ...], 
         sys.stdout.flush()
 
     number = serve(models, settings, keys, listening, on_start)
-    if not all(served.runner.close(1.0) for served in models):  # a program of XLA's still runs, and cannot be ended
+    if not all(served.close(1.0) for served in models):  # a program of XLA's still runs, and cannot be ended
         sys.stderr.flush()
         os._exit(0 if number == signal.SIGTERM else 130)
     if number == signal.SIGINT:

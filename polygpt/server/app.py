@@ -52,7 +52,7 @@ def create_app(models: Sequence[Served], settings: ServerSettings, keys: Sequenc
             served.runner.start()
         yield
         for served in models:
-            await asyncio.to_thread(served.runner.close)
+            await asyncio.to_thread(served.close)
 
     state = ServerState(by_name(models), settings, Metrics(models), int(time.time()))
     routes = [*ROUTES, Route("/", _page)]

@@ -114,7 +114,10 @@ class Runner:
     def load(self) -> tuple[int, int]:
         """Sequences in slots, and sequences that wait for one."""
         engine = self._engine
-        return (0, 0) if engine is None else engine.load
+        if engine is None:
+            return 0, 0
+        statistics = engine.statistics
+        return statistics.slots_in_use, statistics.queued
 
     def _ended(self, job: Job) -> None:
         self.in_flight -= len(job.works)
