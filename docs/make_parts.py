@@ -1,4 +1,4 @@
-"""Writes parts.md and settings.md, beside this file, from the code: `make docs`."""
+"""Writes parts.md and settings.md, beside this file, and polygpt/cli/keys.json, from the code: `make docs`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from polygpt.config import Config, PartConfig
+from polygpt.cli.settings import KEYS
+from polygpt.config import Config, PartConfig, known_keys
 from polygpt.config.fields import nested, slot_of
 from polygpt.model import ModelConfig, attention, block, feedforward, norms, positions, rope
 from polygpt.training import RunConfig
@@ -120,6 +121,11 @@ ENVIRONMENT = """\
 - `JAX_PLATFORMS`: `cpu` makes JAX ignore a GPU.
 - `HF_HOME`, `HF_TOKEN`: where huggingface_hub keeps what `hf:owner/name` downloads, and the token it uses.
 """
+
+
+def keys_of_a_run() -> str:
+    """The text of keys.json, by which the command line refuses mistakes without importing JAX."""
+    return json.dumps(known_keys(RunConfig), indent=1) + "\n"
 
 
 def settings_page() -> str:
@@ -250,3 +256,4 @@ def _default(field: FieldInfo) -> str:
 if __name__ == "__main__":
     PARTS.write_text(page(), encoding="utf-8")
     SETTINGS.write_text(settings_page(), encoding="utf-8")
+    KEYS.write_text(keys_of_a_run(), encoding="utf-8")

@@ -19,6 +19,7 @@ ROOMS = [
     "files",
     "cache",
     "process",
+    "folders",
     "config",
     "settings",
     "sharding",
