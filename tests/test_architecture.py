@@ -20,6 +20,7 @@ ROOMS = [
     "cache",
     "process",
     "hub",
+    "folders",
     "config",
     "settings",
     "sharding",

@@ -99,6 +99,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+    gc.freeze()  # the interpreter would go through all objects once more before it ends, which takes 0.3 s with JAX
     sys.exit(code)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
 from polygpt.cli.output import json_option, overrides_argument, print_json, print_result
-from polygpt.cli.settings import RunCommand, check_file, check_names
+from polygpt.cli.settings import RunCommand, check_file, check_settings, check_sources
 from polygpt.files import expand
 from polygpt.process import command_line
 
@@ -36,29 +38,21 @@ def train(
 
     polygpt train shakespeare_char_cpu data.path=input.txt training.steps=500 --out runs/try
     """
-    from polygpt.config import dotted_to_nested, parse_overrides
-    from polygpt.errors import RequestError
-    from polygpt.recipes import load_recipe, recipe_fields, resume_config, verdict
+    from polygpt.config import parse_overrides
 
     if recipe is not None and "=" in recipe and not Path(recipe).exists():
         recipe, overrides = None, (recipe, *overrides)
     changes = parse_overrides(overrides)
-    if recipe is not None and Path(recipe).suffix in (".yaml", ".yml"):
-        check_file(expand(recipe))
-    if recipe is not None or resume:
-        check_names(dotted_to_nested(changes) if recipe is None else recipe_fields(recipe, changes, short=short))
+    _check(recipe, changes, expand(out), resume, short)
 
+    from polygpt.recipes import load_recipe, resume_config, verdict
     from polygpt.training import Profile
     from polygpt.training import train as run_training
 
-    if short and recipe is None:
-        raise RequestError("--short is the short form of a recipe; name one (a run resumed without one is as it was)")
     traced = None if profile is None else Profile.parse(profile)
 
     if resume:
         config = resume_config(out, recipe, changes, short=short)
-    elif recipe is None:
-        raise RequestError("name a recipe or a .yaml file, or continue a run with --resume")
     else:
         config = load_recipe(recipe, changes, short=short)
     listeners = None
@@ -88,3 +82,26 @@ def train(
         )
     if check and not found.within:
         raise click.exceptions.Exit(1)
+
+
+def _check(recipe: str | None, changes: Mapping[str, Any], out: Path, resume: bool, short: bool) -> None:
+    """Refuses what can be refused before JAX is imported."""
+    from polygpt.config import dotted_to_nested
+    from polygpt.errors import RequestError
+    from polygpt.folders import check_new_run, check_run
+    from polygpt.recipes import check_placeholders, recipe_fields
+
+    if recipe is None and not resume:
+        raise RequestError("name a recipe or a .yaml file, or continue a run with --resume")
+    if recipe is None and short:
+        raise RequestError("--short is the short form of a recipe; name one (a run resumed without one is as it was)")
+    if recipe is not None and Path(recipe).suffix in (".yaml", ".yml"):
+        check_file(expand(recipe))
+    fields = dotted_to_nested(changes) if recipe is None else recipe_fields(recipe, changes, short=short)
+    check_settings(fields)
+    if resume:
+        check_run(out)
+    else:
+        check_placeholders(recipe, changes, short=short)
+        check_new_run(out)
+        check_sources(fields)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from polygpt.config import as_yaml, dotted_to_nested, merge, parse_yaml, read_yaml, validate
 from polygpt.errors import RequestError, suggest
 from polygpt.files import expand
+from polygpt.folders import CONFIG
 from polygpt.presets import PRESETS, preset_fields
 from polygpt.recipes.bands import HeldOutCheck, Verdict, check_band, verdict, without_band
 
@@ -18,14 +19,12 @@ if TYPE_CHECKING:
 
 # What imports JAX is imported where it is used: names of recipes and misspelled keys are known without it.
 
-CONFIG = "config.yaml"  # of a run's or a model's folder
-
 __all__ = [
-    "CONFIG",
     "HeldOutCheck",
     "Verdict",
     "as_written",
     "check_band",
+    "check_placeholders",
     "has_short_form",
     "load_recipe",
     "model_changes",
@@ -54,9 +53,10 @@ def load_recipe(name: str, overrides: Mapping[str, Any] | None = None, *, short:
     Raises:
         RequestError: no such recipe or file, a mistake in it or in an override, or shapes that do not fit.
     """
+    check_placeholders(name, overrides or {}, short=short)
+
     from polygpt.training import RunConfig
 
-    _check_placeholders(_form(name, short), dotted_to_nested(overrides or {}), name)
     fields = recipe_fields(name, overrides, short=short)
     training = fields.get("training")
     initial = training.get("initial") if isinstance(training, Mapping) else None
@@ -100,7 +100,13 @@ _PLACEHOLDERS = {
 }
 
 
-def _check_placeholders(recipe: Mapping[str, Any], changes: Mapping[str, Any], name: str) -> None:
+def check_placeholders(name: str, overrides: Mapping[str, Any], *, short: bool = False) -> None:
+    """Refuses the recipe `name` if the dotted `overrides` lack what it leaves to the user.
+
+    Raises:
+        RequestError: names the setting, or there is no such recipe.
+    """
+    recipe, changes = _form(name, short), dotted_to_nested(overrides)
     for key, (placeholder, meaning) in _PLACEHOLDERS.items():
         if _value(recipe, key) == placeholder and _value(changes, key) is None:
             raise RequestError(f"{name}: {key} is required ({meaning}); add {key}={placeholder}")

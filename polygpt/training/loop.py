@@ -15,7 +15,8 @@ from polygpt import checkpoint
 from polygpt.checkpoint import NotFiniteError
 from polygpt.errors import PolygptError, RequestError
 from polygpt.files import expand
-from polygpt.loading import CHECKPOINTS, CONFIG
+from polygpt.folders import CONFIG
+from polygpt.loading import CHECKPOINTS
 from polygpt.model import model_of
 from polygpt.process import command_line
 from polygpt.training.config import RunConfig
