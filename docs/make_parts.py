@@ -78,6 +78,7 @@ OF_A_RUN = {
     "training.samples.seed": "of the sampling",
 }
 
+_TYPES = {"boolean": "true or false", "array": "a list", "object": "a mapping", "null": "null"}
 # Configurations that are one of several values of a field.
 _REFERENCES = {"MeshConfig": "[a mesh](settings.md#mesh)"}
 
