@@ -60,6 +60,8 @@ class DataConfig(Config):
             counted).
         workers: processes that tokenize the text. The tokens are the same for any number; with 2 or more, a preparation
             that was interrupted keeps the parts that are done.
+        engine: `local` starts the workers on this machine. `ray` runs as many tasks on a Ray cluster: the one that the
+            environment variable RAY_ADDRESS names, or one started here (`pip install 'polygpt[ray]'`).
     """
 
     path: str | Tuple[str] = Field(BUILTIN, min_length=1)
@@ -71,6 +73,7 @@ class DataConfig(Config):
     packing: Literal["windows", "documents"] = "windows"
     invalid_utf8: Literal["refuse", "replace", "skip"] = "refuse"
     workers: int = Field(1, ge=1, le=1024)
+    engine: Literal["local", "ray"] = "local"
 
     @model_validator(mode="after")
     def _stride_of_windows(self) -> DataConfig:
@@ -99,6 +102,10 @@ class DataConfig(Config):
             )
             for source in self.sources
         } or {"": self}
+
+    def without_execution(self) -> DataConfig:
+        """This, with the defaults of the settings that do not change the tokens."""
+        return self.model_copy(update={"workers": 1, "engine": "local"})
 
     @property
     def paths(self) -> tuple[str, ...]:

@@ -304,7 +304,7 @@ def _write_source(
     data: DataConfig, tokenizer: Tokenizer, folder: Path, work: Path, name: str, note: Callable[[str], None]
 ) -> Shards:
     source = open_source(data)
-    if data.workers > 1:
+    if data.workers > 1 or data.engine == "ray":
         shards = prepare_in_parallel(source, tokenizer, folder, data, work=work, note=note)
     else:
         shards = prepare(source, tokenizer, folder, data)
