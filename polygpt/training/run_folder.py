@@ -29,6 +29,7 @@ from polygpt.data import (
     Loader,
     MixedLoader,
     Shards,
+    Stage,
     TokenSplit,
     is_prepared,
     open_shards,
@@ -76,7 +77,9 @@ class Run:
         for index, (name, shards) in enumerate(self.shards.sources.items()):
             with naming(f"data.sources.{index}"):
                 loaders[name] = self._loader(shards.train, stride=self.config.data.stride, seed=training.seeds.data)
-        return MixedLoader(loaders, [each.weight for each in sources], [each.epochs for each in sources])
+        return MixedLoader(
+            loaders, [Stage(*stage) for stage in self.config.data.weights()], [each.epochs for each in sources]
+        )
 
     def _loader(self, split: TokenSplit, **options: Any) -> Loader:
         size, context = self.config.training.batch_size, self.config.model.context_length
