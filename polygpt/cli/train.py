@@ -76,6 +76,7 @@ def train(
                 *([("band", str(found))] if found is not None else []),
                 ("training loss", f"{result.train_loss:.4f}"),
                 ("speed", f"{result.tokens_per_second:,.0f} tokens/s"),
+                *([("warning", result.warning)] if result.warning is not None else []),
                 ("report", str(out / "report.html")),
                 ("next", command_line("generate", result.run, "--prompt", "…")),
             ]
