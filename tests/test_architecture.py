@@ -40,6 +40,8 @@ ROOMS = [
     "recipes",
     "demo",
     "summary",
+    "diagnosis",
+    "planning",
     "harness",
     "server",
     "cli",

@@ -4,7 +4,9 @@ Parameters and activations name their axes logically (`embed`, `heads`, `batch`)
 each of them is split over; nothing outside this package knows.
 """
 
+from polygpt.sharding.collectives import Collective, bytes_by_axes, collectives
 from polygpt.sharding.config import MESH_AXES, MeshConfig, MeshSetting
+from polygpt.sharding.hlo import products
 from polygpt.sharding.mesh import choose_mesh, describe_mesh, make_mesh
 from polygpt.sharding.rules import (
     ACTIVATION_RULES,
@@ -17,25 +19,46 @@ from polygpt.sharding.rules import (
     replicated_axes,
     sharding_of,
 )
-from polygpt.sharding.scope import constrain, current_mesh, gathered, use_mesh
+from polygpt.sharding.scope import (
+    Scope,
+    Splits,
+    axes_of,
+    constrain,
+    current_mesh,
+    device_index,
+    gathered,
+    keeps_gathered,
+    on_own_parts,
+    use_mesh,
+)
 
 __all__ = [
     "ACTIVATION_RULES",
     "DEFAULT_RULES",
     "MESH_AXES",
     "PARAMETER_RULES",
+    "Collective",
     "MeshConfig",
     "MeshSetting",
     "Replicated",
     "Rules",
+    "Scope",
+    "Splits",
+    "axes_of",
     "batch_sharding",
+    "bytes_by_axes",
     "choose_mesh",
+    "collectives",
     "constrain",
     "current_mesh",
     "describe_mesh",
+    "device_index",
     "gathered",
+    "keeps_gathered",
     "make_mesh",
+    "on_own_parts",
     "placement",
+    "products",
     "replicated_axes",
     "sharding_of",
     "use_mesh",
