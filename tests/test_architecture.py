@@ -34,6 +34,7 @@ ROOMS = [
     "language_model",
     "loading",
     "evaluation",
+    "inspection",
     "training",
     "recipes",
     "demo",

@@ -13,6 +13,7 @@ from polygpt.kernels.softmax_attention import (
     AttentionSpec,
     Implementation,
     attention,
+    attention_weights,
     choose_attention,
     reference_attention,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "Weight",
     "WeightType",
     "attention",
+    "attention_weights",
     "choose_attention",
     "dropout",
     "expert_matmul",
