@@ -40,6 +40,7 @@ ROOMS = [
     "demo",
     "summary",
     "harness",
+    "server",
     "cli",
     "__main__",
 ]

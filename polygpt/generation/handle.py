@@ -51,6 +51,7 @@ class Handle:
         finish_reason: `length`, `stop`, `context_length` or `cancelled`; None until it has ended, or if it failed.
         error: why it failed, if it did; iterating raises it.
         ended: no more parts come.
+        cached_tokens: how many of the prompt's ids were not read, since their state was kept from an earlier request.
     """
 
     def __init__(self, engine: Engine, request: Request, stream: TextStream | None, budget: int):
@@ -61,6 +62,7 @@ class Handle:
         self.finish_reason: str | None = None
         self.error: Exception | None = None
         self.ended = False
+        self.cached_tokens = 0
         self._engine, self._budget = engine, budget
         self._received: list[int] = []
         self._scores: list[Logprob] = []

@@ -127,6 +127,13 @@ class Engine:
             held = [*self._running, self._reading]
             return not self._waiting and all(handle is None or handle.ended for handle in held)
 
+    @property
+    def load(self) -> tuple[int, int]:
+        """How many requests have a slot, the one whose prompt is being read included, and how many wait for one."""
+        with self._lock:
+            held = [*self._running, self._reading]
+            return sum(handle is not None and not handle.ended for handle in held), len(self._waiting)
+
     def step(self, most: int | None = None, waiting: Handle | None = None) -> list[tuple[Handle, Part]]:
         """Reads a chunk of prompts, then decodes some tokens of every running request.
 
@@ -223,6 +230,7 @@ class Engine:
                     return
                 self._reading = self._waiting.popleft()
             self._begin(tuple(self._reading.request.prompt[:-1]))
+            self._reading.cached_tokens = self._position
         prompt = self._reading.request.prompt
         left = len(prompt) - 1 - self._position
         if left > 0:

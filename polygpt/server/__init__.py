@@ -1,0 +1,7 @@
+"""An OpenAI-compatible HTTP API over the engine, and the page that shows what a model does."""
+
+from polygpt.server.app import create_app
+from polygpt.server.served import Served
+from polygpt.server.settings import ServerSettings
+
+__all__ = ["Served", "ServerSettings", "create_app"]
