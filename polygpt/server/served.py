@@ -24,6 +24,8 @@ class Served:
         lm: the model.
         runner: runs its jobs.
         length: tokens of a sequence at most, prompt included.
+        inspecting: held by the inspection that runs.
+        inspections: how many run or wait.
     """
 
     def __init__(self, name: str, lm: LanguageModel, settings: ServerSettings):
@@ -47,6 +49,7 @@ class Served:
                 vocab_size=tokenizer.vocab_size,
             )
 
+        self.inspecting, self.inspections = asyncio.Semaphore(1), 0
         self.runner = Runner(make_engine, name, settings.slots, settings.queue)
 
     def facts(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from starlette.routing import Route
 
+from polygpt.server.inspection import inspect
 from polygpt.server.routes.completions import completions
 from polygpt.server.routes.health import health, metrics, version
 from polygpt.server.routes.models import model, models, settings
@@ -16,6 +17,7 @@ ROUTES = [
     Route("/v1/models/{name}", model),
     Route("/v1/settings", settings),
     Route("/v1/completions", completions, methods=["POST"]),
+    Route("/v1/inspect", inspect, methods=["POST"]),
 ]
 
 __all__ = ["ROUTES", "completions", "health", "metrics", "model", "models", "settings", "version"]

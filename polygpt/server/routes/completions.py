@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import Response
 
 from polygpt.errors import RequestError
 from polygpt.generation import Logprob, Part, as_prompts
