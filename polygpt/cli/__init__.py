@@ -28,6 +28,7 @@ COMMANDS = {
     "eval": "Perplexity, HellaSwag, or a task of lm-evaluation-harness.",
     "generate": "Continue a prompt.",
     "chat": "Talk with a model in the terminal.",
+    "serve": "An OpenAI-compatible HTTP API and a page to try models in the browser.",
     "import": "Bring in a model from Hugging Face, GGUF or llama2.c.",
     "export": "Write a model for transformers or llama.cpp.",
 }
@@ -38,6 +39,7 @@ EXAMPLES = {
     "eval": "polygpt eval runs/notes --task perplexity --data book.txt",
     "generate": "polygpt generate runs/notes --prompt 'Once upon a time'",
     "show": "polygpt show gpt2",
+    "serve": "polygpt serve runs/notes --port 8000",
     "import": "polygpt import hf:owner/name --out models/name",
     "export": "polygpt export runs/notes --format hf --out exported/notes",
     "tokenizer train": "polygpt tokenizer train book.txt --kind bpe --vocab-size 4096 --out tokenizers/book",

@@ -5,19 +5,23 @@ from __future__ import annotations
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from polygpt.generation import Logprob, Part
+from polygpt.server.errors import invalid
 from polygpt.server.jobs import Job, Work
+from polygpt.server.sampling import check_count
 from polygpt.server.schemas import Sampled
 from polygpt.server.served import Served
 from polygpt.server.state import facts_of, state_of
-from polygpt.server.streaming import COMMENT, DONE, EventStream, dump, event, watched
+from polygpt.server.streaming import COMMENT, DONE, EventStream, dump, event, unless_gone, watched
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -83,7 +87,8 @@ class Answer:
             ApiError: the job was refused, or failed.
         """
         runner, deadline = self.served.runner, self.settings.deadline_seconds
-        job = Job(works)
+        job, metrics = Job(works), state_of(self.request).metrics
+        job.on_end.append(lambda: metrics.count(self.served.name, job, self.prompts))
         runner.submit(job)
         if self.body.stream:
             return EventStream(job, runner, self._events(job), deadline)
@@ -92,8 +97,47 @@ class Answer:
             while parts := await job.next():
                 for index, part in parts:
                     sequences[index].add(part)
-        answer = {"object": self.form.whole, **self.head, "choices": self.form.choices(sequences)}
-        return Response(dump(answer | {"usage": self._usage(job)}), media_type="application/json")
+        return self._whole(sequences, self._usage_of(job))
+
+    async def meanwhile(self, computing: Coroutine[Any, Any, T]) -> T:
+        """What `computing` gives, unless the client goes away or the deadline passes.
+
+        Raises:
+            Disconnected, ApiError: it did.
+        """
+        return await unless_gone(computing, self.request.receive, self.settings.deadline_seconds)
+
+    async def respond_with_beams(self, max_tokens: int) -> Response:
+        """The likeliest continuations of each prompt, found by beam search.
+
+        Raises:
+            ApiError: the request asks for what does not go with beams.
+        """
+        body = self.body
+        check_count("beams", body.beams, self.settings.max_beams)
+        self._refuse_with_beams()
+        found: list[Continued] = []
+        for prompt in self.prompts:
+            best = await self.meanwhile(self.served.beams(prompt, body.beams, body.n, max_tokens))
+            found += [Continued(beam.tokens, beam.text, [], beam.finish_reason) for beam in best]
+        generated = sum(len(done.tokens) for done in found)
+        state_of(self.request).metrics.count_tokens(self.served.name, sum(map(len, self.prompts)), generated)
+        return self._whole(found, self._usage(generated, 0))
+
+    def _refuse_with_beams(self) -> None:
+        """Beams search; what samples, cuts or streams does not go with them."""
+        fields = type(self.body).model_fields
+        plain = {"model", "prompt", "messages", "n", "beams", "max_tokens", "max_completion_tokens", "return_token_ids"}
+        for name in sorted(self.body.model_fields_set - plain):
+            value = getattr(self.body, name)
+            if value != fields[name].get_default(call_default_factory=True) and (name, value) != ("temperature", 0):
+                raise invalid(f"{name} does not go with beams", param=name)
+        if self.body.n > self.body.beams:
+            raise invalid(f"{self.body.beams} beams give at most {self.body.beams} choices", param="n")
+
+    def _whole(self, sequences: list[Continued], usage: dict[str, Any]) -> Response:
+        answer = {"object": self.form.whole, **self.head, "choices": self.form.choices(sequences), "usage": usage}
+        return Response(dump(answer), media_type="application/json")
 
     async def _events(self, job: Job) -> AsyncIterator[bytes]:
         for choice in self.form.beginnings():
@@ -105,23 +149,25 @@ class Answer:
                 for choice in self.form.deltas(index, part):
                     yield self._chunk([choice])
         if self.body.wants_usage:
-            yield self._chunk([], usage=self._usage(job))
+            yield self._chunk([], usage=self._usage_of(job))
         yield DONE
 
     def _chunk(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
         usage = {"usage": None} if self.body.wants_usage else {}
         return event({"object": self.form.chunk, **self.head, "choices": choices, **usage, **more})
 
-    def _usage(self, job: Job) -> dict[str, Any]:
-        """The numbers of tokens; a prompt of several samples counts once."""
-        facts = facts_of(self.request)
-        facts.prompt_tokens, facts.completion_tokens = sum(map(len, self.prompts)), sum(job.tokens)
-        samples = len(job.works) // len(self.prompts) or 1
+    def _usage_of(self, job: Job) -> dict[str, Any]:
+        """The numbers of a job's tokens; a prompt of several samples counts once."""
+        return self._usage(sum(job.tokens), job.cached_tokens(len(self.prompts)))
+
+    def _usage(self, generated: int, cached: int) -> dict[str, Any]:
+        facts, prompted = facts_of(self.request), sum(map(len, self.prompts))
+        facts.prompt_tokens, facts.completion_tokens = prompted, generated
         return {
-            "prompt_tokens": facts.prompt_tokens,
-            "completion_tokens": facts.completion_tokens,
-            "total_tokens": facts.prompt_tokens + facts.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": sum(h.cached_tokens for h in job.handles[::samples])},
+            "prompt_tokens": prompted,
+            "completion_tokens": generated,
+            "total_tokens": prompted + generated,
+            "prompt_tokens_details": {"cached_tokens": cached},
         }
 
 

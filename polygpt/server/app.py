@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -9,6 +10,8 @@ from pathlib import Path
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse
 from starlette.routing import Mount, Route
@@ -17,11 +20,13 @@ from starlette.staticfiles import StaticFiles
 from polygpt.errors import RequestError
 from polygpt.server.errors import ApiError, as_api_error
 from polygpt.server.metrics import Metrics
+from polygpt.server.middleware import BodyLimit, Guard, Observe
 from polygpt.server.routes import ROUTES
 from polygpt.server.served import Served
 from polygpt.server.settings import ServerSettings
 from polygpt.server.state import ServerState, by_name
 
+_CORS = {"allow_methods": ["GET", "POST"], "allow_headers": ["authorization", "content-type"], "max_age": 600}
 STATIC = Path(__file__).parent / "static"
 
 
@@ -47,13 +52,21 @@ def create_app(models: Sequence[Served], settings: ServerSettings, keys: Sequenc
             served.runner.start()
         yield
         for served in models:
-            served.runner.close()
+            await asyncio.to_thread(served.close)
 
-    page = [Route("/", _page), Mount("/static", StaticFiles(directory=STATIC))]
-    handlers = {ApiError: _api_error, HTTPException: _http_error, Exception: _api_error}
-    app = Starlette(routes=[*ROUTES, *page], exception_handlers=handlers, lifespan=lifespan)
+    state = ServerState(by_name(models), settings, Metrics(models), int(time.time()))
+    routes = [*ROUTES, Route("/", _page)]
+    around = [
+        Middleware(Observe, state=state, routes=[route.path for route in routes]),
+        *([Middleware(CORSMiddleware, **_CORS, allow_origins=settings.origins)] if settings.origins else []),
+        Middleware(Guard, state=state, keys=keys),
+        Middleware(BodyLimit, limit=settings.body_limit, seconds=settings.body_seconds),
+    ]
+    files = Mount("/static", StaticFiles(directory=STATIC))
+    handlers = {ApiError: _api_error, HTTPException: _http_error}
+    app = Starlette(routes=[*routes, files], middleware=around, exception_handlers=handlers, lifespan=lifespan)
     app.router.redirect_slashes = False
-    app.state.server = ServerState(by_name(models), settings, Metrics(models), int(time.time()))
+    app.state.server = state
     return app
 
 

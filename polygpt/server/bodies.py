@@ -13,6 +13,7 @@ from starlette.requests import Request
 from polygpt.config import Config, validate
 from polygpt.errors import RequestError
 from polygpt.server.errors import ApiError, invalid
+from polygpt.server.schemas import Sampled
 
 C = TypeVar("C", bound=Config)
 _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
@@ -55,6 +56,7 @@ def check_fields(cls: type[C], value: Any) -> C:
     """
     if not isinstance(value, dict):
         raise invalid(f"the body must be a JSON object, not {_kind(value)}", code="invalid_json")
+    value = cls.without_ignored(value) if issubclass(cls, Sampled) else value
     given = {name: field for name, field in value.items() if field is not None}
     try:
         return validate(cls, given)

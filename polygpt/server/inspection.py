@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import math
 from collections.abc import Sequence
@@ -34,8 +33,6 @@ LENS_POSITIONS = 64
 THUMBNAIL = 32
 # Experts named for each token and layer.
 MOST_EXPERTS = 8
-# Inspections that may wait for the one that runs.
-MOST_WAITING = 8
 
 
 class Inspect(Named):
@@ -75,31 +72,27 @@ def inspection_limits(served: Served) -> dict[str, int]:
 
 
 async def inspect(request: Request) -> JSONResponse:
-    """Computes what is asked for, one request of a model at a time."""
+    """Computes what is asked for, beside the engine."""
     state = state_of(request)
     body = await read_body(request, Inspect, state.settings.json_depth)
     served = state.model(body.model)
     facts_of(request).model = served.name
-    ids = _ids_of(body, served)
+    ids = await _ids_of(body, served)
     facts_of(request).prompt_tokens = len(ids)
     _check(body, served, len(ids))
-    if served.inspections >= MOST_WAITING:
-        message = "too many inspections wait already; try again later"
-        raise ApiError(429, message, code="queue_full", headers={"retry-after": "1"})
-    served.inspections += 1
-    try:
-        async with served.inspecting:
-            return JSONResponse(await asyncio.to_thread(answer, served, ids, body))
-    finally:
-        served.inspections -= 1
+    return JSONResponse(await served.aside.run(answer, served, ids, body))
 
 
-def _ids_of(body: Inspect, served: Served) -> list[int]:
+async def _ids_of(body: Inspect, served: Served) -> list[int]:
     if (body.text is None) == (body.tokens is None):
         raise invalid("give either text or tokens", param="text")
-    if body.text is None:
-        return served.prompt_ids(body.tokens, "tokens")
-    return served.prompt_ids(body.text, "text")
+    ids = body.tokens if body.text is None else await served.text_ids(body.text)
+    if not ids:
+        raise invalid(
+            "there is nothing to inspect: the text is empty", param="text" if body.tokens is None else "tokens"
+        )
+    served.check_ids(ids, "tokens")
+    return ids
 
 
 def _check(body: Inspect, served: Served, length: int) -> None:

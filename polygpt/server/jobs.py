@@ -82,6 +82,11 @@ class Job:
             self._changed.set()
             self._end()
 
+    def cached_tokens(self, prompts: int) -> int:
+        """How many tokens of its `prompts` prompts the engine had read before; several samples count once."""
+        samples = len(self.works) // prompts or 1
+        return sum(handle.cached_tokens or 0 for handle in self.handles[::samples])
+
     async def next(self, seconds: float | None = None) -> list[tuple[int, Part]]:
         """The parts that have come since, in order; empty when the job has ended or after so many seconds.
 

@@ -48,16 +48,19 @@ class Metrics:
 
     def count(self, model: str, job: Job, prompts: list[list[int]]) -> None:
         """Counts a job that has ended, whatever ended it."""
-        samples = len(job.works) // len(prompts) or 1
-        self.prompt_tokens.labels(model).inc(sum(map(len, prompts)))
-        self.cached_tokens.labels(model).inc(sum(handle.cached_tokens for handle in job.handles[::samples]))
-        self.generated_tokens.labels(model).inc(sum(job.tokens))
+        self.count_tokens(model, sum(map(len, prompts)), sum(job.tokens))
+        self.cached_tokens.labels(model).inc(job.cached_tokens(len(prompts)))
         firsts = [timing.first for timing in job.times if timing.first is not None]
         if firsts:
             self.first_token.labels(model).observe(min(firsts) - job.arrived)
         for timing, tokens in zip(job.times, job.tokens, strict=True):
             if tokens > 1:
                 self.each_token.labels(model).observe((timing.last - timing.first) / (tokens - 1))
+
+    def count_tokens(self, model: str, prompted: int, generated: int) -> None:
+        """Counts tokens in and out."""
+        self.prompt_tokens.labels(model).inc(prompted)
+        self.generated_tokens.labels(model).inc(generated)
 
     def text(self) -> bytes:
         """In Prometheus's text format."""

@@ -38,6 +38,7 @@ class Runner:
 
     Attributes:
         slots, queue: as the engine's and the settings'.
+        jobs: those that run or wait.
         in_flight: sequences that were taken in and have not ended.
         healthy: the engine works; False while it is being made anew.
         restarts: how often it was.
@@ -46,6 +47,7 @@ class Runner:
     def __init__(self, make_engine: Callable[[], Engine], name: str, slots: int, queue: int):
         self.name, self.slots, self.queue = name, slots, queue
         self.in_flight, self.restarts, self.healthy = 0, 0, True
+        self.jobs: set[Job] = set()
         self._make_engine = make_engine
         self._engine: Engine | None = make_engine()
         self._live: dict[Handle, tuple[Job, int]] = {}
@@ -89,6 +91,7 @@ class Runner:
             seconds = min(max(math.ceil(self._seconds * (waiting + 1) / self.slots), 1), 60)
             raise ApiError(429, message, code="queue_full", headers={"retry-after": str(seconds)})
         self.in_flight += count
+        self.jobs.add(job)
         job.on_end.append(lambda: self._ended(job))
         self._send(self._submit, job)
 
@@ -98,14 +101,27 @@ class Runner:
             job.fail(error)
             self._send(self._cancel, job)
 
+    def abort_all(self, error: Exception) -> None:
+        """Ends every job with an error."""
+        for job in list(self.jobs):
+            self.abort(job, error)
+
+    def compile(self) -> None:
+        """Compiles the engine's programs; before `start`."""
+        self._engine.compile()
+
     @property
     def load(self) -> tuple[int, int]:
         """Sequences in slots, and sequences that wait for one."""
         engine = self._engine
-        return (0, 0) if engine is None else engine.load
+        if engine is None:
+            return 0, 0
+        statistics = engine.statistics
+        return statistics.slots_in_use, statistics.queued
 
     def _ended(self, job: Job) -> None:
         self.in_flight -= len(job.works)
+        self.jobs.discard(job)
         if job.error is None:
             taken = max(timing.last or 0.0 for timing in job.times) - job.arrived
             self._seconds += 0.1 * (max(taken, 0.0) - self._seconds)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 from polygpt.config import validate
 from polygpt.errors import RequestError
-from polygpt.generation import Request, Sampler, TextStream, as_stop_strings
+from polygpt.generation import Constraint, Request, Sampler, TextStream, as_stop_strings
 from polygpt.server.errors import invalid
 from polygpt.server.jobs import Work
 from polygpt.server.schemas import Sampled
@@ -64,6 +67,21 @@ def check_count(name: str, value: int | None, most: int) -> None:
         raise invalid(f"{name}: {value:,} is above this server's limit of {most:,}", param=name)
 
 
+async def constraint_of(served: Served, **given: Any) -> Constraint | None:
+    """What the whole continuation must match: a `schema`, a `regex` or a `grammar`; None if none is given.
+
+    Raises:
+        ApiError: several are given, or one cannot be used.
+    """
+    named = [name for name, value in given.items() if value is not None]
+    if not named:
+        return None
+    try:
+        return await asyncio.to_thread(partial(served.lm.constraint, **{name: given[name] for name in named}))
+    except RequestError as error:
+        raise invalid(str(error), param={"schema": "response_format"}.get(named[0], named[0])) from None
+
+
 def works_of(
     served: Served,
     prompts: Sequence[Sequence[int]],
@@ -73,6 +91,7 @@ def works_of(
     samples: int,
     max_tokens: int,
     logprobs: int | None,
+    constraint: Constraint | None,
 ) -> list[Work]:
     """The sequences of a request: `samples` of each prompt, with seeds seed, seed + 1, ...
 
@@ -84,7 +103,7 @@ def works_of(
     tokenizer, ends = served.lm.tokenizer, served.lm.stop_tokens
     return [
         Work(
-            Request(prompt, max_tokens, sampler, (seed + sample) % 2**32, ends, logprobs),
+            Request(prompt, max_tokens, sampler, (seed + sample) % 2**32, ends, logprobs, constraint),
             TextStream(tokenizer.decode_after, prompt, stops),
         )
         for prompt in prompts

@@ -54,6 +54,18 @@ class Sampled(Named):
     beams: PositiveInt | None = None
     return_token_ids: bool = False
 
+    @classmethod
+    def without_ignored(cls, value: dict[str, Any]) -> dict[str, Any]:
+        """The body without OpenAI's fields that do nothing here.
+
+        Raises:
+            ApiError: it has one of those that would change the answer.
+        """
+        for name, reason in cls.REFUSED.items():
+            if value.get(name) is not None:
+                raise invalid(f"{name} is not supported: {reason}", param=name)
+        return {name: field for name, field in value.items() if name not in cls.IGNORED}
+
     @property
     def stops(self) -> list[str]:
         """The stop strings; a single one may stand alone."""
@@ -155,17 +167,3 @@ class Detokenize(Named):
     """The body of `/detokenize`."""
 
     tokens: list[NonNegativeInt]
-
-
-def without_ignored(cls: type[Sampled], value: Any) -> Any:
-    """The body without OpenAI's fields that do nothing here.
-
-    Raises:
-        ApiError: it has one of those that would change the answer.
-    """
-    if not isinstance(value, dict):
-        return value
-    for name, reason in cls.REFUSED.items():
-        if value.get(name) is not None:
-            raise invalid(f"{name} is not supported: {reason}", param=name)
-    return {name: field for name, field in value.items() if name not in cls.IGNORED}

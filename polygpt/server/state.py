@@ -18,7 +18,7 @@ from polygpt.server.settings import ServerSettings
 class ServerState:
     """The models by name, the settings, the metrics, and whether the server is going down.
 
-    `created` is the time that `/v1/models` tells.
+    `created` is the time that `/v1/models` tells; `active` requests are being answered.
     """
 
     models: dict[str, Served]
@@ -26,6 +26,7 @@ class ServerState:
     metrics: Metrics
     created: int
     draining: bool = False
+    active: int = 0
 
     def model(self, name: str) -> Served:
         """The model with this name.
@@ -61,7 +62,7 @@ def state_of(request: Request) -> ServerState:
 
 def facts_of(request: Request) -> Facts:
     """What is told of this request."""
-    return request.scope.setdefault("polygpt.facts", Facts())
+    return request.scope["polygpt.facts"]
 
 
 def by_name(models: Sequence[Served]) -> dict[str, Served]:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.types import Receive, Scope, Send
 
-from polygpt.server.errors import ApiError
+from polygpt.server.errors import ApiError, as_api_error
 from polygpt.server.jobs import Job
 from polygpt.server.runner import Runner
 
+T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
 COMMENT = b": waiting\n\n"
 
@@ -44,8 +45,7 @@ def watched(job: Job, runner: Runner, receive: Receive, deadline: float) -> Iter
         runner.abort(job, Disconnected())
 
     def expire() -> None:
-        message = f"the answer took longer than {deadline:g} seconds and was cut"
-        runner.abort(job, ApiError(504, message, code="deadline_exceeded"))
+        runner.abort(job, _expired(deadline))
 
     watcher, timer = loop.create_task(watch()), loop.call_later(deadline, expire)
     try:
@@ -54,6 +54,34 @@ def watched(job: Job, runner: Runner, receive: Receive, deadline: float) -> Iter
         watcher.cancel()
         timer.cancel()
         runner.abort(job, Disconnected())
+
+
+async def unless_gone(computing: Coroutine[Any, Any, T], receive: Receive, deadline: float) -> T:
+    """What `computing` gives, unless the client goes away or `deadline` seconds pass.
+
+    Raises:
+        Disconnected: it went.
+        ApiError: they passed.
+    """
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    work, gone = asyncio.ensure_future(computing), asyncio.ensure_future(watch())
+    try:
+        await asyncio.wait((work, gone), timeout=deadline, return_when=asyncio.FIRST_COMPLETED)
+        if work.done():
+            return work.result()
+        raise Disconnected if gone.done() else _expired(deadline)
+    finally:
+        work.cancel()
+        gone.cancel()
+
+
+def _expired(deadline: float) -> ApiError:
+    message = f"the answer took longer than {deadline:g} seconds and was cut"
+    return ApiError(504, message, code="deadline_exceeded")
 
 
 class EventStream:
@@ -73,6 +101,9 @@ class EventStream:
             try:
                 async for data in self.events:
                     await send({"type": "http.response.body", "body": data, "more_body": True})
-            except ApiError as error:
-                await send({"type": "http.response.body", "body": event(error.body()), "more_body": True})
+            except Disconnected:
+                raise
+            except Exception as error:
+                told = as_api_error(error)
+                await send({"type": "http.response.body", "body": event(told.body()), "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -12,7 +12,7 @@ from polygpt.server.answers import Answer, Continued, Form, finish_reason
 from polygpt.server.bodies import read_body
 from polygpt.server.errors import invalid
 from polygpt.server.logprobs import chat_logprobs, completion_logprobs
-from polygpt.server.sampling import check_count, works_of
+from polygpt.server.sampling import check_count, constraint_of, works_of
 from polygpt.server.schemas import Completion
 from polygpt.server.served import Served
 from polygpt.server.settings import ServerSettings
@@ -26,19 +26,23 @@ async def completions(request: Request) -> Any:
     served = state.model(body.model)
     facts_of(request).model = served.name
     _check(body, served, state.settings)
-    prompts = _prompts(body, served, state.settings)
+    constraint = await constraint_of(served, regex=body.regex, grammar=body.grammar)
+    prompts = await _prompts(body, served, state.settings)
     echoed = [Echo(served, ids) for ids in prompts] if body.echo else []
+    form = CompletionForm(served, body, len(prompts), echoed)
+    answer = Answer(request, served, body, form, prompts)
+    if body.beams is not None:
+        return await answer.respond_with_beams(body.max_tokens)
     if body.echo and body.logprobs is not None:
         for echo in echoed:
-            echo.scores = await served.score(echo.tokens, body.logprobs)
+            echo.scores = await answer.meanwhile(served.score(echo.tokens, body.logprobs))
     samples = max(body.n, body.best_of or 0)
     logprobs = 0 if body.logprobs is None and samples > body.n else body.logprobs
     works = []
     if body.max_tokens:
-        how = {"samples": samples, "max_tokens": body.max_tokens, "logprobs": logprobs}
+        how = {"samples": samples, "max_tokens": body.max_tokens, "logprobs": logprobs, "constraint": constraint}
         works = works_of(served, prompts, body, state.settings, **how)
-    form = CompletionForm(served, body, len(prompts), echoed)
-    return await Answer(request, served, body, form, prompts).respond(works)
+    return await answer.respond(works)
 
 
 class Echo:
@@ -119,10 +123,10 @@ def _check(body: Completion, served: Served, settings: ServerSettings) -> None:
         raise invalid("best_of: the best are known at the end only, so they cannot be streamed", param="best_of")
 
 
-def _prompts(body: Completion, served: Served, settings: ServerSettings) -> list[list[int]]:
+async def _prompts(body: Completion, served: Served, settings: ServerSettings) -> list[list[int]]:
     try:
         prompts, _ = as_prompts(body.prompt)
     except RequestError as error:
         raise invalid(f"prompt: {error}", param="prompt") from None
     check_count("prompt", len(prompts), settings.max_prompts)
-    return [served.prompt_ids(prompt) for prompt in prompts]
+    return [await served.prompt_ids(prompt) for prompt in prompts]
