@@ -86,11 +86,10 @@ async def inspect(request: Request) -> JSONResponse:
 async def _ids_of(body: Inspect, served: Served) -> list[int]:
     if (body.text is None) == (body.tokens is None):
         raise invalid("give either text or tokens", param="text")
+    param = "text" if body.tokens is None else "tokens"
     ids = body.tokens if body.text is None else await served.text_ids(body.text)
     if not ids:
-        raise invalid(
-            "there is nothing to inspect: the text is empty", param="text" if body.tokens is None else "tokens"
-        )
+        raise invalid("there is nothing to inspect: the text is empty", param=param)
     served.check_ids(ids, "tokens")
     return ids
 

@@ -90,6 +90,7 @@ export class AttentionPanel {
     const { bytes, size } = this.layers.get(layer);
     this.map = bytes.subarray(head * size * size, (head + 1) * size * size);
     paint(this.big, this.map, size, Math.max(Math.floor(EDGE / size), 1));
+    this.big.dataset.at = `${layer}.${head}`;
     this.big.setAttribute("aria-label", `Attention of layer ${layer}, head ${head}: ${size} by ${size} tokens`);
     this.point(this.index);
   }

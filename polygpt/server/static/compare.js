@@ -59,7 +59,8 @@ function judge() {
     return label(pair[k].view.tokens[index]);
   });
   const agreed = found.tokens[0];
-  verdict.textContent = `${agreed ? `They agree on the first ${agreed === 1 ? "token" : `${agreed} tokens`}, then` : "They"} differ: “${first}” or “${second}”.`;
+  const where = agreed ? `They agree on the first ${agreed === 1 ? "token" : `${agreed} tokens`}, then differ` : "They differ from the first token on";
+  verdict.textContent = `${where}: “${first}” and “${second}”.`;
 }
 
 function compare() {

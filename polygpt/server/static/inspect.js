@@ -80,8 +80,8 @@ export function show() {
     const found = await inspect({ ...body, what: ["scores"] }, signal);
     subject = { model, ids: wanted && !cut ? wanted.ids : found.tokens.map((token) => token.id), tokens: found.tokens };
     visit.subject = { model, ids: subject.ids };
-    title.textContent = `${number(subject.ids.length)} tokens in ${model}${cut ? " (the last ones: earlier ones exceed the limit)" : ""}. Point at a token, or move with the arrow keys.`;
-    view = new TokenView({ name: "The text that is looked into", onPoint: point });
+    title.textContent = `${number(subject.ids.length)} tokens in ${model}${cut ? " (the last ones: earlier ones exceed the limit)" : ""}. Point at a token or move with the arrow keys; click it for its alternatives.`;
+    view = new TokenView({ name: "The text that is looked into", onPoint: point, hovering: false });
     view.add(found.tokens);
     strip.replaceChildren(view.element);
     drawTabs();

@@ -81,12 +81,16 @@ function checkSchema() {
 }
 
 function build() {
-  const groups = GROUPS.map(([title, fields]) => h("fieldset", {}, h("legend", {}, title), ...fields.map(field)));
+  // Beyond the first group only what was changed is open from the start.
+  const groups = GROUPS.map(([title, fields], index) => {
+    const open = index === 0 || fields.some(({ name }) => state[name] !== DEFAULTS[name]);
+    return h("details", { open }, h("summary", {}, title), ...fields.map(field));
+  });
   const key = h("input", { type: "password", id: "api-key", value: apiKey(), autocomplete: "off", "aria-describedby": "api-key-help", onchange: (event) => keyChanged(event.target.value) });
   panel.replaceChildren(
     h("div", { class: "settings-head" }, h("h2", {}, "Settings"), h("button", { class: "quiet small", onclick: reset }, "Reset"), h("button", { class: "quiet small", onclick: () => open(false), "aria-label": "Close settings" }, "Close")),
     ...groups,
-    h("fieldset", {}, h("legend", {}, "Server"), h("div", { class: "setting" }, h("label", { for: "api-key" }, "API key"), key, h("p", { class: "help", id: "api-key-help" }, "If this server asks for one. Kept until you close the tab, never in a link."))),
+    h("details", {}, h("summary", {}, "Server"), h("div", { class: "setting" }, h("label", { for: "api-key" }, "API key"), key, h("p", { class: "help", id: "api-key-help" }, "If this server asks for one. Kept until you close the tab, never in a link."))),
     h("p", { class: "help shortcuts-hint" }, "Press ", h("kbd", {}, "?"), " for the keyboard shortcuts."),
   );
   checkSchema();
@@ -113,6 +117,7 @@ export function open(wanted = panel.hidden) {
 
 export function askForKey() {
   open(true);
+  $("#api-key").closest("details").open = true;
   $("#api-key").focus();
 }
 

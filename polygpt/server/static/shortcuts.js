@@ -15,7 +15,7 @@ const LIST = [
 export function start({ submit, stop, view, settings }) {
   const dialog = $("#shortcuts");
   const rows = LIST.flatMap(([keys, what]) => [h("dt", {}, h("kbd", {}, keys)), h("dd", {}, what)]);
-  dialog.append(h("h2", {}, "Keyboard shortcuts"), h("dl", {}, ...rows), h("form", { method: "dialog" }, h("button", {}, "Close")));
+  dialog.append(h("h2", {}, "Keyboard shortcuts"), h("dl", {}, ...rows), h("button", { onclick: () => dialog.close() }, "Close"));
   addEventListener("keydown", (event) => {
     const typing = event.target.matches?.("input, textarea, select");
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) submit();

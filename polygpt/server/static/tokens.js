@@ -32,8 +32,12 @@ export function label(token) {
 }
 
 export class TokenView {
-  /** `onAlternative(index, token)`: an alternative to the token at `index` was chosen; without it they are only shown. */
-  constructor({ name, onAlternative = null, onPoint = () => {} }) {
+  /**
+   * onAlternative(index, token): an alternative to the token at `index` was chosen; without it they are only shown.
+   * onPoint(index): the pointer or the keyboard is on a token. hovering: whether the pointer alone opens its card.
+   */
+  constructor({ name, onAlternative = null, onPoint = () => {}, hovering = true }) {
+    this.hovering = hovering;
     this.tokens = [];
     this.spans = [];
     this.onAlternative = onAlternative;
@@ -120,7 +124,7 @@ export class TokenView {
     const index = this.#indexOf(event.target);
     if (index < 0 || event.pointerType === "touch") return;
     this.onPoint(index);
-    alternatives.hover(this.spans[index], () => this.#show(index, false));
+    if (this.hovering) alternatives.hover(this.spans[index], () => this.#show(index, false));
   }
 
   #click(event) {
@@ -151,6 +155,6 @@ export class TokenView {
 
 /** What the tints mean. */
 export function legend() {
-  const steps = Array.from({ length: LEVELS.length + 1 }, (_, index) => h("i", { class: "token", "data-level": index }));
+  const steps = Array.from({ length: LEVELS.length + 1 }, (_, index) => h("i", { "data-level": index }));
   return h("span", { class: "legend", "aria-hidden": "true" }, "likely", ...steps, "surprising");
 }

@@ -27,7 +27,7 @@ export const task = new Task({
 const run = (work) => task.run(work);
 
 function fit() {
-  prompt.rows = Math.min(Math.max(prompt.value.split("\n").length + Math.floor(prompt.value.length / 80), 5), 16);
+  prompt.rows = Math.min(Math.max(prompt.value.split("\n").length + Math.floor(prompt.value.length / 80), 4), 12);
 }
 
 function show(sequences, { heading = null } = {}) {
