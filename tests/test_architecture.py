@@ -36,6 +36,7 @@ ROOMS = [
     "language_model",
     "loading",
     "evaluation",
+    "inspection",
     "training",
     "recipes",
     "demo",

@@ -14,6 +14,7 @@ from polygpt.kernels.softmax_attention import (
     AttentionSpec,
     Implementation,
     attention,
+    attention_weights,
     choose_attention,
     reference_attention,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "Weight",
     "WeightType",
     "attention",
+    "attention_weights",
     "choose_attention",
     "dropout",
     "expert_matmul",

@@ -102,7 +102,9 @@ class Trainer:
 
     def __init__(self, model: Model, config: TrainingConfig, scope: Scope | None = None):
         self.model, self.config, self.scope = model, config, scope
-        self.shardings = placement(model.parameters, make_mesh()) if scope is None else scope.placement(model.parameters)
+        self.shardings = (
+            placement(model.parameters, make_mesh()) if scope is None else scope.placement(model.parameters)
+        )
         self.learning_rate = config.schedule.build(config.optimizer.learning_rate, config.steps)
         self.optimizer = build_optimizer(config.optimizer, model, self.learning_rate, config.groups)
         self.groups = self.optimizer.parameters
@@ -179,7 +181,9 @@ class Trainer:
         if count == 1:
             gradients, metrics, effects = self._part_gradients(state, batch, key)
         else:
-            parts = jax.tree.map(lambda leaf: constrain(leaf.reshape(count, -1, leaf.shape[1]), None, "batch", None), batch)
+            parts = jax.tree.map(
+                lambda leaf: constrain(leaf.reshape(count, -1, leaf.shape[1]), None, "batch", None), batch
+            )
             keys = jax.vmap(lambda part: jax.random.fold_in(key, part))(jnp.arange(count))
             loads = self._loads(state, parts, keys) if self._needs_loads else None
 

@@ -101,7 +101,10 @@ class LinearAttention(Projections):
             before = LinearState(jnp.zeros((batch, heads, size, size)), jnp.zeros((batch, heads, size)))
         # log γ of each key head. By log1p, because 1 - 2^(-5-k) is rounded to 1 for large k.
         decay = np.log1p(-(2.0 ** (-5 - np.arange(heads)))) * self.config.decay
-        mixed, after = _mix(streams, before, context, jnp.asarray(decay, jnp.float32), self.config)
+        decay = jnp.asarray(decay, jnp.float32)
+        if state is None or context.fresh:
+            context.record("attention", lambda: _weights(streams, context, decay, self.config.eps))
+        mixed, after = _mix(streams, before, context, decay, self.config)
         return self.merge(mixed.astype(x.dtype)), None if state is None else after
 
 
@@ -151,6 +154,25 @@ def _mix(
     (state, _), mixed = lax.scan(step, (state, segments[:, 0]), chunks)
     mixed = jnp.moveaxis(mixed, (0, -2), (1, 2)).reshape(batch, length + padding, -1, streams.v.shape[-1])
     return mixed[:, :length], state
+
+
+def _weights(streams: _Streams, context: Context, decay: Float[Array, " K"], eps: float) -> Float[Array, "B N T T"]:
+    """The share of each token's value in each output, all T × T of them; with rotations they may be negative."""
+    batch, length, heads = streams.k.shape[:3]
+    tokens = jnp.arange(length)
+    seen = jnp.broadcast_to(tokens[:, None] >= tokens, (batch, length, length))
+    if context.segment_ids is not None:
+        seen = seen & (context.segment_ids[:, :, None] == context.segment_ids[:, None, :])
+    age = jnp.maximum(tokens[:, None] - tokens, 0) * decay[:, None, None]
+    weight = jnp.where(seen[:, None, None], jnp.exp(age)[:, None], 0)
+
+    def products(q: Float[Array, "B T N H"], k: Float[Array, "B T K H"]) -> Float[Array, "B K G T T"]:
+        grouped = q.reshape(batch, length, heads, -1, q.shape[-1])
+        return jnp.einsum("btkgh,bskh->bkgts", grouped, k) * weight
+
+    denominator = products(streams.q, streams.k).sum(-1, keepdims=True) + eps
+    weights = products(streams.q_rotated, streams.k_rotated) / denominator
+    return weights.reshape(batch, -1, length, length)
 
 
 def _mix_chunk(

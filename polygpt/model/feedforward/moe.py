@@ -120,6 +120,7 @@ class MoE(Experts):
     ) -> tuple[Float[Array, "B T D"], None, Effects]:
         config = self.config
         logits, choices, weights = self._route(x, context)
+        context.record("experts", lambda: _shares(choices, weights, config.num_experts))
         if context.training and config.dispatch == "capacity":
             confidence = jax.nn.softmax(logits).max(-1)
             routing = _with_capacity(choices, confidence, config, config.capacity(x.shape[1]))
@@ -176,6 +177,11 @@ class MoE(Experts):
             "dropped_share": (routing.slot_of >= routing.pair_of.size).mean(),
         }
         return Effects(losses, metrics, {"load": own})
+
+
+def _shares(choices: Int[Array, "B T k"], weights: Float[Array, "B T k"], experts: int) -> Float[Array, "B T E"]:
+    """The weight of each expert for each token, 0 where it was not chosen."""
+    return (jax.nn.one_hot(choices, experts) * weights[..., None]).sum(-2)
 
 
 class _Routing(NamedTuple):

@@ -63,6 +63,7 @@ class SoftMoE(Experts):
         self, x: Float[Array, "B T D"], context: Context, state: Pool | None = None
     ) -> tuple[Float[Array, "B T D"], Pool | None, Effects]:
         logits = self._logits(x)
+        context.record("experts", lambda: _shares(logits))
         if not context.training:
             return (*self._prefix_by_prefix(x, logits, context, state), NO_EFFECTS)
         if context.segment_ids is not None:
@@ -104,6 +105,11 @@ class SoftMoE(Experts):
         tokens = Token.sequence(x, logits, context)
         pool, y = lax.scan(one, Pool.empty(logits.shape, x.shape[-1]) if state is None else state, tokens)
         return jnp.moveaxis(y, 0, 1), None if state is None else pool
+
+
+def _shares(logits: Float[Array, "B T E S"]) -> Float[Array, "B T E"]:
+    """The share that each expert's slots together have in each token's output."""
+    return jax.nn.softmax(logits, axis=(-2, -1)).sum(-1)
 
 
 class CausalSoftMoEConfig(SoftMoEConfig):
@@ -160,6 +166,7 @@ class CausalSoftMoE(SoftMoE):
         self, x: Float[Array, "B T D"], context: Context, state: _Blocks | None = None
     ) -> tuple[Float[Array, "B T D"], _Blocks | None, Effects]:
         logits = self._logits(x)
+        context.record("experts", lambda: _shares(logits))
         if state is not None and not context.fresh:
             return (*self._token_by_token(x, logits, context, state), NO_EFFECTS)
         return (*self._block_by_block(x, logits, context, state), NO_EFFECTS)
