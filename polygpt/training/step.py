@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from polygpt.model import Effects, Loads, Model, Params, matmul_precision
-from polygpt.sharding import Scope, constrain, make_mesh, placement, use_mesh
+from polygpt.sharding import Scope, constrain, make_mesh, use_mesh
 from polygpt.training.config import TrainingConfig
 from polygpt.training.guard import Guard, choose
 from polygpt.training.loss_scale import LossScale
@@ -102,7 +102,7 @@ class Trainer:
 
     def __init__(self, model: Model, config: TrainingConfig, scope: Scope | None = None):
         self.model, self.config, self.scope = model, config, scope
-        self.shardings = placement(model.parameters, make_mesh()) if scope is None else scope.placement(model.parameters)
+        self.shardings = (scope or Scope(make_mesh())).placement(model.parameters)
         self.learning_rate = config.schedule.build(config.optimizer.learning_rate, config.steps)
         self.optimizer = build_optimizer(config.optimizer, model, self.learning_rate, config.groups)
         self.groups = self.optimizer.parameters
@@ -179,7 +179,9 @@ class Trainer:
         if count == 1:
             gradients, metrics, effects = self._part_gradients(state, batch, key)
         else:
-            parts = jax.tree.map(lambda leaf: constrain(leaf.reshape(count, -1, leaf.shape[1]), None, "batch", None), batch)
+            parts = jax.tree.map(
+                lambda leaf: constrain(leaf.reshape(count, -1, leaf.shape[1]), None, "batch", None), batch
+            )
             keys = jax.vmap(lambda part: jax.random.fold_in(key, part))(jnp.arange(count))
             loads = self._loads(state, parts, keys) if self._needs_loads else None
 
