@@ -13,8 +13,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from polygpt.errors import RequestError
-from polygpt.kernels.heads import on_own_heads
 from polygpt.kernels.blocked import BLOCK, blocked_attention
+from polygpt.kernels.heads import on_own_heads
 from polygpt.kernels.pallas import pallas_attention
 from polygpt.kernels.regularization import dropout
 from polygpt.kernels.scores import ScoreInputs, ScoreRule, visible
@@ -87,7 +87,9 @@ def attention(
         implementation: see `choose_attention`.
     """
 
-    def own(q: Queries, k: Keys, v: Keys, segment_ids: Array, heads: tuple, _: None, key: Array) -> Queries:
+    def own(
+        q: Queries, k: Keys, v: Keys, segment_ids: Array | None, heads: tuple, _: None, key: Array | None
+    ) -> Queries:
         return _attention(q, k, v, rule, ScoreInputs(*heads, segment_ids, key), implementation)
 
     heads = inputs.sinks, inputs.slopes

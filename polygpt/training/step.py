@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from polygpt.model import Effects, Loads, Model, Params, matmul_precision
-from polygpt.sharding import Scope, constrain, make_mesh, placement, use_mesh
+from polygpt.sharding import Scope, constrain, make_mesh, use_mesh
 from polygpt.training.config import TrainingConfig
 from polygpt.training.guard import Guard, choose
 from polygpt.training.loss_scale import LossScale
@@ -102,9 +102,7 @@ class Trainer:
 
     def __init__(self, model: Model, config: TrainingConfig, scope: Scope | None = None):
         self.model, self.config, self.scope = model, config, scope
-        self.shardings = (
-            placement(model.parameters, make_mesh()) if scope is None else scope.placement(model.parameters)
-        )
+        self.shardings = (scope or Scope(make_mesh())).placement(model.parameters)
         self.learning_rate = config.schedule.build(config.optimizer.learning_rate, config.steps)
         self.optimizer = build_optimizer(config.optimizer, model, self.learning_rate, config.groups)
         self.groups = self.optimizer.parameters
