@@ -20,6 +20,7 @@ ROOMS = [
     "cache",
     "process",
     "hub",
+    "folders",
     "config",
     "settings",
     "sharding",
@@ -35,6 +36,7 @@ ROOMS = [
     "language_model",
     "loading",
     "evaluation",
+    "inspection",
     "training",
     "recipes",
     "demo",
@@ -42,6 +44,7 @@ ROOMS = [
     "diagnosis",
     "planning",
     "harness",
+    "server",
     "cli",
     "__main__",
 ]

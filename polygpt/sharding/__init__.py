@@ -29,6 +29,7 @@ from polygpt.sharding.scope import (
     gathered,
     keeps_gathered,
     on_own_parts,
+    own_splits,
     use_mesh,
 )
 
@@ -57,6 +58,7 @@ __all__ = [
     "keeps_gathered",
     "make_mesh",
     "on_own_parts",
+    "own_splits",
     "placement",
     "products",
     "replicated_axes",
