@@ -6,6 +6,7 @@ each of them is split over; nothing outside this package knows.
 
 from polygpt.sharding.collectives import Collective, bytes_by_axes, collectives
 from polygpt.sharding.config import MESH_AXES, MeshConfig, MeshSetting
+from polygpt.sharding.fit import bytes_per_device, check_fit, check_rows
 from polygpt.sharding.hlo import products
 from polygpt.sharding.mesh import choose_mesh, describe_mesh, make_mesh
 from polygpt.sharding.rules import (
@@ -48,6 +49,9 @@ __all__ = [
     "axes_of",
     "batch_sharding",
     "bytes_by_axes",
+    "bytes_per_device",
+    "check_fit",
+    "check_rows",
     "choose_mesh",
     "collectives",
     "constrain",
