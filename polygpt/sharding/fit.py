@@ -66,7 +66,9 @@ def _note(axis: str, length: int, found: Sequence[Replicated]) -> str:
     first = found[0]
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     split = " × ".join(first.mesh_axes)
-    return f"{axis} ({length}) cannot be split evenly over {split} {first.devices}: {names[0]}{more} replicated along it"
+    return (
+        f"{axis} ({length}) cannot be split evenly over {split} {first.devices}: {names[0]}{more} replicated along it"
+    )
 
 
 def bytes_per_device(parameters: PyTree, scope: Scope) -> int:
