@@ -82,7 +82,9 @@ def test_mpi_without_a_hostfile_stays_on_this_machine(launch):
 
 
 def test_a_tpu_slice_runs_the_command_on_every_host_as_it_was_quoted(launch):
-    lines = launch("tpu_pod.sh", "slice", "us-east5-a", "demo", "--out", "my run", "data.path=a b", SETUP="echo installed")
+    lines = launch(
+        "tpu_pod.sh", "slice", "us-east5-a", "demo", "--out", "my run", "data.path=a b", SETUP="echo installed"
+    )
     assert lines[0] == "gcloud compute tpus tpu-vm ssh slice --zone us-east5-a --worker=all --command"
     assert lines[1] == "installed"
     assert lines[3].startswith("polygpt <train> <demo> <--out> <my run> <data.path=a b>")

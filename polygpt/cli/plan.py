@@ -107,6 +107,8 @@ def _print(plan: Plan) -> None:
         click.echo()
         columns = [("collectives along", "left"), ("", "left"), ("bytes on a device", "right"), ("time", "right")]
         print_table(columns, _collectives(facts))
+    for note in facts["notes"]:
+        click.echo(f"note: {note}")
 
 
 def _collectives(facts: dict[str, Any]) -> list[tuple[str, str, str, str]]:

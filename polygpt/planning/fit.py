@@ -111,4 +111,6 @@ def _split(config: RunConfig) -> int:
 def _tokens(config: RunConfig) -> float:
     """Rows that a device computes at once; those of a tensor axis share them."""
     tensor = 1 if config.mesh is None else config.mesh.tensor
-    return config.training.batch_size / (batch_devices(config.mesh) * config.training.accumulation_steps * tensor)
+    return config.training.batch_size / (
+        batch_devices(config.mesh or MeshConfig()) * config.training.accumulation_steps * tensor
+    )

@@ -8,6 +8,7 @@ from typing import Any
 from polygpt.errors import RequestError, suggest
 from polygpt.model import model_of
 from polygpt.planning.program import Program
+from polygpt.planning.request import check_layout
 from polygpt.planning.roofline import Estimate, estimate
 from polygpt.planning.worker import compile_elsewhere
 from polygpt.sharding import MESH_AXES, MeshConfig
@@ -26,12 +27,14 @@ class Plan:
         accelerator: one of `ACCELERATORS`.
         program: what was compiled.
         estimate: how long a step takes.
+        notes: what every device holds whole since it cannot be split evenly.
     """
 
     config: RunConfig
     accelerator: str
     program: Program
     estimate: Estimate
+    notes: tuple[str, ...] = ()
 
     @property
     def mesh(self) -> dict[str, int]:
@@ -83,6 +86,7 @@ class Plan:
             "collective_seconds": self.estimate.collective_seconds,
             "utilization": self.utilization,
             "fits": self.fits,
+            "notes": list(self.notes),
             "compile_seconds": program.compile_seconds,
         }
 
@@ -91,14 +95,16 @@ def make_plan(config: RunConfig, accelerator: str) -> Plan:
     """Compiles the step of `config` (see `planned_run`) and estimates it on `accelerator`.
 
     Raises:
-        RequestError: there is no such accelerator, or the step cannot be traced for this mesh.
+        RequestError: there is no such accelerator, the layout is not possible, or the step cannot be traced for it.
         PolygptError: it cannot be compiled.
     """
     if accelerator not in ACCELERATORS:
         raise RequestError(f"no accelerator '{accelerator}' is known; {suggest(accelerator, ACCELERATORS)}")
+    notes = tuple(check_layout(config))
     program = compile_elsewhere(config)
     mesh = dict(zip(MESH_AXES, (config.mesh or MeshConfig()).shape, strict=True))
-    return Plan(config, accelerator, program, estimate(program, mesh, accelerator, config.model.matmul_precision))
+    seconds = estimate(program, mesh, accelerator, config.model.matmul_precision)
+    return Plan(config, accelerator, program, seconds, notes)
 
 
 def memory_of(accelerator: str) -> int:

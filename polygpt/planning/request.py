@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from polygpt.config import dotted_to_nested, merge, validate
+from jax.sharding import AbstractMesh
+
+from polygpt.config import as_yaml, dotted_to_nested, merge, validate
 from polygpt.errors import RequestError
+from polygpt.model import model_of
 from polygpt.recipes import named_fields
-from polygpt.sharding import MeshConfig, choose_mesh, describe_mesh
+from polygpt.sharding import MESH_AXES, MeshConfig, Rules, Scope, check_fit, check_rows, choose_mesh, describe_mesh
 from polygpt.summary import resolve_model
 from polygpt.training import RunConfig
 
@@ -22,7 +25,7 @@ def planned_run(name: str, overrides: Mapping[str, Any]) -> RunConfig:
     the batch is split over.
 
     Raises:
-        RequestError: there is nothing by that name, a setting is wrong, or the mesh and the batch do not fit together.
+        RequestError: there is nothing by that name, a setting is wrong, or the mesh fits neither model nor batch.
     """
     found = named_fields(name)
     if found is not None and found[1]:
@@ -46,7 +49,8 @@ def _run_of_model(name: str, overrides: Mapping[str, Any]) -> RunConfig:
         if key.partition(".")[0] not in ("training", "mesh"):
             raise RequestError(f"{key}: {name} is a model without a run; write model., training. or mesh. settings")
     model = resolve_model(name, of_model).model
-    fields = {"model": model.to_dict(), "training": {"steps": 1000, "batch_size": 1}}
+    parts = as_yaml(others.get("training.accumulation_steps", 1))
+    fields = {"model": model.to_dict(), "training": {"steps": 1000, "batch_size": parts}}
     config = validate(RunConfig, merge(fields, dotted_to_nested(others)))
     if "training.batch_size" in others or not isinstance(config.mesh, MeshConfig):
         return config
@@ -54,30 +58,32 @@ def _run_of_model(name: str, overrides: Mapping[str, Any]) -> RunConfig:
     return config.model_copy(update={"training": config.training.replace(batch_size=rows)})
 
 
-def batch_devices(mesh: MeshConfig | None) -> int:
+def abstract_scope(mesh: MeshConfig) -> Scope:
+    """The mesh without devices."""
+    return Scope(AbstractMesh(mesh.shape, MESH_AXES), Rules.of(mesh))
+
+
+def batch_devices(mesh: MeshConfig) -> int:
     """How many parts the rows of a batch are split into."""
-    return 1 if mesh is None else mesh.data * mesh.fsdp * mesh.expert
+    return abstract_scope(mesh).batch_devices
 
 
-def check_layout(config: RunConfig) -> None:
-    """Refuses what cannot be compiled or split.
+def check_layout(config: RunConfig) -> list[str]:
+    """What every device holds whole since it cannot be split evenly.
 
     Raises:
-        RequestError: the mesh is too large, or the batch cannot be split evenly.
+        RequestError: the mesh is too large, or the batch, heads or experts cannot be split evenly.
     """
-    mesh, training = config.mesh, config.training
-    if mesh is not None and mesh.devices > LARGEST_MESH:
+    mesh, training = config.mesh or MeshConfig(), config.training
+    if mesh.devices > LARGEST_MESH:
         raise RequestError(
             f"mesh: {describe_mesh(mesh.shape)} has {mesh.devices:,} devices; at most {LARGEST_MESH} are planned for"
         )
-    rows, parts = batch_devices(mesh), training.accumulation_steps
-    if training.batch_size % (rows * parts):
-        of_parts = f" in {parts} parts (training.accumulation_steps)" if parts > 1 else ""
-        fitting = -(-training.batch_size // (rows * parts)) * rows * parts
-        raise RequestError(
-            f"training.batch_size={training.batch_size}: its rows{of_parts} cannot be split evenly over {rows} devices "
-            f"(mesh: {describe_mesh(mesh.shape) if mesh else 'one device'}); {fitting} can"
-        )
+    rows, parts = training.batch_size, training.accumulation_steps
+    of_parts = f" in {parts} parts (training.accumulation_steps)" if parts > 1 else ""
+    scope = abstract_scope(mesh)
+    check_rows(rows // parts, scope, f"training.batch_size={rows}{of_parts}")
+    return check_fit(model_of(config.model).parameters, scope)
 
 
 def portable(config: RunConfig) -> dict[str, Any]:

@@ -81,7 +81,11 @@ def run_of(*words):
 
 
 def test_bytes_are_those_of_a_real_state_and_its_compiled_step(model_file):
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    env = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+    }
     words = [sys.executable, "-c", MEASURE, model_file, "mesh.fsdp=2", "mesh.tensor=2"]
     done = subprocess.run(words, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
@@ -103,7 +107,9 @@ def test_bytes_are_those_of_a_real_state_and_its_compiled_step(model_file):
 
 
 def test_the_command_answers_with_json_per_device(model_file, program):
-    done = program("plan", model_file, "mesh.data=2", "training.batch_size=4", "--accelerator", "v6e", "--fit", "--json")
+    done = program(
+        "plan", model_file, "mesh.data=2", "training.batch_size=4", "--accelerator", "v6e", "--fit", "--json"
+    )
     assert done.code == 0, done.err
     facts = json.loads(done.out)
     keys = "devices mesh parameter_bytes optimizer_bytes activation_bytes peak_bytes flops_per_step collective_bytes"
@@ -155,12 +161,13 @@ def test_a_preset_has_a_row_for_each_device_of_the_batch():
         (["mesh=auto"], "mesh=auto is for the devices of this machine; name those to plan for, as in mesh.fsdp=8"),
         (
             ["mesh.fsdp=4", "mesh.data=2", "training.batch_size=12"],
-            "training.batch_size=12: its rows cannot be split evenly over 8 devices (mesh: data 2 × fsdp 4); 16 can",
+            "training.batch_size=12: 12 rows cannot be split evenly over 8 devices (mesh: data 2 × fsdp 4); "
+            "8 or 16 can",
         ),
         (
             ["mesh.fsdp=4", "training.batch_size=12", "training.accumulation_steps=2"],
-            "training.batch_size=12: its rows in 2 parts (training.accumulation_steps) cannot be split evenly over "
-            "4 devices (mesh: fsdp 4); 16 can",
+            "training.batch_size=12 in 2 parts (training.accumulation_steps): 6 rows cannot be split evenly over 4 "
+            "devices (mesh: fsdp 4); 4 or 8 can",
         ),
         (["data.path=x.txt"], "data.path: gpt2 is a model without a run; write model., training. or mesh. settings"),
     ],
@@ -169,6 +176,11 @@ def test_what_cannot_be_planned_is_refused_before_compiling(words, complaint):
     with pytest.raises(RequestError) as refused:
         run_of(*words)
     assert str(refused.value) == complaint
+
+
+def test_heads_that_the_mesh_does_not_divide_are_refused():
+    with pytest.raises(RequestError, match=r"mesh\.tensor=5 does not divide the 12 heads"):
+        run_of("mesh.tensor=5")
 
 
 @pytest.mark.parametrize(
@@ -196,7 +208,9 @@ def compiled(monkeypatch):
         rows = config.training.batch_size / (axes.data * axes.fsdp * config.training.accumulation_steps * axes.tensor)
         state, kept = 100e9 / (axes.fsdp * axes.tensor), {"none": 1, "block": 0.35}.get(config.training.remat, 0.2)
         tried.append(layout_settings(config, config))
-        counted = PROGRAM._replace(parameter_bytes=state / 3, optimizer_bytes=state * 2 / 3, temporary_bytes=60e9 * rows * kept)
+        counted = PROGRAM._replace(
+            parameter_bytes=state / 3, optimizer_bytes=state * 2 / 3, temporary_bytes=60e9 * rows * kept
+        )
         return plan.Plan(config, accelerator, counted, estimate(counted, {}, accelerator))
 
     monkeypatch.setattr(plan, "make_plan", fake)
