@@ -19,6 +19,7 @@ vocab_size: 64
 context_length: 32
 embed_dim: 16
 num_layers: 2
+scan_layers: true
 position: {kind: rope}
 norm: {kind: rmsnorm}
 attention: {kind: softmax, num_heads: 4}
