@@ -61,13 +61,14 @@ def describe_mesh(shape: Sequence[int] | Mapping[str, int]) -> str:
 def _wrong_count(config: MeshConfig, devices: int) -> str:
     asked = {name: size for name, size in zip(MESH_AXES, config.shape, strict=True) if size > 1} or {"data": 1}
     product = " × ".join(f"{name} {size}" for name, size in asked.items())
-    fitting = _nearest(tuple(asked.values()), devices)
-    meshes = " or ".join(
-        " ".join(f"mesh.{name}={n}" for name, n in zip(asked, sizes, strict=True)) for sizes in fitting
-    )
+    written = [
+        " ".join(f"mesh.{name}={count}" for name, count in zip(asked, sizes, strict=True))
+        for sizes in _nearest(tuple(asked.values()), devices)
+    ]
     return (
         f"mesh: {product} is a mesh of {config.devices} device{'s' * (config.devices > 1)}, but there "
-        f"{'are' if devices > 1 else 'is'} {devices}; {devices} would be {' or '.join(written)} (mesh=auto chooses by itself)"
+        f"{'are' if devices > 1 else 'is'} {devices}; {devices} would be {' or '.join(written)} "
+        "(mesh=auto chooses by itself)"
     )
 
 
