@@ -21,6 +21,7 @@ ROOMS = [
     "process",
     "config",
     "settings",
+    "distributed",
     "sharding",
     "tokenizers",
     "kernels",

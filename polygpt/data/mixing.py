@@ -180,16 +180,17 @@ class MixedLoader:
         self.num_batches = max(1, self.num_windows // self.batch_size)
         self._parts = parts
 
-    def batch(self, i: int) -> Arrays:
-        """Batch `i`, as `Loader.batch`.
+    def batch(self, i: int, rows: Sequence[int] | None = None) -> Arrays:
+        """Batch `i`, or only these `rows` of it, as `Loader.batch`.
 
         Raises:
             IndexError: `i` is negative, or every source has been read as often as it may be.
         """
-        arrays = self._parts[0].empty()
-        for row in range(self.batch_size):
+        rows = range(self.batch_size) if rows is None else rows
+        arrays = self._parts[0].empty(len(rows))
+        for place, row in enumerate(rows):
             source, position = self.mixture.locate(i * self.batch_size + row)
-            self._parts[source].fill(position, arrays, row)
+            self._parts[source].fill(position, arrays, place)
         return arrays
 
     def facts(self, steps: int) -> dict[str, str]:
