@@ -20,6 +20,9 @@ from polygpt.process import command_line
 @click.option("--resume", is_flag=True, help="Continue the run in --out; needs no recipe.")
 @click.option("--check", is_flag=True, help="Exit with 1 if the validation loss is outside the recipe's band.")
 @click.option("--profile", metavar="START:STOP", help="Trace these steps with JAX's profiler into RUN/profile.")
+@click.option("--coordinator", metavar="HOST:PORT", help="Train in several processes: the address of process 0.")
+@click.option("--num-processes", metavar="N", type=int, help="How many processes; left out under SLURM or MPI.")
+@click.option("--process-id", metavar="I", type=int, help="Which one this is, 0 to N - 1; left out likewise.")
 @json_option
 def train(
     recipe: str | None,
@@ -28,6 +31,9 @@ def train(
     resume: bool,
     check: bool,
     profile: str | None,
+    coordinator: str | None,
+    num_processes: int | None,
+    process_id: int | None,
     as_json: bool,
 ) -> None:
     """Train a model from a recipe or a YAML file, with settings changed by KEY=VALUE.
@@ -35,6 +41,7 @@ def train(
     polygpt train shakespeare_char_cpu data.path=input.txt training.steps=500 --out runs/try
     """
     from polygpt.config import dotted_to_nested, parse_overrides
+    from polygpt.distributed import find_launch, is_main, start
     from polygpt.errors import RequestError
     from polygpt.recipes import load_recipe, recipe_fields, resume_config, verdict
 
@@ -45,6 +52,10 @@ def train(
         check_file(expand(recipe))
     if recipe is not None or resume:
         check_names(dotted_to_nested(changes) if recipe is None else recipe_fields(recipe, changes))
+
+    launch = find_launch(coordinator, num_processes, process_id)
+    if launch is not None:
+        start(launch)
 
     from polygpt.training import Profile
     from polygpt.training import train as run_training
@@ -66,7 +77,9 @@ def train(
         listeners = [HeldOutCheck(), *standard_listeners()]
     result = run_training(config, out, resume=resume, listeners=listeners, profile=traced)
     found = verdict(config, result)
-    if as_json:
+    if not is_main():
+        pass
+    elif as_json:
         band = None if found is None else {"low": found.low, "high": found.high, "within": found.within}
         print_json({**dataclasses.asdict(result), "band": band})
     else:

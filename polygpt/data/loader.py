@@ -90,9 +90,9 @@ class Loader:
         return {"mask": np.zeros(shape, np.float32)} | {name: np.zeros(shape, np.int32) for name in names}
 
     def batch(self, i: int, rows: Sequence[int] | None = None) -> Arrays:
-        """Batch `i`, or only these `rows` of it: `input` and `target` int32 `[B, T]`, `mask` float32 `[B, T]` (1 where a target counts).
+        """Batch `i`, or only these `rows` of it.
 
-        Of packed documents also `segment_ids`, int32 `[B, T]`. Each training epoch is shuffled anew, and a batch may
+        `input` and `target` are int32 `[B, T]`, `mask` is float32 `[B, T]` (1 where a target counts). Of packed documents also `segment_ids`, int32 `[B, T]`. Each training epoch is shuffled anew, and a batch may
         contain the end of one and the start of the next. Targets are the inputs shifted by one token.
 
         Raises:

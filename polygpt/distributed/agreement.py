@@ -90,8 +90,8 @@ def shared_folder(folder: Path, setting: str) -> Iterator[None]:
         blind = [f"process {index} ({host})" for index, (host, sees) in enumerate(seen) if not sees]
         if blind:
             raise RequestError(
-                f"{folder}: {', '.join(blind)} cannot see what process 0 ({seen[0][0]}) writes there; {setting} must be "
-                "in a folder that all processes share, such as one on a network file system"
+                f"{folder}: {', '.join(blind)} cannot see what process 0 ({seen[0][0]}) writes there; "
+                f"{setting} must be in a folder that all processes share, such as one on a network file system"
             )
         yield
     finally:

@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -129,6 +130,7 @@ def start(launch: Launch) -> None:
     limit = seconds(START_SETTING, START_SECONDS)
     if launch.coordinator is not None:
         _reach(launch.coordinator, launch.process_id == 0, limit)
+    _keep_stdout()
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # Its handler of SIGTERM would replace the one that saves before the run stops.
     jax.config.update("jax_enable_preemption_service", False)
@@ -147,6 +149,14 @@ def start(launch: Launch) -> None:
     except (RuntimeError, ValueError) as error:
         first = str(error).partition("\n")[0][:200]
         raise PolygptError(f"the processes could not join ({first}); {_FIX}") from error
+
+
+def _keep_stdout() -> None:
+    """Has libraries print to standard error, as gloo prints its connections to standard output."""
+    sys.stdout.flush()
+    own = os.dup(1)
+    os.dup2(2, 1)
+    sys.stdout = os.fdopen(own, "w", encoding="utf-8", errors="replace")
 
 
 _FIX = "start each process with --coordinator HOST:PORT --num-processes N --process-id I"
