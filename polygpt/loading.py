@@ -20,7 +20,8 @@ from polygpt import checkpoint
 from polygpt.config import Config, merge, read_yaml, to_yaml, validate
 from polygpt.errors import RequestError
 from polygpt.files import check_checkpoint_path, expand, new_folder, write_text
-from polygpt.interop import HUB, StoredModel, fetch, is_huggingface, open_huggingface
+from polygpt.hub import PREFIX as HUB
+from polygpt.interop import StoredModel, fetch, is_huggingface, open_huggingface
 from polygpt.kernels import WeightType
 from polygpt.language_model import NO_TOKENIZER, LanguageModel, Origin
 from polygpt.model import ModelConfig, ParameterInfo, Params, model_of

@@ -19,6 +19,7 @@ ROOMS = [
     "files",
     "cache",
     "process",
+    "hub",
     "config",
     "settings",
     "distributed",

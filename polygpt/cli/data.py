@@ -67,7 +67,7 @@ def list_(as_json: bool) -> None:
 
 @data.command()
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
-@click.option("--tokenizer", "tokenizer_path", required=True, help="A tokenizer.json or its folder.")
+@click.option("--tokenizer", "tokenizer_path", required=True, help="A tokenizer.json, its folder, or hf:owner/name.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The folder for the shards.")
 @click.option("--split", type=click.Choice(["document", "fraction"]), default="document", show_default=True)
 @click.option("--validation-fraction", type=float, default=0.05, show_default=True)

@@ -5,7 +5,8 @@ Arrays in, arrays out: nothing here knows a model's configuration, and nothing o
 
 from polygpt.kernels.cache import KVCache
 from polygpt.kernels.experts import expert_matmul, take_rows
-from polygpt.kernels.loss import LogitRule, nll_of_logits, weighted_nll
+from polygpt.kernels.heads import on_own_heads
+from polygpt.kernels.loss import LogitRule, nll_of_logits, token_nll, weighted_nll
 from polygpt.kernels.packed import ALIGNMENT, WEIGHT_TYPES, WeightType, pack, pack_rows
 from polygpt.kernels.regularization import dropout
 from polygpt.kernels.scores import ScoreInputs, ScoreRule
@@ -38,11 +39,13 @@ __all__ = [
     "layer_view",
     "matmul",
     "nll_of_logits",
+    "on_own_heads",
     "pack",
     "pack_rows",
     "project_to_vocabulary",
     "reference_attention",
     "take_rows",
+    "token_nll",
     "weighted_nll",
     "write_back",
 ]

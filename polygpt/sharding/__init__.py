@@ -17,7 +17,18 @@ from polygpt.sharding.rules import (
     replicated_axes,
     sharding_of,
 )
-from polygpt.sharding.scope import constrain, current_mesh, gathered, use_mesh
+from polygpt.sharding.scope import (
+    Scope,
+    Splits,
+    axes_of,
+    constrain,
+    current_mesh,
+    device_index,
+    gathered,
+    keeps_gathered,
+    on_own_parts,
+    use_mesh,
+)
 
 __all__ = [
     "ACTIVATION_RULES",
@@ -28,13 +39,19 @@ __all__ = [
     "MeshSetting",
     "Replicated",
     "Rules",
+    "Scope",
+    "Splits",
+    "axes_of",
     "batch_sharding",
     "choose_mesh",
     "constrain",
     "current_mesh",
     "describe_mesh",
+    "device_index",
     "gathered",
+    "keeps_gathered",
     "make_mesh",
+    "on_own_parts",
     "placement",
     "replicated_axes",
     "sharding_of",

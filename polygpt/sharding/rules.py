@@ -80,13 +80,13 @@ def sharding_of(
     """
     rules, used, spec = dict(table), set(), []
     for axis, length in zip(axes, shape, strict=True):
-        split = _dividing([name for name in rules.get(axis, ()) if name not in used], length, mesh.shape)
+        split = dividing([name for name in rules.get(axis, ()) if name not in used], length, mesh.shape)
         used.update(split)
         spec.append(split[0] if len(split) == 1 else split or None)
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
-def _dividing(names: Sequence[str], length: int, sizes: Mapping[str, int]) -> tuple[str, ...]:
+def dividing(names: Sequence[str], length: int, sizes: Mapping[str, int]) -> tuple[str, ...]:
     """The first of `names` whose devices, together, divide `length`."""
     chosen: list[str] = []
     for name in names:

@@ -270,7 +270,7 @@ def _tokenizer(config: RunConfig, note: Callable[[str], None]) -> Tokenizer:
     each, wanted = config.data.each().values(), config.tokenizer
     prepared = next((expand(data.paths[0]) for data in each if is_prepared(data)), None)
     if prepared is not None:
-        path = wanted.path if wanted.kind == "file" else prepared / TOKENIZER
+        path = wanted.place or prepared / TOKENIZER
         if wanted.kind == "initial":
             check_prepared(config, prepared)
         note(f"data: prepared shards in {prepared}, with their own tokenizer")
