@@ -92,8 +92,9 @@ class Loader:
     def batch(self, i: int, rows: Sequence[int] | None = None) -> Arrays:
         """Batch `i`, or only these `rows` of it.
 
-        `input` and `target` are int32 `[B, T]`, `mask` is float32 `[B, T]` (1 where a target counts). Of packed documents also `segment_ids`, int32 `[B, T]`. Each training epoch is shuffled anew, and a batch may
-        contain the end of one and the start of the next. Targets are the inputs shifted by one token.
+        `input` and `target` are int32 `[B, T]`, `mask` is float32 `[B, T]` (1 where a target counts); packed documents
+        also have `segment_ids`, int32 `[B, T]`. Each training epoch is shuffled anew, and a batch may contain the end
+        of one and the start of the next. Targets are the inputs shifted by one token.
 
         Raises:
             IndexError: `i` is negative, or (evaluation) not below `num_batches`.

@@ -174,7 +174,11 @@ class MixedLoader:
         epochs = [None] * len(parts) if epochs is None else epochs
         limits = [None if most is None else int(most * p.num_windows) for most, p in zip(epochs, parts, strict=True)]
         self.mixture = Mixture(weights, limits)
-        self.batch_size, self.stride = parts[0].batch_size, parts[0].stride
+        self.batch_size, self.stride, self.context_length = (
+            parts[0].batch_size,
+            parts[0].stride,
+            parts[0].context_length,
+        )
         self.order = json.dumps([parts[0].order, ORDER, self.mixture.shares, limits])
         self.num_windows = sum(part.num_windows for part in parts)
         self.num_batches = max(1, self.num_windows // self.batch_size)

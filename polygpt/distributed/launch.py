@@ -152,10 +152,11 @@ def start(launch: Launch) -> None:
 
 
 def _keep_stdout() -> None:
-    """Has libraries print to standard error, as gloo prints its connections to standard output."""
+    """Keeps standard output for what Python prints: gloo writes a line there for every connection."""
     sys.stdout.flush()
-    own = os.dup(1)
-    os.dup2(2, 1)
+    own, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
     sys.stdout = os.fdopen(own, "w", encoding="utf-8", errors="replace")
 
 

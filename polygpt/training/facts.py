@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from polygpt.data import Loader, MixedLoader
+from polygpt.distributed import process_count
 from polygpt.model import Model
 from polygpt.process import memory_not_kept
 from polygpt.training.config import RunConfig
@@ -18,6 +19,7 @@ def facts(config: RunConfig, model: Model, loader: Loader | MixedLoader) -> dict
     device = jax.local_devices()[0]
     return {
         "device": f"{device.platform} ({device.device_kind})",
+        **({"processes": f"{count}, on {jax.device_count()} devices"} if (count := process_count()) > 1 else {}),
         "attention": model.attention_implementation(),
         "tokens a step": config.training.batch_size * config.model.context_length,
         "steps an epoch": loader.num_batches,

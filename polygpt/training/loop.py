@@ -27,6 +27,7 @@ from polygpt.training.interrupt import Interrupted, InterruptFlag, Stop
 from polygpt.training.jobs import Evaluation, Job, Samples, Validation, is_due, language_models
 from polygpt.training.listeners import standard_listeners
 from polygpt.training.listeners.trackers import check_trackers
+from polygpt.training.mesh import mesh_of
 from polygpt.training.meter import Meter
 from polygpt.training.optimizers import ParameterGroups
 from polygpt.training.profiling import Profile
@@ -156,11 +157,12 @@ class _Loop:
         self.config, self.training, self.loader = run.config, run.config.training, run.train_loader
         self.vocabulary = run.tokenizer.vocab_size
         self.model = model_of(run.config.model)
-        self.trainer = Trainer(self.model, self.training)
+        self.scope = mesh_of(run.config, emit)
+        self.trainer = Trainer(self.model, self.training, self.scope)
         tokens = self.training.batch_size * run.config.model.context_length
         self.meter = Meter(emit, tokens, self.training.on_spike == "rollback", Utilization(self.model))
         lm = language_models(run, self.trainer.evaluated)
-        self.validation = Validation(run, self.trainer.evaluated, emit)
+        self.validation = Validation(run, self.trainer.evaluated, emit, self.scope)
         self.saving = Saving(run, self.trainer, self.meter, emit)
         self.restoring = Restoring(run, self.trainer, self.meter, self.saving, emit)
         samples = Samples(run, lm, emit)
@@ -221,7 +223,7 @@ class _Loop:
         if int(state.step) >= self.training.steps:
             return state, 0.0
         before = time.perf_counter()
-        step_function = self.trainer.compile_step(state, Batch.of(self.loader.batch(0)))
+        step_function = self.trainer.compile_step(state, Batch.read(self.loader, 0, self.scope))
         seconds = time.perf_counter() - before
         self.emit(Compiled(seconds))
         if self.interrupt.raised:
@@ -234,7 +236,8 @@ class _Loop:
         while step < self.training.steps:
             if self.profile is not None:
                 self.profile.reach(step + 1, self.folder, state, self.emit)
-            state, metrics = step_function(state, Batch.of(self.loader.batch(step + self.saving.batch_offset)))
+            batch = Batch.read(self.loader, step + self.saving.batch_offset, self.scope)
+            state, metrics = step_function(state, batch)
             step += 1
             self.meter.add(step, metrics)
             self.interrupt.check(step)

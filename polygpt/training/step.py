@@ -13,6 +13,8 @@ import optax
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
+from polygpt.data import Loader, MixedLoader
+from polygpt.distributed import process_count
 from polygpt.model import Effects, Loads, Model, Params, matmul_precision
 from polygpt.sharding import Scope, constrain, make_mesh, placement, use_mesh
 from polygpt.training.config import TrainingConfig
@@ -42,6 +44,25 @@ class Batch(NamedTuple):
         if scope is None:
             return cls(**{name: jnp.asarray(values) for name, values in arrays.items()})
         return cls(**{name: jax.device_put(values, scope.rows) for name, values in arrays.items()})
+
+    @classmethod
+    def read(cls, loader: Loader | MixedLoader, i: int, scope: Scope | None = None) -> Batch:
+        """Batch `i` of a loader. Of several processes, each reads only the rows that its devices hold."""
+        if process_count() == 1:
+            return cls.of(loader.batch(i), scope)
+        shape, sharding = (loader.batch_size, loader.context_length), scope.rows
+        held = {range(shape[0])[index[0]] for index in sharding.addressable_devices_indices_map(shape).values()}
+        rows = sorted(set().union(*held))
+        places = {row: place for place, row in enumerate(rows)}
+        arrays = loader.batch(i, rows)
+
+        def own(values: np.ndarray) -> Array:
+            def part(index: tuple[slice, ...]) -> np.ndarray:
+                return values[[places[row] for row in range(shape[0])[index[0]]]]
+
+            return jax.make_array_from_callback(shape, sharding, part)
+
+        return cls(**{name: own(values) for name, values in arrays.items()})
 
 
 class TrainState(NamedTuple):
@@ -102,7 +123,9 @@ class Trainer:
 
     def __init__(self, model: Model, config: TrainingConfig, scope: Scope | None = None):
         self.model, self.config, self.scope = model, config, scope
-        self.shardings = placement(model.parameters, make_mesh()) if scope is None else scope.placement(model.parameters)
+        self.shardings = (
+            placement(model.parameters, make_mesh()) if scope is None else scope.placement(model.parameters)
+        )
         self.learning_rate = config.schedule.build(config.optimizer.learning_rate, config.steps)
         self.optimizer = build_optimizer(config.optimizer, model, self.learning_rate, config.groups)
         self.groups = self.optimizer.parameters
@@ -179,7 +202,9 @@ class Trainer:
         if count == 1:
             gradients, metrics, effects = self._part_gradients(state, batch, key)
         else:
-            parts = jax.tree.map(lambda leaf: constrain(leaf.reshape(count, -1, leaf.shape[1]), None, "batch", None), batch)
+            parts = jax.tree.map(
+                lambda leaf: constrain(leaf.reshape(count, -1, leaf.shape[1]), None, "batch", None), batch
+            )
             keys = jax.vmap(lambda part: jax.random.fold_in(key, part))(jnp.arange(count))
             loads = self._loads(state, parts, keys) if self._needs_loads else None
 
