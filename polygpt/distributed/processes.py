@@ -97,8 +97,8 @@ def check_others() -> None:
 
 
 def announce_failure(error: BaseException) -> None:
-    """Tells the other processes that this one is about to end, and why. Does nothing if another one failed first."""
-    if process_count() == 1 or isinstance(error, ProcessFailedError):
+    """Tells the other processes that this one is about to end, and why."""
+    if process_count() == 1:
         return
     message = str(error) or ("interrupted" if isinstance(error, KeyboardInterrupt) else type(error).__name__)
     number = int(getattr(error, "number", 2))  # KeyboardInterrupt: the signal's

@@ -56,9 +56,11 @@ class Watch:
             client().key_value_set(f"{ALIVE}{process_index()}", DONE, allow_overwrite=True)
 
     def _run(self) -> None:
-        beat, since = 0, None
+        beat, since, looked = 0, None, time.monotonic()
         while not self.ended.wait(INTERVAL):
-            beat += 1
+            beat, before, looked = beat + 1, looked, time.monotonic()
+            if looked - before > self.limit / 2:  # this process was stopped, or its machine asleep: it heard nobody
+                self.heard.clear()
             try:
                 client().key_value_set(f"{ALIVE}{process_index()}", str(beat), allow_overwrite=True)
                 others = {index: error for index, error in failures().items() if index != process_index()}

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from polygpt import checkpoint
 from polygpt.checkpoint import NotFiniteError
-from polygpt.distributed import collective_errors, is_main, shared_folder, watching
+from polygpt.distributed import collective_errors, exchange, is_main, shared_folder, watching
 from polygpt.errors import PolygptError, RequestError
 from polygpt.files import expand
 from polygpt.loading import CHECKPOINTS, CONFIG
@@ -224,6 +224,7 @@ class _Loop:
             return state, 0.0
         before = time.perf_counter()
         step_function = self.trainer.compile_step(state, Batch.read(self.loader, 0, self.scope))
+        exchange("compiled", None)  # gloo gives up if processes make their first connection 30 s apart
         seconds = time.perf_counter() - before
         self.emit(Compiled(seconds))
         if self.interrupt.raised:
