@@ -18,6 +18,7 @@ from polygpt.errors import PolygptError, RequestError
 from polygpt.generation import (
     Beam,
     BeamSettings,
+    Constraint,
     Continuation,
     Generation,
     Prompt,
@@ -33,14 +34,13 @@ from polygpt.generation import (
     as_seeds,
     as_stop_strings,
     continue_all,
-    continue_constrained,
     refuse_with_beams,
     search_beams,
     windowed,
 )
 from polygpt.kernels import WEIGHT_TYPES, WeightType
 from polygpt.model import Model, ModelConfig, Params, model_of
-from polygpt.tokenizers import Messages, Tokenizer, chat_tokens
+from polygpt.tokenizers import Messages, Tokenizer, Tools, chat_tokens
 
 LOGITS_NOT_FINITE = "the model's logits are not finite numbers (NaN or infinity)"
 NOT_FINITE_CAUSES = "its weights are damaged, or its numbers exceed the range of compute_dtype"
@@ -218,8 +218,10 @@ class LanguageModel:
         ids = [*tokenizer.start, *tokenizer.encode(prompt)]
         return ids or ([] if tokenizer.end_of_text is None else [tokenizer.end_of_text])
 
-    def chat_tokens(self, messages: str | Messages) -> list[int]:
+    def chat_tokens(self, messages: str | Messages, tools: Tools = ()) -> list[int]:
         """The ids from which the answer to a conversation, or to a single message of a user, is continued.
+
+        `tools` are offered to the model, where its template knows tools.
 
         Raises:
             RequestError: the model has no chat template, or the template refuses the messages.
@@ -230,7 +232,7 @@ class LanguageModel:
                 "this model came without a chat template: generate without --chat (chat=True in Python) and write the "
                 "prompt in full"
             )
-        return chat_tokens(self.tokenizer, template, messages)
+        return chat_tokens(self.tokenizer, template, messages, tools)
 
     def chat(self, messages: Messages, **settings: Any) -> Generation:
         """The model's answer to a conversation: messages with a `role` and `content`, the oldest first.
@@ -289,7 +291,7 @@ class LanguageModel:
         if on_text is not None and (not single or n is not None):
             raise RequestError("on_text goes with a single prompt, not with a list of prompts or with n")
         search = {name: settings.pop(name) for name in BEAM_SETTINGS if name in settings}
-        constraint = as_grammar(*(settings.pop(name, None) for name in CONSTRAINTS))
+        constraint = self.constraint(**{name: settings.pop(name) for name in CONSTRAINTS if name in settings})
         sampler = validate(Sampler, settings)
         samples = as_samples(n)
         stops = as_stop_strings(stop)
@@ -309,17 +311,29 @@ class LanguageModel:
         ids = [self._ids_of(each, chat) for each in prompts for _ in range(samples)]
         seeds = [own + sample for own in seeds for sample in range(samples)]
         rows = zip(ids, seeds, strict=True)
-        requests = [Request(row, max_new_tokens, sampler, own, ends, logprobs) for row, own in rows]
+        requests = [Request(row, max_new_tokens, sampler, own, ends, logprobs, constraint) for row, own in rows]
         streams = [TextStream(self.tokenizer.decode_after, row, stops) if self.has_tokenizer else None for row in ids]
         continuations = list(map(Continuation, requests, streams))
-        if constraint is None:
-            vocab_size = self.tokenizer.vocab_size if self.has_tokenizer else None
-            continue_all(model, self.params, continuations, on_text, vocab_size=vocab_size)
-        else:
-            continue_constrained(model, self.params, continuations, self._vocabulary, constraint, on_text)
+        vocab_size = self.tokenizer.vocab_size if self.has_tokenizer else None
+        continue_all(model, self.params, continuations, on_text, vocab_size=vocab_size)
         found = list(map(Generation.of, continuations))
         results = found if n is None else [found[start : start + n] for start in range(0, len(found), n)]
         return results[0] if single else results
+
+    def constraint(
+        self,
+        schema: Mapping[str, Any] | str | bool | None = None,
+        regex: str | None = None,
+        choices: Sequence[str] | None = None,
+        grammar: str | None = None,
+    ) -> Constraint | None:
+        """What the whole of a continuation must match, for a `Request`; None if nothing is given.
+
+        Raises:
+            RequestError: as `as_grammar`, or the model has no tokenizer.
+        """
+        made = as_grammar(schema, regex, choices, grammar)
+        return None if made is None else Constraint(self._vocabulary, made)
 
     @cached_property
     def _vocabulary(self) -> Vocabulary:

@@ -20,6 +20,7 @@ from polygpt import checkpoint
 from polygpt.config import Config, merge, read_yaml, to_yaml, validate
 from polygpt.errors import RequestError
 from polygpt.files import check_checkpoint_path, expand, new_folder, write_text
+from polygpt.folders import CONFIG
 from polygpt.hub import PREFIX as HUB
 from polygpt.interop import StoredModel, fetch, is_huggingface, open_huggingface
 from polygpt.kernels import WeightType
@@ -31,7 +32,7 @@ from polygpt.settings import read_json
 from polygpt.sharding import placement
 from polygpt.tokenizers import Tokenizer, load_tokenizer
 
-CONFIG, TOKENIZER, CHECKPOINTS, ORIGIN = "config.yaml", "tokenizer.json", "checkpoints", "origin.json"
+TOKENIZER, CHECKPOINTS, ORIGIN = "tokenizer.json", "checkpoints", "origin.json"
 RESULT, BEST = "result.json", "best.json"  # BEST is in CHECKPOINTS: which step had the lowest validation loss
 Warn = Callable[[str], None]
 

@@ -20,6 +20,7 @@ ROOMS = [
     "cache",
     "process",
     "hub",
+    "folders",
     "config",
     "settings",
     "distributed",
@@ -40,7 +41,10 @@ ROOMS = [
     "recipes",
     "demo",
     "summary",
+    "diagnosis",
+    "planning",
     "harness",
+    "server",
     "cli",
     "__main__",
 ]

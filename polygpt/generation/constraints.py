@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+from jaxtyping import UInt32
 
 from polygpt.errors import RequestError
 
@@ -104,15 +105,32 @@ def as_grammar(
     return made
 
 
+@dataclass(frozen=True)
+class Constraint:
+    """A grammar that a whole continuation must match.
+
+    Attributes:
+        vocabulary: of the tokens that it is written in.
+        grammar: as `as_grammar` gives it.
+    """
+
+    vocabulary: Vocabulary = field(repr=False, compare=False)
+    grammar: str
+
+
 class Matcher:
     """Follows one continuation through a grammar.
+
+    Attributes:
+        end: the id that ends a text; None if there is none.
 
     Raises:
         RequestError: the grammar has no text at all, or exceeds llguidance's limits.
     """
 
-    def __init__(self, vocabulary: Vocabulary, grammar: str):
-        self._size = len(vocabulary.tokens)
+    def __init__(self, constraint: Constraint):
+        vocabulary, grammar = constraint.vocabulary, constraint.grammar
+        self._size, self.end = len(vocabulary.tokens), vocabulary.end
         self._matcher = _library().LLMatcher(vocabulary.compiled, grammar, log_level=0)
         self._check()
 
@@ -122,16 +140,20 @@ class Matcher:
         return self._matcher.is_stopped()
 
     def forced(self) -> list[int]:
-        """The ids that must come next, since nothing else may; they are taken."""
-        ids = [token for token in self._matcher.compute_ff_tokens() if token < self._size]
-        self.take(ids)
-        return ids
+        """The ids that must come next, since nothing else may."""
+        return [token for token in self._matcher.compute_ff_tokens() if token < self._size]
 
-    def allowed(self) -> np.ndarray:
-        """Which ids may come next, bool [V]."""
-        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+    def allowed(self, words: int) -> UInt32[np.ndarray, "W"]:
+        """Which ids may come next, a bit each: id 32 i + j is bit j of word i."""
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
         self._check()
-        return np.unpackbits(bits, bitorder="little")[: self._size].astype(bool)
+        allowed = np.zeros(words, np.uint32)
+        whole, rest = divmod(self._size, 32)  # beyond the tokenizer's ids llguidance may have one of its own
+        used = min(words, -(-self._size // 32), len(bits))
+        allowed[:used] = bits[:used]
+        if rest and whole < words:
+            allowed[whole] &= np.uint32((1 << rest) - 1)
+        return allowed
 
     def take(self, ids: Sequence[int]) -> None:
         """Goes on by `ids`."""

@@ -50,8 +50,8 @@ def continue_all(
 ) -> None:
     """Runs all requests and fills in their outcome.
 
-    Plain ones run in batches of prompts of similar length. Where any asks for penalties, a bias or log probabilities,
-    or the vocabulary is limited, all run through an `Engine`, which has these; ids are the same.
+    Plain ones run in batches of prompts of similar length. Where any asks for penalties, a bias, log probabilities or a
+    constraint, or the vocabulary is limited, all run through an `Engine`, which has these; ids are the same.
 
     Args:
         model: the decoder.
@@ -68,7 +68,7 @@ def continue_all(
     check_requests(model.config, [continuation.request for continuation in continuations])
     requests = [continuation.request for continuation in continuations]
     limited = vocab_size is not None and vocab_size < model.config.vocab_size
-    if limited or any(request.logprobs is not None or request.sampler.edits_logits for request in requests):
+    if limited or any(r.logprobs is not None or r.sampler.edits_logits or r.constraint is not None for r in requests):
         _run_engine(model, params, continuations, on_text, progress, vocab_size)
         return
     ordered = sorted(continuations, key=lambda continuation: -len(continuation.request.prompt))

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from polygpt.errors import PolygptError, RequestError
+from polygpt.generation.constraints import Constraint
 from polygpt.generation.programs import CHUNK, Progress, Settings, programs_of
 from polygpt.generation.sampling import NOT_FINITE, Sampler, stack_samplers
 from polygpt.model import Model, ModelConfig, Params
@@ -39,6 +40,7 @@ class Request:
         stop_tokens: ids that end it.
         logprobs: None for no log probabilities; otherwise those of the chosen tokens are given, and of this many of the
             likeliest.
+        constraint: what the continuation must match.
     """
 
     prompt: Sequence[int]
@@ -47,6 +49,7 @@ class Request:
     seed: int = 0
     stop_tokens: tuple[int, ...] = ()
     logprobs: int | None = None
+    constraint: Constraint | None = None
 
     @property
     def stops(self) -> list[int]:
@@ -77,8 +80,8 @@ def generate_tokens(model: Model, params: Params, requests: Sequence[Request]) -
         ValueError: a request asks for penalties, a bias or log probabilities, which only `Engine` has.
     """
     check_requests(model.config, requests)
-    if any(request.sampler.edits_logits or request.logprobs is not None for request in requests):
-        raise ValueError("penalties, logit_bias and logprobs need an Engine")
+    if any(r.sampler.edits_logits or r.logprobs is not None or r.constraint is not None for r in requests):
+        raise ValueError("penalties, logit_bias, logprobs and constraints need an Engine")
     longest = model.longest_sequence
     rows = [_Row(request, longest) for request in requests]
     if not any(row.budget for row in rows):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from polygpt.errors import PolygptError
+from polygpt.generation.constraints import Matcher
 from polygpt.generation.sampling import NOT_FINITE
 from polygpt.generation.text import TextStream
 
@@ -39,6 +40,9 @@ class Part(NamedTuple):
     finish_reason: str | None
 
 
+Listener = Callable[["Handle", Part | None], None]
+
+
 class Handle:
     """A submitted request. Iterating over it gives its parts as they come, and runs the engine as far as needed.
 
@@ -51,9 +55,18 @@ class Handle:
         finish_reason: `length`, `stop`, `context_length` or `cancelled`; None until it has ended, or if it failed.
         error: why it failed, if it did; iterating raises it.
         ended: no more parts come.
+        cached_tokens: tokens of the prompt that did not have to be read; None until it is read.
+        decoded, seconds: tokens that were decoded for it and the time this took, that of its neighbours included.
     """
 
-    def __init__(self, engine: Engine, request: Request, stream: TextStream | None, budget: int):
+    def __init__(
+        self,
+        engine: Engine,
+        request: Request,
+        stream: TextStream | None,
+        budget: int,
+        listener: Listener | None = None,
+    ):
         self.request, self.stream = request, stream
         self.tokens: list[int] = []
         self.logprobs: list[Logprob] = []
@@ -61,7 +74,11 @@ class Handle:
         self.finish_reason: str | None = None
         self.error: Exception | None = None
         self.ended = False
-        self._engine, self._budget = engine, budget
+        self.cached_tokens: int | None = None
+        self.decoded, self.seconds = 0, 0.0
+        self.matcher = None if request.constraint is None else Matcher(request.constraint)
+        self._stops = set(request.stops) | ({self.matcher.end} if self.matcher is not None else set())
+        self._engine, self._budget, self._listener = engine, budget, listener
         self._received: list[int] = []
         self._scores: list[Logprob] = []
         self._parts: deque[Part] = deque()
@@ -90,9 +107,43 @@ class Handle:
         """Ends it with what was given out so far; its slot is free from the next step on."""
         self._engine.cancel(self)
 
+    @property
+    def room(self) -> int:
+        """How many tokens may still come."""
+        return self._budget - len(self._received)
+
+    @property
+    def complete(self) -> bool:
+        """The constraint is met, and nothing may follow."""
+        return self.matcher is not None and self.matcher.stopped
+
     def receive(self, tokens: list[int], scores: list[Logprob]) -> Part | None:
-        """Takes what was decoded; what belongs to the request comes back as a part, if it is not held back."""
+        """Takes what was decoded; what belongs to the request comes back as a part, if it is not held back.
+
+        Raises:
+            PolygptError: there is no token, since logits were not finite, or none that goes on along the constraint.
+        """
         tokens, reason = self._cut(tokens)
+        if self.matcher is not None:
+            self.matcher.take(tokens)
+        return self._take(tokens, scores, reason)
+
+    def receive_forced(self, tokens: list[int]) -> Part | None:
+        """Takes tokens that the matcher has taken already."""
+        tokens, reason = self._cut(tokens)
+        return self._take(tokens, [], reason)
+
+    def end(self, reason: str) -> Part | None:
+        """Ends it where it stands."""
+        return self._give(len(self.tokens), "", reason)
+
+    def fail(self, error: Exception) -> None:
+        """Ends it with an error."""
+        self.error, self.ended = error, True
+        self._tell(None)
+
+    def _take(self, tokens: list[int], scores: list[Logprob], reason: str | None) -> Part | None:
+        reason = "stop" if self.complete else reason
         self._received += tokens
         self._scores += scores[: len(tokens)]
         text, count = "", len(self._received)
@@ -106,14 +157,6 @@ class Handle:
                 count = self.stream.shown_tokens
         return self._give(count, text, reason)
 
-    def end(self, reason: str) -> Part | None:
-        """Ends it where it stands."""
-        return self._give(len(self.tokens), "", reason)
-
-    def fail(self, error: Exception) -> None:
-        """Ends it with an error."""
-        self.error, self.ended = error, True
-
     def _give(self, count: int, text: str, reason: str | None) -> Part | None:
         start = len(self.tokens)
         part = Part(self._received[start:count], text, self._scores[start:count], reason)
@@ -125,17 +168,26 @@ class Handle:
             self.text += text
         self._parts.append(part)
         self.finish_reason, self.ended = reason, reason is not None
+        self._tell(part)
         return part
+
+    def _tell(self, part: Part | None) -> None:
+        if self._listener is None:
+            return
+        try:
+            self._listener(self, part)
+        except Exception as error:
+            self._listener = None
+            self.error, self.ended = error, True
 
     def _cut(self, tokens: list[int]) -> tuple[list[int], str | None]:
         """The tokens up to the request's end, and the reason if they hold it."""
-        tokens = tokens[: self._budget - len(self._received)]
-        stops = self.request.stops
-        at = next((i for i, token in enumerate(tokens) if token in stops), None)
+        tokens = tokens[: self.room]
+        at = next((i for i, token in enumerate(tokens) if token in self._stops), None)
         if at is not None:
             return tokens[:at], "stop"
         if NOT_FINITE in tokens:
             raise PolygptError(DAMAGED)
-        if len(self._received) + len(tokens) < self._budget:
+        if len(tokens) < self.room:
             return tokens, None
         return tokens, "length" if self._budget == self.request.max_new_tokens else "context_length"

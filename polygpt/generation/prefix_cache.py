@@ -24,6 +24,11 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._blocks)
 
+    def clear(self) -> None:
+        """Drops everything."""
+        self._blocks.clear()
+        self.bytes = 0
+
     def keys(self, tokens: Sequence[int]) -> list[bytes]:
         """The key of each whole block of `tokens`: a digest of everything up to its end."""
         ids, digest, found = np.asarray(tokens, np.int32), b"", []

@@ -9,28 +9,51 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from numbers import Integral
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from polygpt.errors import PolygptError, RequestError
-from polygpt.generation.engine import STOP_TOKENS, Request, _power_of_two, check_requests
-from polygpt.generation.handle import Handle, Logprob, Part
-from polygpt.generation.penalties import stack_penalties
+from polygpt.generation.asking import Asked, ask
+from polygpt.generation.engine import Request, check_requests
+from polygpt.generation.handle import Handle, Listener, Logprob, Part
 from polygpt.generation.prefix_cache import PrefixCache
-from polygpt.generation.programs import CHUNK, Settings
-from polygpt.generation.sampling import NOT_FINITE, Sampler, stack_samplers
-from polygpt.generation.slots import Asked, Decoded, empty_slots, slot_programs
+from polygpt.generation.programs import CHUNK
+from polygpt.generation.reader import PromptReader
+from polygpt.generation.slots import FORCED, Decoded, Masks, empty_slots, slot_programs
 from polygpt.generation.text import TextStream
 from polygpt.model import Model, Params
 
-# Tokens of a prompt's last chunks, so that a short prompt is read about as fast as one step of decoding.
-SMALL = 16
 # Decoding goes on without looking at arrivals for about this long, or for one step.
 SECONDS = 0.01
-_IDLE = Request((0,), 1, Sampler(temperature=0.0))
+# From so many on, tokens that a constraint leaves no choice of are read at once; fewer cost no more one by one.
+FEWEST_FORCED = 4
+
+
+class Statistics(NamedTuple):
+    """What an engine has done so far, and what it holds now.
+
+    Attributes:
+        slots, slots_in_use: sequences that can be and are decoded together.
+        queued: requests that wait for a slot.
+        requests: that were submitted.
+        prompt_tokens: of the prompts that have been read.
+        cached_tokens: how many of them came from the prefix cache.
+        tokens: that were decoded, those that a constraint forced included.
+        steps: passes of the model over all slots.
+    """
+
+    slots: int
+    slots_in_use: int
+    queued: int
+    requests: int
+    prompt_tokens: int
+    cached_tokens: int
+    tokens: int
+    steps: int
 
 
 class Engine:
@@ -81,33 +104,51 @@ class Engine:
         chunk = min(chunk, length)
         self.model, self.params = model, params
         self.slots, self.length, self.queue = slots, length, queue
-        self.sizes = tuple(sorted({min(SMALL, chunk), chunk}))
         self.prefixes = PrefixCache(cache_bytes, chunk)
         self._programs = slot_programs(model.config, length, chunk, vocab_size or model.config.vocab_size)
+        self._reader = PromptReader(model, params, self._programs, length, chunk, self.prefixes)
         self._lock, self._stepping = threading.RLock(), threading.RLock()
+        self._work = threading.Condition(self._lock)
+        self._closed = False
         self._waiting: deque[Handle] = deque()
         self._running: list[Handle | None] = [None] * slots
+        self._no_masks = jax.device_put(Masks.none(slots, model.config.vocab_size))
         self._step_seconds = SECONDS
+        self._counts = dict.fromkeys(("requests", "prompt_tokens", "cached_tokens", "tokens", "steps"), 0)
+        self._ready = False
         self._reset()
 
     # --- What any thread may call -----------------------------------------------------------------------------
 
-    def submit(self, request: Request, stream: TextStream | None = None) -> Handle:
+    def submit(self, request: Request, stream: TextStream | None = None, listener: Listener | None = None) -> Handle:
         """Takes a request in; it runs as the engine is stepped.
 
+        A constraint's grammar is compiled here, which may take a second for a large one.
+
+        Args:
+            request: what is continued, and how.
+            stream: its text; None leaves it at tokens.
+            listener: called with the handle and each part as it comes, and with None if the request fails, by the
+                thread that steps or cancels; it must return at once. If it raises, its request ends.
+
         Raises:
-            RequestError: the request is impossible, or the queue is full.
+            RequestError: the request is impossible, the queue is full, or the engine is closed.
         """
         check_requests(self.model.config, [request])
         if len(request.prompt) > self.length:
             raise RequestError(f"the prompt has {len(request.prompt)} tokens, the engine's length is {self.length}")
-        handle = Handle(self, request, stream, self._limit(request) - len(request.prompt))
+        limit = min(len(request.prompt) + request.max_new_tokens, self.length)
+        handle = Handle(self, request, stream, limit - len(request.prompt), listener)
         with self._lock:
+            if self._closed:
+                raise RequestError("the engine is closed")
             free = sum(other is None or other.ended for other in self._running) - (self._reading is not None)
             if len(self._waiting) >= self.queue + free:
                 raise RequestError(f"the queue is full: {self.queue} requests wait already; try again later")
-            if handle._budget:
+            self._counts["requests"] += 1
+            if handle.room and not handle.complete:
                 self._waiting.append(handle)
+                self._work.notify_all()
             else:
                 handle.receive([], [])
         return handle
@@ -120,12 +161,35 @@ class Engine:
                     self._waiting.remove(handle)
                 handle.end("cancelled")
 
+    def close(self, error: Exception | None = None) -> None:
+        """Ends every request, those that wait included, and takes no more; with an error they fail."""
+        with self._lock:
+            self._closed = True
+            for handle in [*self._running, self._reading, *self._waiting]:
+                if handle is not None and not handle.ended:
+                    handle.end("cancelled") if error is None else handle.fail(error)
+            self._waiting.clear()
+            self._work.notify_all()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Waits until there is something to do, or the engine is closed; whether there is something to do."""
+        with self._work:
+            self._work.wait_for(lambda: self._closed or not self.idle, timeout)
+            return not self.idle
+
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
         with self._lock:
             held = [*self._running, self._reading]
             return not self._waiting and all(handle is None or handle.ended for handle in held)
+
+    @property
+    def statistics(self) -> Statistics:
+        """Counts so far; cheap."""
+        with self._lock:
+            used = sum(handle is not None and not handle.ended for handle in [*self._running, self._reading])
+            return Statistics(self.slots, min(used, self.slots), len(self._waiting), **self._counts)
 
     def step(self, most: int | None = None, waiting: Handle | None = None) -> list[tuple[Handle, Part]]:
         """Reads a chunk of prompts, then decodes some tokens of every running request.
@@ -152,18 +216,14 @@ class Engine:
     def compile(self) -> None:
         """Compiles every program now instead of at first use; only while the engine is idle."""
         with self._stepping:
-            for size in self.sizes:
-                tokens = np.zeros((1, size), np.int32)
-                self._row = self._programs.prefill(self.params, self._row, tokens, np.int32(0), np.int32(1))
-            if self.prefixes.limit:
-                block = self._programs.take(self._row, np.int32(0))
-                self._row = self._programs.put(self._row, block, np.int32(0))
-            self._row = self._programs.restart(self._row)
-            bias, tokens = np.zeros(self.model.config.vocab_size, np.float32), np.zeros(self.length, np.int32)
-            self._state = self._programs.insert(self._state, self._row, tokens, np.int32(1), np.int32(0), bias)
-            self._state, decoded = self._decode(0, False)
-            jax.block_until_ready((self._state, decoded))
-            self._held = None
+            self._reader.compile()
+            zero = np.int32(0)
+            tokens = np.zeros(self.length, np.int32)
+            self._state = self._programs.insert(
+                self._state, self._reader.row, tokens, np.int32(1), zero, self._bias_of(None)
+            )
+            self._state = self._programs.append(self.params, self._state, zero, np.zeros(FORCED, np.int32), zero)
+            self._compile_decoding(np.zeros(self.slots, bool))
 
     # --- Within a step ------------------------------------------------------------------------------------------
 
@@ -176,43 +236,101 @@ class Engine:
             reads = min(self._running.count(None), len(self._waiting) + (self._reading is not None))
         for _ in range(max(reads // max(running, 1), min(reads, 1))):
             self._read()
+        parts: list[tuple[Handle, Part]] = []
+        masks = self._follow_constraints(parts)
         active = np.array([handle is not None and not handle.ended for handle in self._running])
         if not active.any():
-            return []
+            return parts
+        self._compile_decoding(active)
         busy = self._reading is not None or (bool(self._waiting) and not active.all())
-        limit = 1 if busy else most or max(1, min(CHUNK, int(SECONDS / self._step_seconds)))
+        limit = 1 if busy or masks else most or max(1, min(CHUNK, int(SECONDS / self._step_seconds)))
         began = time.perf_counter()
-        self._state, decoded = self._decode(limit, bool(self._waiting), active)
-        return self._distribute(decoded, active, began)
+        self._state, decoded = self._decode(limit, active, masks)
+        self._distribute(decoded, active, began, parts)
+        return parts
 
-    def _decode(self, most: int, until_free: bool, active: np.ndarray | None = None) -> tuple:
+    def _decode(self, most: int, active: np.ndarray, masks: Masks | None = None) -> tuple:
         if self._asked is None:
-            self._asked = jax.device_put(self._ask())
-        active = np.zeros(self.slots, bool) if active is None else active
-        return self._programs.decode(
-            self.params, self._state, self._asked, active, np.int32(min(most, CHUNK)), np.bool_(until_free)
-        )
+            requests = [None if handle is None else handle.request for handle in self._running]
+            self._asked = jax.device_put(ask(requests, self.length))
+        masks, until_free = masks or self._no_masks, np.bool_(bool(self._waiting))
+        most = np.int32(min(most, CHUNK))
+        return self._programs.decode(self.params, self._state, self._asked, active, most, until_free, masks)
 
-    def _distribute(self, decoded: Decoded, active: np.ndarray, began: float) -> list[tuple[Handle, Part]]:
+    def _compile_decoding(self, active: np.ndarray) -> None:
+        """Compiles decoding by a call that decodes nothing, so that the time of compilation is not that of a step."""
+        if not self._ready:
+            self._state, decoded = self._decode(0, active)
+            jax.block_until_ready((self._state, decoded))
+            self._ready = True
+
+    def _follow_constraints(self, parts: list[tuple[Handle, Part]]) -> Masks | None:
+        """Appends what constraints force; gives the masks of the next token, None if no running request has any."""
+        words = self._no_masks.words.shape[1]
+        masks: np.ndarray | None = None
+        for slot, handle in enumerate(self._running):
+            if handle is None or handle.ended or handle.matcher is None:
+                continue
+            try:
+                if handle.request.logprobs is None:
+                    self._append_forced(slot, handle, parts)
+                if handle.ended:
+                    continue
+                allowed = handle.matcher.allowed(words)
+            except RequestError as error:
+                with self._lock:
+                    handle.fail(error)
+                continue
+            if masks is None:
+                masks = np.full((self.slots, words), 2**32 - 1, np.uint32)
+            masks[slot] = allowed
+        return None if masks is None else Masks(np.True_, masks)
+
+    def _append_forced(self, slot: int, handle: Handle, parts: list[tuple[Handle, Part]]) -> None:
+        forced = handle.matcher.forced()[: handle.room]
+        if len(forced) < FEWEST_FORCED:
+            return
+        handle.matcher.take(forced)
+        for start in range(0, len(forced), FORCED):
+            new = forced[start : start + FORCED]
+            tokens = np.zeros(FORCED, np.int32)
+            tokens[: len(new)] = new
+            count = np.int32(len(new))
+            self._state = self._programs.append(self.params, self._state, np.int32(slot), tokens, count)
+        self._give(handle, lambda: handle.receive_forced(forced), slot, parts)
+
+    def _distribute(self, decoded: Decoded, active: np.ndarray, began: float, parts: list[tuple[Handle, Part]]) -> None:
         wanted = any(handle is not None and handle.request.logprobs is not None for handle in self._running)
         decoded = jax.device_get(decoded if wanted else decoded[:2])
-        steps, parts = int(decoded[0]), []
-        self._step_seconds = (time.perf_counter() - began) / max(steps, 1)
+        steps, seconds = int(decoded[0]), time.perf_counter() - began
+        self._step_seconds = seconds / max(steps, 1)
+        self._counts["steps"] += steps
+        for slot in np.flatnonzero(active):
+            handle, tokens = self._running[slot], decoded[1][slot, :steps].tolist()
+            scores = [] if handle.request.logprobs is None else _scores(decoded, slot, handle.request.logprobs)
+            before = handle.room
+            self._give(handle, lambda h=handle, t=tokens, s=scores: h.receive(t, s), slot, parts)
+            handle.decoded += before - handle.room
+            handle.seconds += seconds
+
+    def _give(
+        self, handle: Handle, receive: Callable[[], Part | None], slot: int, parts: list[tuple[Handle, Part]]
+    ) -> None:
+        """Gives a request its tokens, unless it was cancelled meanwhile."""
         with self._lock:
-            for slot in np.flatnonzero(active):
-                handle = self._running[slot]
-                if handle.ended:  # cancelled meanwhile
-                    continue
-                scores = [] if handle.request.logprobs is None else _scores(decoded, slot, handle.request.logprobs)
-                try:
-                    part = handle.receive(decoded[1][slot, :steps].tolist(), scores)
-                except PolygptError as error:
-                    handle.fail(error)
+            if handle.ended:
+                return
+            before = handle.room
+            try:
+                part = receive()
+            except PolygptError as error:
+                handle.fail(error)
+                if not isinstance(error, RequestError):
                     self._empty_slot(slot)
-                    continue
-                if part is not None:
-                    parts.append((handle, part))
-        return parts
+                return
+            self._counts["tokens"] += before - handle.room
+        if part is not None:
+            parts.append((handle, part))
 
     def _read(self) -> None:
         """Reads one chunk of the prompt whose turn it is, and gives it a slot if that was the last."""
@@ -222,93 +340,46 @@ class Engine:
                 if not self._waiting:
                     return
                 self._reading = self._waiting.popleft()
-            self._begin(tuple(self._reading.request.prompt[:-1]))
-        prompt = self._reading.request.prompt
-        left = len(prompt) - 1 - self._position
-        if left > 0:
-            self._read_chunk(prompt, left)
-        if self._position >= len(prompt) - 1:
+            self._reader.begin(self._reading.request.prompt[:-1])
+            self._reading.cached_tokens = self._reader.cached
+        if self._reader.read():
             self._admit(self._reading)
             self._reading = None
 
-    def _begin(self, prompt: tuple[int, ...]) -> None:
-        """Makes the row ready for a prompt: as it is if it holds this very prompt, or from the prefix cache."""
-        if self._held == prompt:
-            self._position = len(prompt)
-            return
-        self._held, self._position = None, 0
-        self._row = self._programs.restart(self._row)
-        self._keys = self.prefixes.keys(prompt)
-        chunk = self.prefixes.chunk
-        for block in self.prefixes.find(self._keys):
-            self._row = self._programs.put(self._row, block, np.int32(self._position))
-            self._position += chunk
-
-    def _read_chunk(self, prompt: tuple[int, ...], left: int) -> None:
-        """The size of a chunk follows from the position alone, so that a state does not depend on the cache."""
-        small, chunk = self.sizes[0], self.sizes[-1]
-        size = chunk if left > chunk - small else small
-        count = min(left, size)
-        tokens = np.zeros((1, size), np.int32)
-        tokens[0, :count] = prompt[self._position : self._position + count]
-        start = np.int32(self._position)
-        self._row = self._programs.prefill(self.params, self._row, tokens, start, np.int32(count))
-        self._position += count
-        done, rest = divmod(self._position, chunk)
-        if not rest and size == chunk and self.prefixes.wants(self._keys[done - 1]):
-            self.prefixes.add(self._keys[:done], self._programs.take(self._row, start))
-
     def _admit(self, handle: Handle) -> None:
         prompt = handle.request.prompt
-        self._held = tuple(prompt[:-1])
         tokens = np.zeros(self.length, np.int32)
         tokens[: len(prompt)] = prompt
-        bias = np.zeros(self.model.config.vocab_size, np.float32)
-        for token, value in handle.request.sampler.logit_bias.items():
-            bias[token] = value
-        slot = self._running.index(None)
-        self._state = self._programs.insert(self._state, self._row, tokens, np.int32(len(prompt)), np.int32(slot), bias)
+        slot, bias = self._running.index(None), self._bias_of(handle.request)
+        count, place = np.int32(len(prompt)), np.int32(slot)
+        self._state = self._programs.insert(self._state, self._reader.row, tokens, count, place, bias)
         self._running[slot], self._asked = handle, None
+        self._counts["prompt_tokens"] += len(prompt)
+        self._counts["cached_tokens"] += handle.cached_tokens
+
+    def _bias_of(self, request: Request | None) -> np.ndarray:
+        bias = np.zeros(self.model.config.vocab_size, np.float32)
+        for token, value in ({} if request is None else request.sampler.logit_bias).items():
+            bias[token] = value
+        return bias
 
     def _empty_slot(self, slot: int) -> None:
         """Clears numbers that are not finite, which a mask does not keep from the next sequence in a slot."""
-        self._row, self._held = jax.tree.map(jnp.copy, self.model.init_state(1, self.length)), None
-        self.prefixes = PrefixCache(self.prefixes.limit, self.prefixes.chunk)
-        tokens, bias = np.zeros(self.length, np.int32), np.zeros(self.model.config.vocab_size, np.float32)
-        self._state = self._programs.insert(self._state, self._row, tokens, np.int32(self.length), np.int32(slot), bias)
+        self._reader.forget()
+        tokens, place = np.zeros(self.length, np.int32), np.int32(slot)
+        count = np.int32(self.length)
+        self._state = self._programs.insert(self._state, self._reader.row, tokens, count, place, self._bias_of(None))
         if self._reading is not None:
-            self._begin(tuple(self._reading.request.prompt[:-1]))
+            self._reader.begin(self._reading.request.prompt[:-1])
 
     # --- The whole ------------------------------------------------------------------------------------------------
-
-    def _limit(self, request: Request) -> int:
-        return min(len(request.prompt) + request.max_new_tokens, self.length)
-
-    def _ask(self) -> Asked:
-        """What the running requests ask for, as arrays."""
-        requests = [_IDLE if handle is None else handle.request for handle in self._running]
-        samplers = [request.sampler for request in requests]
-        width = _power_of_two(max(len(request.stops) for request in requests), STOP_TOKENS)
-        stops = np.full((self.slots, width), NOT_FINITE, np.int32)
-        for row, request in zip(stops, requests, strict=True):
-            row[: len(request.stops)] = request.stops
-        settings = Settings(
-            stack_samplers(samplers),
-            np.array([request.seed for request in requests], np.uint32),
-            np.array([self._limit(request) for request in requests], np.int32),
-            stops,
-        )
-        logprobs = [-1 if request.logprobs is None else request.logprobs for request in requests]
-        return Asked(settings, stack_penalties(samplers), np.array(logprobs, np.int32))
 
     def _reset(self) -> None:
         """Free slots and an empty row."""
         self._state = empty_slots(self.model.config, self.slots, self.length)
-        self._row = jax.tree.map(jnp.copy, self.model.init_state(1, self.length))
         self._asked: Asked | None = None
         self._reading: Handle | None = None
-        self._held: tuple[int, ...] | None = None  # the prompt, without its last token, that the row holds
-        self._position, self._keys = 0, []
+        self._reader.reset()
 
     def _fail(self, error: BaseException) -> None:
         """Ends all that were running: a program that was interrupted has given up the memory of its arguments."""

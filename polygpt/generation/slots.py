@@ -11,15 +11,20 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
 
 from polygpt.generation import states
+from polygpt.generation.asking import Asked
 from polygpt.generation.engine import MOST_LOGPROBS
-from polygpt.generation.penalties import History, Penalties, edit_logits
-from polygpt.generation.programs import CHUNK, Settings
+from polygpt.generation.penalties import History, edit_logits
+from polygpt.generation.programs import CHUNK
 from polygpt.generation.sampling import NOT_FINITE, are_finite, choose, token_keys
 from polygpt.model import ModelConfig, Params, model_of
+
+# Tokens that are appended to a sequence at once.
+FORCED = 16
 
 
 class Slots(NamedTuple):
@@ -38,12 +43,20 @@ class Slots(NamedTuple):
     bias: Float[Array, "B V"]
 
 
-class Asked(NamedTuple):
-    """What each of B rows asks for; `logprobs` is how many of the likeliest are wanted, -1 for no log probabilities."""
+class Masks(NamedTuple):
+    """Which ids each of B rows may sample, a bit each: id 32 i + j is bit j of word i.
 
-    settings: Settings
-    penalties: Penalties
-    logprobs: Int[Array, "B"]
+    Attributes:
+        given: some row may not sample all; otherwise `words` are not looked at.
+    """
+
+    given: Bool[Array, ""]
+    words: UInt32[Array, "B W"]
+
+    @classmethod
+    def none(cls, rows: int, vocab: int) -> Masks:
+        """Every row may sample every id."""
+        return cls(np.False_, np.full((rows, -(-vocab // 32)), 2**32 - 1, np.uint32))
 
 
 class Decoded(NamedTuple):
@@ -69,8 +82,10 @@ class SlotPrograms(NamedTuple):
     prefill(params, row, tokens [1, T], start, count) -> row: after `count` more tokens.
     take(row, start) -> block; put(row, block, start) -> row: see `states`.
     insert(slots, row, tokens [L], length, slot, bias [V]) -> slots: with a prompt read up to its last token in a slot.
-    decode(params, slots, asked, active [B], most, until_free) -> (slots, Decoded): up to `most` tokens a row; fewer if
-        all rows are done, or one of them and `until_free`.
+    append(params, slots, slot, tokens [FORCED], count) -> slots: with tokens at the end of a sequence that were not
+        sampled; the model reads all but the last.
+    decode(params, slots, asked, active [B], most, until_free, masks) -> (slots, Decoded): up to `most` tokens a row;
+        fewer if all rows are done, or one of them and `until_free`. `masks` hold for one token.
     """
 
     restart: jax.stages.Wrapped
@@ -78,6 +93,7 @@ class SlotPrograms(NamedTuple):
     take: jax.stages.Wrapped
     put: jax.stages.Wrapped
     insert: jax.stages.Wrapped
+    append: jax.stages.Wrapped
     decode: jax.stages.Wrapped
 
 
@@ -114,8 +130,24 @@ def slot_programs(config: ModelConfig, length: int, chunk: int, vocab: int) -> S
         return Slots(history, slots.done.at[slot].set(False), state, slots.bias.at[slot].set(bias))
 
     @partial(jax.jit, donate_argnums=1)
+    def append(params: Params, slots: Slots, slot: Array, tokens: Array, count: Array) -> Slots:
+        history, length_before = slots.history, slots.history.length[slot]
+        index = jnp.arange(FORCED)
+        last = history.tokens[slot, length_before - 1]
+        read = jnp.concatenate([last[None], tokens[:-1]])[None]
+        positions = (length_before - 1 + index)[None]
+        row = states.row_of(slots.state, slot)
+        row = model.hidden(params, read, positions=positions, valid=(index < count)[None], state=row).state
+        places = jnp.where(index < count, length_before + index, length)
+        history = history._replace(
+            tokens=history.tokens.at[slot, places].set(tokens, mode="drop"),
+            length=history.length.at[slot].add(count),
+        )
+        return slots._replace(history=history, state=states.with_row(slots.state, row, slot))
+
+    @partial(jax.jit, donate_argnums=1)
     def decode(
-        params: Params, slots: Slots, asked: Asked, active: Array, most: Array, until_free: Array
+        params: Params, slots: Slots, asked: Asked, active: Array, most: Array, until_free: Array, masks: Masks
     ) -> tuple[Slots, Decoded]:
         decoder = model.module(params)
         slots = slots._replace(done=slots.done | ~active)
@@ -132,18 +164,17 @@ def slot_programs(config: ModelConfig, length: int, chunk: int, vocab: int) -> S
             last = jnp.maximum(history.length - 1, 0)[:, None]
             output = decoder(jnp.take_along_axis(history.tokens, last, axis=1), positions=last, state=state)
             logits = decoder.logits(output.hidden[:, 0])
-            token = _next_token(logits, asked, history, bias, vocab)
+            token = _next_token(logits, asked, history, bias, masks, vocab)
             decoded = _record(decoded, token, logits, asked.logprobs)
             place = jnp.where(done, length, history.length)
             tokens = history.tokens.at[jnp.arange(len(done)), place].set(token, mode="drop")
             history = history._replace(tokens=tokens, length=history.length + ~done)
-            settings = asked.settings
-            ends = (token[:, None] == settings.stop_tokens).any(axis=1) | (token == NOT_FINITE)
-            return Slots(history, done | ends | (history.length >= settings.limit), output.state, bias), decoded
+            ends = (token[:, None] == asked.stop_tokens).any(axis=1) | (token == NOT_FINITE)
+            return Slots(history, done | ends | (history.length >= asked.limit), output.state, bias), decoded
 
         return lax.while_loop(unfinished, step, (slots, _nothing_decoded(*slots.bias.shape)))
 
-    return SlotPrograms(restart, prefill, take, put, insert, decode)
+    return SlotPrograms(restart, prefill, take, put, insert, append, decode)
 
 
 def empty_slots(config: ModelConfig, count: int, length: int) -> Slots:
@@ -155,15 +186,25 @@ def empty_slots(config: ModelConfig, count: int, length: int) -> Slots:
 
 
 def _next_token(
-    logits: Float[Array, "B V"], asked: Asked, history: History, bias: Float[Array, "B V"], vocab: int
+    logits: Float[Array, "B V"], asked: Asked, history: History, bias: Float[Array, "B V"], masks: Masks, vocab: int
 ) -> Int[Array, "B"]:
     """The next token of each row, `NOT_FINITE` where there is none."""
     finite = are_finite(logits)
-    logits = edit_logits(logits, asked.penalties, history, asked.settings.stop_tokens, bias)
+    edited = edit_logits(logits, asked.penalties, history, asked.stop_tokens, bias)
+    edited = lax.cond(masks.given, lambda: _mask(edited, logits, masks.words), lambda: edited)
     if vocab < logits.shape[-1]:
-        logits = jnp.where(jnp.arange(logits.shape[-1]) < vocab, logits, -jnp.inf)
-    keys = token_keys(asked.settings.seed, history.length)
-    return jnp.where(finite, choose(logits, asked.settings.sampling, keys), NOT_FINITE)
+        edited = jnp.where(jnp.arange(logits.shape[-1]) < vocab, edited, -jnp.inf)
+    keys = token_keys(asked.seed, history.length)
+    return jnp.where(finite, choose(edited, asked.sampling, keys), NOT_FINITE)
+
+
+def _mask(edited: Float[Array, "B V"], logits: Float[Array, "B V"], words: UInt32[Array, "B W"]) -> Float[Array, "B V"]:
+    """Ids that are not allowed at -inf. Where penalties ban all that are, penalties do not count."""
+    bits = (words[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    allowed = bits.reshape(len(words), -1)[:, : logits.shape[-1]] == 1
+    masked = jnp.where(allowed, edited, -jnp.inf)
+    possible = (masked > -jnp.inf).any(-1, keepdims=True)
+    return jnp.where(possible, masked, jnp.where(allowed, logits, -jnp.inf))
 
 
 def _nothing_decoded(rows: int, vocab: int) -> Decoded:

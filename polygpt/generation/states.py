@@ -49,6 +49,16 @@ def restart(row: PyTree, empty: PyTree, length: int) -> PyTree:
     return jax.tree.unflatten(structure, [leaf if cut else jnp.copy(new) for leaf, new, cut in fresh])
 
 
+def row_of(state: PyTree, slot: Int[Array, ""]) -> PyTree:
+    """A copy of one slot's row."""
+    return jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, slot, 1, 1), state)
+
+
+def with_row(state: PyTree, row: PyTree, slot: Int[Array, ""]) -> PyTree:
+    """The state with a slot's row replaced."""
+    return jax.tree.map(lambda leaf, own: lax.dynamic_update_slice_in_dim(leaf, own, slot, 1), state, row)
+
+
 def insert(state: PyTree, row: PyTree, slot: Int[Array, ""], used: Int[Array, ""], block: int, length: int) -> PyTree:
     """`state` with the first `used` positions of `row` in a slot, in whole blocks."""
     leaves, structure = jax.tree.flatten(state)

@@ -209,9 +209,7 @@ def _softmax(
     return maximum, exps, denominator if split is None else lax.psum(denominator, split.axes)
 
 
-def _chosen(
-    logits: Float[Array, "M V"], targets: Int[Array, " M"], split: _VocabSplit | None
-) -> Float[Array, " M"]:
+def _chosen(logits: Float[Array, "M V"], targets: Int[Array, " M"], split: _VocabSplit | None) -> Float[Array, " M"]:
     """The logit of each target."""
     if split is None:
         return jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]

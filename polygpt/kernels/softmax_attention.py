@@ -13,8 +13,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from polygpt.errors import RequestError
-from polygpt.kernels.heads import on_own_heads
 from polygpt.kernels.blocked import BLOCK, blocked_attention
+from polygpt.kernels.heads import on_own_heads
 from polygpt.kernels.pallas import pallas_attention
 from polygpt.kernels.regularization import dropout
 from polygpt.kernels.scores import ScoreInputs, ScoreRule, visible

@@ -108,7 +108,11 @@ def _places(shape: tuple[int, ...], sharding: NamedSharding) -> tuple[Int[Array,
 
 
 def _draw_each(
-    key: PRNGKeyArray, path_hash: UInt32[Array, " M"], block: UInt32[Array, " M"], place: UInt32[Array, " M"], truncated: bool
+    key: PRNGKeyArray,
+    path_hash: UInt32[Array, " M"],
+    block: UInt32[Array, " M"],
+    place: UInt32[Array, " M"],
+    truncated: bool,
 ) -> Float[Array, " M"]:
     """For each number that of `_draw_blocks`, found from its place alone.
 

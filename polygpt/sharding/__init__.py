@@ -4,7 +4,9 @@ Parameters and activations name their axes logically (`embed`, `heads`, `batch`)
 each of them is split over; nothing outside this package knows.
 """
 
+from polygpt.sharding.collectives import Collective, bytes_by_axes, collectives
 from polygpt.sharding.config import MESH_AXES, MeshConfig, MeshSetting
+from polygpt.sharding.hlo import products
 from polygpt.sharding.mesh import choose_mesh, describe_mesh, make_mesh
 from polygpt.sharding.rules import (
     ACTIVATION_RULES,
@@ -27,6 +29,7 @@ from polygpt.sharding.scope import (
     gathered,
     keeps_gathered,
     on_own_parts,
+    own_splits,
     use_mesh,
 )
 
@@ -35,6 +38,7 @@ __all__ = [
     "DEFAULT_RULES",
     "MESH_AXES",
     "PARAMETER_RULES",
+    "Collective",
     "MeshConfig",
     "MeshSetting",
     "Replicated",
@@ -43,7 +47,9 @@ __all__ = [
     "Splits",
     "axes_of",
     "batch_sharding",
+    "bytes_by_axes",
     "choose_mesh",
+    "collectives",
     "constrain",
     "current_mesh",
     "describe_mesh",
@@ -52,7 +58,9 @@ __all__ = [
     "keeps_gathered",
     "make_mesh",
     "on_own_parts",
+    "own_splits",
     "placement",
+    "products",
     "replicated_axes",
     "sharding_of",
     "use_mesh",

@@ -83,6 +83,8 @@ class Scope(NamedTuple):
 
 # Part of the key of JAX's caches, so that a function traced outside is traced again inside.
 _scope = jax.make_user_context(default_value=None)
+# What the arrays are split over of which a device has its part only, within `on_own_parts`.
+_own = jax.make_user_context(default_value=())
 
 
 @contextmanager
@@ -167,7 +169,7 @@ def on_own_parts(function: Callable, splits: Splits, in_axes: PyTree, out_axes: 
         return jax.tree.map(spec, tree, is_leaf=lambda leaf: isinstance(leaf, Leaf))
 
     def own(*arrays: Any) -> Any:
-        with use_mesh(None):
+        with use_mesh(None), _own(tuple(splits.items())):
             return function(*arrays)
 
     named = {name for names in splits.values() for name in names}
@@ -189,6 +191,11 @@ class Leaf(tuple):
 def axes_of(*axes: str | None) -> Leaf:
     """The logical axes of one array."""
     return Leaf(axes)
+
+
+def own_splits() -> dict[str, tuple[str, ...]]:
+    """Within `on_own_parts`, its `splits`; elsewhere nothing is split."""
+    return dict(_own.value)
 
 
 def device_index(names: tuple[str, ...]) -> Int[Array, ""] | int:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 from polygpt.data import Loader, MixedLoader
 from polygpt.distributed import process_count
 from polygpt.model import Effects, Loads, Model, Params, matmul_precision
-from polygpt.sharding import Scope, constrain, make_mesh, placement, use_mesh
+from polygpt.sharding import Scope, constrain, make_mesh, use_mesh
 from polygpt.training.config import TrainingConfig
 from polygpt.training.guard import Guard, choose
 from polygpt.training.loss_scale import LossScale
@@ -123,9 +123,7 @@ class Trainer:
 
     def __init__(self, model: Model, config: TrainingConfig, scope: Scope | None = None):
         self.model, self.config, self.scope = model, config, scope
-        self.shardings = (
-            placement(model.parameters, make_mesh()) if scope is None else scope.placement(model.parameters)
-        )
+        self.shardings = (scope or Scope(make_mesh())).placement(model.parameters)
         self.learning_rate = config.schedule.build(config.optimizer.learning_rate, config.steps)
         self.optimizer = build_optimizer(config.optimizer, model, self.learning_rate, config.groups)
         self.groups = self.optimizer.parameters
@@ -288,22 +286,27 @@ class Trainer:
         if self.config.clip_norm is not None:
             factor = jnp.minimum(1.0, self.config.clip_norm / jnp.maximum(norm, 1e-12))
             gradients = jax.tree.map(lambda g: g * factor.astype(g.dtype), gradients)
-        updates, optimizer = self.optimizer.update(gradients, state.optimizer, state.params)
-        params = self.model.with_updates(optax.apply_updates(state.params, updates), effects.loads)
-        params = self.groups.freeze(params, state.params)
-        params_norm = _norm(params)
+        updates, _ = self.optimizer.update(gradients, state.optimizer, state.params)
+
+        def updated(params: Params) -> Params:
+            moved = self.model.with_updates(optax.apply_updates(params, updates), effects.loads)
+            return self.groups.freeze(moved, params)
+
+        params_norm = _norm(updated(state.params))
         finite = jnp.isfinite(metrics.loss) & jnp.isfinite(norm) & jnp.isfinite(params_norm)
         limit = state.guard.limit(self.config.spike_threshold)
-        after = state._replace(
-            params=params,
-            optimizer=optimizer,
-            step=state.step + 1,
-            guard=state.guard.after_step(metrics.loss, limit),
-            average=self._average(state, params),
-        )
-        skipped = state._replace(step=state.step + 1, guard=state.guard.after_skipping())
         stopped = self.is_stopped(state)
-        after = choose(finite & ~stopped, after, choose(stopped, state, skipped))
+        guard = choose(finite, state.guard.after_step(metrics.loss, limit), state.guard.after_skipping())
+
+        def update(state: TrainState) -> TrainState:
+            params = updated(state.params)
+            _, optimizer = self.optimizer.update(gradients, state.optimizer, state.params)
+            return state._replace(params=params, optimizer=optimizer, average=self._average(state, params))
+
+        # The optimizer's state is computed again where it can overwrite the old one. A selection between the old and
+        # the new state would keep both in memory: 1.0 GB more in a GPT-2 of 124 M parameters.
+        after = lax.cond(finite & ~stopped, update, lambda state: state, state)
+        after = after._replace(step=state.step + ~stopped, guard=choose(stopped, state.guard, guard))
         if state.loss_scale is not None:
             after = after._replace(loss_scale=state.loss_scale.next(finite, self.config.loss_scale))
         return after, metrics._replace(

@@ -7,20 +7,20 @@ import re
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from polygpt.config import validate
 from polygpt.errors import RequestError
-from polygpt.generation import Request, Sampler
-from polygpt.generation.constrained import generate_constrained
-from polygpt.generation.constraints import Matcher, Vocabulary, as_grammar
+from polygpt.generation import Constraint, Engine, Request, Sampler, Vocabulary, as_grammar
 from polygpt.loading import build
 from polygpt.model import Model, ModelConfig
 from polygpt.tokenizers import load_tokenizer
 
 pytest.importorskip("llguidance", reason="llguidance is not installed (pip install 'polygpt[constraints]')")
 
+SAMPLED = Sampler()
 FIELDS = {
     "vocab_size": 256,
     "context_length": 512,
@@ -39,19 +39,22 @@ def bytes_():
 
 
 @pytest.fixture(scope="module")
-def write(bytes_):
+def engine():
     model = Model(validate(ModelConfig, FIELDS))
     drawn = np.random.default_rng(0)
     params = jax.tree.map(
-        lambda info: ((info.inputs is None) + 0.5 * drawn.standard_normal(info.shape)).astype("float32"),
+        lambda info: jnp.asarray((info.inputs is None) + 0.5 * drawn.standard_normal(info.shape), jnp.float32),
         model.parameters,
     )
+    return Engine(model, params, slots=4)
 
-    def call(seed=0, count=400, **constraint):
-        request = Request(list(b"x"), count, Sampler(), seed=seed)
-        pieces = list(generate_constrained(model, params, request, Matcher(bytes_, as_grammar(**constraint))))
-        text = bytes(token for piece in pieces for token in piece.tokens).decode("utf-8", "replace")
-        return text, pieces[-1].finish_reason, len(pieces)
+
+@pytest.fixture(scope="module")
+def write(bytes_, engine):
+    def call(seed=0, count=400, sampler=SAMPLED, **constraint):
+        given = Constraint(bytes_, as_grammar(**constraint))
+        handle = engine.submit(Request(list(b"x"), count, sampler, seed=seed, constraint=given)).result()
+        return bytes(handle.tokens).decode("utf-8", "replace"), handle.finish_reason, handle
 
     return call
 
@@ -74,11 +77,66 @@ def test_a_grammar(write):
     assert (text in {f"a{p},{q},z" for p in ("x", "yy") for q in ("x", "yy")}, reason) == (True, "stop")
 
 
-def test_forced_tokens_are_not_sampled_one_by_one(write):
-    text, reason, pieces = write(regex="the one and only answer: [ab]")
-    assert reason == "stop"
-    assert len(text) == 26
-    assert pieces <= 4
+def test_forced_tokens_are_not_sampled_one_by_one(write, engine):
+    before = engine.statistics
+    text, reason, _ = write(regex="the one and only answer: [ab]")
+    after = engine.statistics
+    assert (text[:-1], reason) == ("the one and only answer: ", "stop")
+    assert after.tokens - before.tokens == 26
+    assert after.steps - before.steps == 1
+    for forced in (1, 3, 4, 16, 17, 31, 40):  # around the numbers that are appended at once
+        assert write(regex="a" * forced)[:2] == ("a" * forced, "stop")
+        assert write(count=forced - 1 or 1, regex="a" * forced + "b")[:2] == ("a" * (forced - 1 or 1), "length")
+
+
+def test_forced_tokens_are_read_as_if_they_had_been_sampled(engine, bytes_, write):
+    """What follows them is what follows if they are in the prompt; log probabilities are given one by one."""
+    forced, most = "abcdefghijklmnopqrstuvwxyz", 12
+    constraint = Constraint(bytes_, as_grammar(regex=forced + "[0-9]{12}"))
+    for cut in (0, 3, 20):
+        prompt = list(b"x" + forced[:cut].encode())
+        rest = Constraint(bytes_, as_grammar(regex=forced[cut:] + "[0-9]{12}"))
+        handle = engine.submit(Request(prompt, 26 - cut + most, SAMPLED, 3, constraint=rest)).result()
+        assert bytes(handle.tokens).decode() == write(3, 38, regex=forced + "[0-9]{12}")[0][cut:]
+    scored = engine.submit(Request(list(b"x"), 38, SAMPLED, 3, logprobs=2, constraint=constraint)).result()
+    assert bytes(scored.tokens).decode() == write(3, 38, regex=forced + "[0-9]{12}")[0]
+    assert len(scored.logprobs) == 38
+    tokens = jnp.array([[*b"x", *scored.tokens]], jnp.int32)
+    full = np.asarray(jax.nn.log_softmax(engine.model.logits(engine.params, tokens)[0, :-1]))
+    found = [score.logprob for score in scored.logprobs]
+    np.testing.assert_allclose(found, full[np.arange(38), scored.tokens], atol=1e-5)
+
+
+def test_constrained_requests_change_nothing_for_their_neighbours_nor_they_for_them(engine, bytes_):
+    """To the bit, in all slots and in any company."""
+    schema = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 9}}, "required": ["name"]}
+    given = [None, {"regex": "the answer: [a-f]{3,9}"}, None, {"schema": schema}, {"choices": ["red", "green"]}]
+    requests = []
+    for number in range(20):
+        asked = given[number % 5]
+        constraint = None if asked is None else Constraint(bytes_, as_grammar(**asked))
+        sampler = [SAMPLED, Sampler(temperature=0.0, repetition_penalty=1.2)][number % 2]
+        logprobs = [None, 2, None][number % 3]
+        requests.append(Request(list(b"so"), 30, sampler, number, (), logprobs, constraint))
+
+    def outcome(handle):
+        handle.result()
+        return handle.tokens, handle.logprobs, handle.finish_reason
+
+    alone = [outcome(engine.submit(request)) for request in requests]
+    together = [engine.submit(request) for request in requests]
+    assert [outcome(handle) for handle in together] == alone
+    handles = {number: engine.submit(requests[number]) for number in reversed(range(20))}
+    assert [outcome(handles[number]) for number in range(20)] == alone
+
+
+def test_white_space_for_ever_ends_at_the_limit_and_a_grammar_is_stronger_than_penalties(write):
+    love = Sampler(temperature=0.0, logit_bias={32: 1000.0, 10: 900.0})
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    text, reason, _ = write(sampler=love, count=200, schema=schema)
+    assert reason == "length" or json.loads(text)
+    banned = Sampler(temperature=0.0, no_repeat_ngram=1)
+    assert write(sampler=banned, regex="ab[ab]a[ab]")[1] == "stop"
 
 
 def schema_of(rng, depth=0):

@@ -120,7 +120,9 @@ def test_a_tokenizer_by_name_trains_a_model(polygpt, hub, tmp_path):
     tokenizer = load_tokenizer(tmp_path / "run")
     assert tokenizer.vocab_size == len(LETTERS)
     assert not any("model.safetensors" in request for request in hub.requests)  # the weights are not fetched
-    prepared = polygpt("data", "prepare", "text.txt", "--tokenizer", "hf:tiny/model", "--out", "shards", "--split", "fraction")
+    prepared = polygpt(
+        "data", "prepare", "text.txt", "--tokenizer", "hf:tiny/model", "--out", "shards", "--split", "fraction"
+    )
     assert prepared.code == 0, prepared.err
     assert load_tokenizer(tmp_path / "shards").encode("cat") == tokenizer.encode("cat")
     refused = polygpt(*words, "tokenizer={name: tiny/nothing}", "--out", "other")

@@ -1,0 +1,96 @@
+"""Prompts are read a chunk at a time into a row of decoding state of their own, from which they enter a slot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from polygpt.generation.prefix_cache import PrefixCache
+from polygpt.generation.slots import SlotPrograms
+from polygpt.model import Model, Params
+
+# Tokens of a prompt's last chunks, so that a short prompt is read about as fast as one step of decoding.
+SMALL = 16
+
+
+class PromptReader:
+    """One row of decoding state, and how much of a prompt it has read.
+
+    Attributes:
+        row: the decoding state after the first `position` tokens of the prompt.
+        prefixes: states of earlier prompts' beginnings.
+        cached: tokens of this prompt that were not read again.
+    """
+
+    def __init__(
+        self, model: Model, params: Params, programs: SlotPrograms, length: int, chunk: int, prefixes: PrefixCache
+    ):
+        self.params, self.prefixes = params, prefixes
+        self.sizes = tuple(sorted({min(SMALL, chunk), chunk}))
+        self._model, self._programs, self._length = model, programs, length
+        self.reset()
+
+    def reset(self) -> None:
+        """An empty row; needed after a program that was interrupted, which has given up its arguments' memory."""
+        self.row: PyTree = jax.tree.map(jnp.copy, self._model.init_state(1, self._length))
+        self._tokens: tuple[int, ...] = ()
+        self._keys: list[bytes] = []
+        self._held: tuple[int, ...] | None = None  # a prompt that the row has read to its end
+        self.position = self.cached = 0
+
+    def forget(self) -> None:
+        """Drops everything that was kept of earlier prompts."""
+        self.prefixes.clear()
+        self.reset()
+
+    def begin(self, tokens: Sequence[int]) -> None:
+        """Prepares for a prompt: nothing is left to read if the row holds it already."""
+        self._tokens = tuple(tokens)
+        if self._held == self._tokens:
+            self.position = self.cached = len(self._tokens)
+            return
+        self._held, self.position = None, 0
+        self.row = self._programs.restart(self.row)
+        self._keys = self.prefixes.keys(self._tokens)
+        for block in self.prefixes.find(self._keys):
+            self.row = self._programs.put(self.row, block, np.int32(self.position))
+            self.position += self.prefixes.chunk
+        self.cached = self.position
+
+    def read(self) -> bool:
+        """Reads one chunk more; whether the whole prompt has been read."""
+        left = len(self._tokens) - self.position
+        if left > 0:
+            self._read_chunk(left)
+        if self.position < len(self._tokens):
+            return False
+        self._held = self._tokens
+        return True
+
+    def _read_chunk(self, left: int) -> None:
+        """The size of a chunk follows from the position alone, so that a state does not depend on the cache."""
+        small, chunk = self.sizes[0], self.sizes[-1]
+        size = chunk if left > chunk - small else small
+        count = min(left, size)
+        tokens = np.zeros((1, size), np.int32)
+        tokens[0, :count] = self._tokens[self.position : self.position + count]
+        start = np.int32(self.position)
+        self.row = self._programs.prefill(self.params, self.row, tokens, start, np.int32(count))
+        self.position += count
+        done, rest = divmod(self.position, chunk)
+        if not rest and size == chunk and self.prefixes.wants(self._keys[done - 1]):
+            self.prefixes.add(self._keys[:done], self._programs.take(self.row, start))
+
+    def compile(self) -> None:
+        """Compiles every program that reads prompts."""
+        for size in self.sizes:
+            tokens = np.zeros((1, size), np.int32)
+            self.row = self._programs.prefill(self.params, self.row, tokens, np.int32(0), np.int32(1))
+        if self.prefixes.limit:
+            block = self._programs.take(self.row, np.int32(0))
+            self.row = self._programs.put(self.row, block, np.int32(0))
+        self.row, self._held = self._programs.restart(self.row), None
