@@ -41,11 +41,8 @@ EXAMPLES = {
     "eval": "polygpt eval runs/notes --task perplexity --data book.txt",
     "generate": "polygpt generate runs/notes --prompt 'Once upon a time'",
     "show": "polygpt show gpt2",
-<<<<<<< HEAD
     "serve": "polygpt serve runs/notes --port 8000",
-=======
     "plan": "polygpt plan gpt2_xl mesh.fsdp=256 --accelerator h100",
->>>>>>> team/plan
     "import": "polygpt import hf:owner/name --out models/name",
     "export": "polygpt export runs/notes --format hf --out exported/notes",
     "tokenizer train": "polygpt tokenizer train book.txt --kind bpe --vocab-size 4096 --out tokenizers/book",

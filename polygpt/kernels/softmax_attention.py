@@ -87,7 +87,7 @@ def attention(
         implementation: see `choose_attention`.
     """
 
-    def own(q: Queries, k: Keys, v: Keys, segment_ids: Array, heads: tuple, _: None, key: Array) -> Queries:
+    def own(q: Queries, k: Keys, v: Keys, segment_ids: Array | None, heads: tuple, _: None, key: Array | None) -> Queries:
         return _attention(q, k, v, rule, ScoreInputs(*heads, segment_ids, key), implementation)
 
     heads = inputs.sinks, inputs.slopes

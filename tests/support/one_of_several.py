@@ -1,4 +1,4 @@
-"""`polygpt` as one of several processes of a test: what its training loader reads is recorded, slowed down, interrupted.
+"""`polygpt` as one of several processes of a test: its training loader records, is slow, and sends signals.
 
 Arguments: settings as JSON (`record`: a file, `slow`: seconds a batch, `signal` and `at`: the signal that the process
 sends itself when it reads that batch), then the words of the command.

@@ -62,9 +62,10 @@ def alone(folder):
 
 
 class Processes:
-    """`polygpt` in several processes, `devices` in each; `settings` are those of `one_of_several.py` for some of them."""
+    """`polygpt` in several processes, `devices` in each; `settings` of `one_of_several.py` by process or for all."""
 
     def __init__(self, folder, count, *words, devices=1, settings=None, own_words=None, env=None):
+        settings = settings or {}
         self.folder, self.records = folder, [folder / f"read.{os.urandom(4).hex()}" for _ in range(count)]
         with socket.create_server(("127.0.0.1", 0)) as server:
             address = f"127.0.0.1:{server.getsockname()[1]}"
@@ -83,7 +84,7 @@ class Processes:
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
             self.started.append(subprocess.Popen(command, cwd=folder, env=environment, **pipes))
 
-    def wait(self, timeout=170):
+    def wait(self, timeout=400):
         """The exit codes, and what was printed to standard output and standard error."""
         try:
             said = [process.communicate(timeout=timeout) for process in self.started]
@@ -96,7 +97,7 @@ class Processes:
 
     def read(self, index):
         """What process `index` has read of each batch: {batch: rows}."""
-        return {i: rows for i, rows in map(json.loads, self.records[index].read_text().splitlines())}
+        return dict(map(json.loads, self.records[index].read_text().splitlines()))
 
 
 def losses(run):
@@ -137,15 +138,16 @@ def test_two_then_four_processes_then_one_make_one_run(folder, alone):
         settings={"all": slow, 1: {"signal": signal.SIGTERM, "at": 12}},
     ).wait()
     assert two.codes == [143, 143], two.err
-    assert "interrupted after step" in two.err[0] and "interrupted after step" in two.err[1]
     run = folder / "run"
     stopped = checkpoint.newest(run / "checkpoints").step
-    assert 12 < stopped < 60 and f"after step {stopped}," in two.err[0] and f"after step {stopped}," in two.err[1]
+    assert 12 < stopped < 60
+    assert all(f"interrupted after step {stopped}, which is saved" in err for err in two.err)
     # Each has read its half of every batch; batches do not depend on how many processes there are.
     assert all(rows == [0, 1, 2, 3] for rows in two.read(0).values())
     assert all(rows == [4, 5, 6, 7] for rows in two.read(1).values())
     assert two.read(0).keys() == two.read(1).keys() == set(range(stopped))
-    assert two.out == ("", "") and "tokens/s" in two.err[0] and "tokens/s" not in two.err[1]
+    assert two.out == ("", "")
+    assert ["tokens/s" in err for err in two.err] == [True, False]
     before = arrays(run, 10)
     np.testing.assert_allclose(before["params.embedding"], arrays(alone, 10)["params.embedding"], rtol=1e-4, atol=1e-6)
 
@@ -161,10 +163,9 @@ def test_two_then_four_processes_then_one_make_one_run(folder, alone):
     begun = time.monotonic()
     four.wait()
     assert time.monotonic() - begun < 120
-    assert four.codes[2] == -signal.SIGKILL and all(four.codes[index] != 0 for index in (0, 1, 3)), four.codes
-    assert (four.codes[0] == 1 and "another process of 4 has ended" in four.err[0]) or "process 2" in four.err[0], (
-        four.err[0]
-    )
+    assert four.codes[2] == -signal.SIGKILL, four.err
+    assert all(four.codes[index] not in (0, -signal.SIGKILL) for index in (0, 1, 3)), (four.codes, four.err)
+    assert "of 4 " in four.err[0].splitlines()[-1], four.err[0]
     assert four.read(3) == {i: [6, 7] for i in {0, *range(stopped, max(four.read(3)) + 1)}}
     newest = checkpoint.newest(run / "checkpoints").step
     assert newest >= stopped
