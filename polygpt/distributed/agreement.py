@@ -51,7 +51,7 @@ def main_decides(name: str, decide: Callable[[], Any]) -> Any:
 
 
 def agree(what: str, facts: Mapping[str, Any]) -> None:
-    """Refuses to go on unless every process has the same `facts`, which are flat.
+    """Refuses to go on unless every process has the same `facts`, a flat mapping; `what` says what others would be.
 
     Raises:
         RequestError: a process has others than process 0; the first few that differ are named, with both values.
@@ -66,7 +66,7 @@ def agree(what: str, facts: Mapping[str, Any]) -> None:
             named = [f"{name} {_spell(theirs.get(name))}, not {_spell(first.get(name))}" for name in names]
             more = [f"and {len(named) - _MAX_NAMED} more"] if len(named) > _MAX_NAMED else []
             raise RequestError(
-                f"process {index} ({host}) has another {what} than process 0: "
+                f"process {index} ({host}) has {what} than process 0: "
                 + "; ".join([*named[:_MAX_NAMED], *more])
                 + "\nall processes of a run need the same command, the same files and the same packages"
             )

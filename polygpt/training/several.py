@@ -29,10 +29,10 @@ def check_same_request(config: RunConfig | None, out: Path, resume: bool) -> Non
     if process_count() == 1:
         return
     versions = {name: _version(name) for name in _PACKAGES} | {"python": platform.python_version()}
-    agree("version of packages", versions)
-    agree("kind of device", {"platform": jax.default_backend()})
+    agree("other versions of packages", versions)
+    agree("another kind of device", {"platform": jax.default_backend()})
     request = {"--out": str(out), "--resume": resume}
-    agree("configuration", request | ({} if config is None else _flat(config.to_dict())))
+    agree("another configuration", request | ({} if config is None else _flat(config.to_dict())))
 
 
 def opened_by_all(run: Run | None, config: RunConfig | None, out: Path, resume: bool) -> Run:
@@ -51,7 +51,7 @@ def opened_by_all(run: Run | None, config: RunConfig | None, out: Path, resume: 
         run = open_run(out)
         if resume and config is not None:
             run, _ = with_changes(run, config)
-    agree("data", {**fingerprints(run), "held-out text": run.shards.validation.fingerprint})
+    agree("other data", {**fingerprints(run), "held-out text": run.shards.validation.fingerprint})
     return run
 
 
