@@ -40,6 +40,7 @@ from polygpt.generation import (
 )
 from polygpt.kernels import WEIGHT_TYPES, WeightType
 from polygpt.model import Model, ModelConfig, Params, model_of
+from polygpt.sharding import Scope, use_mesh
 from polygpt.tokenizers import Messages, Tokenizer, Tools, chat_tokens
 
 LOGITS_NOT_FINITE = "the model's logits are not finite numbers (NaN or infinity)"
@@ -90,12 +91,13 @@ class LanguageModel:
         tokenizer: Tokenizer | None = None,
         origin: Origin | None = None,
         packed: WeightType | None = None,
+        scope: Scope | None = None,
     ):
-        """`packed`: the type in which `params` are packed already (`Model.pack`)."""
+        """`packed`: the type in which `params` are packed already (`Model.pack`); `scope`: the mesh they are on."""
         self.config, self.params, self._tokenizer = config, params, tokenizer
         self.origin = origin or Origin()
         self.model = model_of(config)
-        self.packed = packed
+        self.packed, self.scope = packed, scope
 
     def pack(self, dtype: WeightType) -> None:
         """Converts the weights, for good, to the form and type that inference reads fastest.
@@ -107,6 +109,8 @@ class LanguageModel:
             RequestError: they are packed already, or there is no such type.
         """
         self.check_unpacked()
+        if self.scope is not None:
+            raise RequestError("packed weights are on one device: load the model without a mesh")
         if dtype not in WEIGHT_TYPES:
             raise RequestError(f"no weights of type '{dtype}'; there are {', '.join(WEIGHT_TYPES)}")
         self.params, self.packed = self.model.pack(self.params, dtype), dtype
@@ -176,7 +180,8 @@ class LanguageModel:
             raise RequestError(f"{tokens.shape[1]} tokens exceed the context_length of {self.config.context_length}")
         if not (tokens.min() >= 0 and tokens.max() < self.config.vocab_size):
             raise RequestError(f"token ids must lie in 0..{self.config.vocab_size - 1}")
-        logits, finite = self._logits(self.params, jnp.asarray(tokens, jnp.int32))
+        with use_mesh(self.scope):
+            logits, finite = self._logits(self.params, jnp.asarray(tokens, jnp.int32))
         if not finite:
             raise PolygptError(f"{LOGITS_NOT_FINITE}: {NOT_FINITE_CAUSES}")
         return logits
@@ -315,7 +320,8 @@ class LanguageModel:
         streams = [TextStream(self.tokenizer.decode_after, row, stops) if self.has_tokenizer else None for row in ids]
         continuations = list(map(Continuation, requests, streams))
         vocab_size = self.tokenizer.vocab_size if self.has_tokenizer else None
-        continue_all(model, self.params, continuations, on_text, vocab_size=vocab_size)
+        with use_mesh(self.scope):
+            continue_all(model, self.params, continuations, on_text, vocab_size=vocab_size)
         found = list(map(Generation.of, continuations))
         results = found if n is None else [found[start : start + n] for start in range(0, len(found), n)]
         return results[0] if single else results
@@ -344,7 +350,8 @@ class LanguageModel:
     def _search(
         self, model: Model, requests: Sequence[Request], settings: BeamSettings
     ) -> list[list[ScoredGeneration]]:
-        found = search_beams(model, self.params, requests, settings)
+        with use_mesh(self.scope):
+            found = search_beams(model, self.params, requests, settings)
         return [
             [self._scored(request.prompt, beam) for beam in best] for request, best in zip(requests, found, strict=True)
         ]

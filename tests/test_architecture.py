@@ -37,6 +37,7 @@ ROOMS = [
     "language_model",
     "loading",
     "evaluation",
+    "inspection",
     "training",
     "recipes",
     "demo",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from polygpt.cli.output import dtype_option, json_option, print_json, reading, weights_option
+from polygpt.cli.output import dtype_option, json_option, mesh_argument, mesh_of, print_json, reading, weights_option
 
 if TYPE_CHECKING:
     from polygpt.language_model import Generation, LanguageModel
@@ -22,6 +22,7 @@ NOT_IN_A_BATCH = ("n", "beams", "length_penalty", "schema", "regex", "past_conte
 
 @click.command()
 @click.argument("model", metavar="MODEL")
+@mesh_argument
 @click.option(
     "--prompt",
     "texts",
@@ -71,6 +72,7 @@ NOT_IN_A_BATCH = ("n", "beams", "length_penalty", "schema", "regex", "past_conte
 @json_option
 def generate(
     model: str,
+    mesh: tuple[str, ...],
     texts: tuple[str, ...],
     prompts: Path | None,
     out: Path | None,
@@ -88,7 +90,7 @@ def generate(
     after an interruption: lines that are there are kept.
 
     MODEL is a run's folder, an imported or a Hugging Face folder, hf:owner/name, a .gguf file, or a preset (random
-    weights, without text).
+    weights, without text). mesh.tensor=4 splits it over four devices.
     """
     settings = _chosen(settings)
     if "schema" in settings:
@@ -97,7 +99,8 @@ def generate(
     if "logprobs" in settings and not (as_json or prompts):
         raise click.UsageError("--logprobs goes with --json or --prompts")
     texts = [_standard_input() if text == "-" else _checked(text) for text in texts]
-    lm = reading(model, dtype, {}, weights=weights or "auto", for_text=True)
+    rows = max(len(texts), 1) * settings.get("n", 1)
+    lm = reading(model, dtype, {}, weights=weights or "auto", for_text=True, mesh=mesh_of(mesh, rows))
     if prompts is not None:
         _batch(lm, f"{model} {dtype} {weights}", prompts, out, settings, as_json)
     elif len(texts) == 1 and not as_json and not settings.keys() & {"n", "beams"}:

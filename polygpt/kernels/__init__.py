@@ -23,6 +23,7 @@ from polygpt.kernels.softmax_attention import (
     AttentionSpec,
     Implementation,
     attention,
+    attention_weights,
     choose_attention,
     reference_attention,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "Weight",
     "WeightType",
     "attention",
+    "attention_weights",
     "choose_attention",
     "dropout",
     "expert_matmul",

@@ -10,9 +10,8 @@ import math
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +24,9 @@ from polygpt.sharding import (
     bytes_by_axes,
     collectives,
     make_mesh,
+    placement,
     products,
     replicated_axes,
-    placement,
     use_mesh,
 )
 from polygpt.training import Batch, RunConfig, Trainer

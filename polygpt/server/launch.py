@@ -9,6 +9,7 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 
 import uvicorn
+from starlette.applications import Starlette
 
 from polygpt.errors import PolygptError
 from polygpt.server.app import create_app
@@ -61,7 +62,14 @@ def serve(
     """
     log_to_stderr()
     app = create_app(models, settings, keys)
-    config = uvicorn.Config(
+    server = _Server(uvicorn_config(app, settings), app.state.server, on_start)
+    server.run([listening])
+    return server.signal
+
+
+def uvicorn_config(app: Starlette, settings: ServerSettings) -> uvicorn.Config:
+    """How uvicorn runs the application."""
+    return uvicorn.Config(
         app,
         http=limited(settings),
         ws="none",
@@ -73,9 +81,6 @@ def serve(
         timeout_keep_alive=max(int(settings.idle_seconds), 1),
         timeout_graceful_shutdown=_CLOSING,
     )
-    server = _Server(config, app.state.server, on_start)
-    server.run([listening])
-    return server.signal
 
 
 class _Server(uvicorn.Server):

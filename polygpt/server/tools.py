@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 
 from polygpt.server.schemas import Tool
 
+# llguidance then allows only the blanks that models put in JSON themselves.
+_COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
 
 class ToolFormat(NamedTuple):
     """How a template writes a call: JSON with `name` and `arguments` between `begin` and `end`.
@@ -50,10 +53,10 @@ def forced_grammar(tools: Sequence[Tool], style: ToolFormat) -> str:
     for tool in tools:
         parameters = tool.function.parameters or {"type": "object"}
         properties = {"name": {"const": tool.function.name}, style.arguments: parameters}
-        calls.append({"type": "object", "properties": properties, "required": list(properties)})
-    for call in calls:
-        call["additionalProperties"] = False
-    schema = json.dumps(calls[0] if len(calls) == 1 else {"anyOf": calls})
+        required = list(properties)
+        call = {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+        calls.append(call)
+    schema = json.dumps({"anyOf": calls, "x-guidance": _COMPACT})
     if not style.end:
         return f"start: call\ncall: %json {schema}"
     return f'start: "{style.begin}\\n" call "\\n{style.end}"\ncall: %json {schema}'

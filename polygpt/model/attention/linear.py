@@ -97,6 +97,8 @@ class LinearAttention(Projections):
         decay = np.log1p(-(2.0 ** (-5 - np.arange(k.shape[2])))) * self.config.decay
         decay = jnp.asarray(decay, jnp.float32)
         rows = _Rows(context.rotations.get(q.shape[-1]), context.valid, context.segment_ids)
+        if state is None or context.fresh:
+            context.record("attention", lambda: _weights(_streams(q, k, v, rows), context, decay, self.config.eps))
         if state is not None:
             mixed, after = _mix(q, k, v, rows, decay, state, self.config)
             return self.merge(mixed.astype(x.dtype)), after
@@ -127,6 +129,14 @@ class _Streams(NamedTuple):
     v: Float[Array, "B T K H"]
 
 
+def _streams(
+    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], rows: _Rows
+) -> _Streams:
+    """elu(x) + 1 of queries and keys, and the rest of the streams."""
+    features = [jax.nn.elu(part.astype(jnp.float32)) + 1 for part in (q, k)]
+    return _Streams(*features, *(rotate(part, rows.rotation) for part in features), v.astype(jnp.float32))
+
+
 class _Chunk(NamedTuple):
     """`chunk` tokens. `ages` is Σ log γ over the chunk's tokens up to each one, padding left out."""
 
@@ -146,8 +156,7 @@ def _mix(
     config: LinearAttentionConfig,
 ) -> tuple[Float[Array, "B T N H"], LinearState]:
     """Outputs of all tokens, chunk by chunk, and the state after the last one that is not padding."""
-    features = [jax.nn.elu(part.astype(jnp.float32)) + 1 for part in (q, k)]
-    streams = _Streams(*features, *(rotate(part, rows.rotation) for part in features), v.astype(jnp.float32))
+    streams = _streams(q, k, v, rows)
     batch, length, heads = streams.k.shape[:3]
     size = min(config.chunk, length)
     padding = -length % size
@@ -171,6 +180,25 @@ def _mix(
     (state, _), mixed = lax.scan(step, (state, segments[:, 0]), chunks)
     mixed = jnp.moveaxis(mixed, (0, -2), (1, 2)).reshape(batch, length + padding, -1, streams.v.shape[-1])
     return mixed[:, :length], state
+
+
+def _weights(streams: _Streams, context: Context, decay: Float[Array, " K"], eps: float) -> Float[Array, "B N T T"]:
+    """The share of each token's value in each output, all T × T of them; with rotations they may be negative."""
+    batch, length, heads = streams.k.shape[:3]
+    tokens = jnp.arange(length)
+    seen = jnp.broadcast_to(tokens[:, None] >= tokens, (batch, length, length))
+    if context.segment_ids is not None:
+        seen = seen & (context.segment_ids[:, :, None] == context.segment_ids[:, None, :])
+    age = jnp.maximum(tokens[:, None] - tokens, 0) * decay[:, None, None]
+    weight = jnp.where(seen[:, None, None], jnp.exp(age)[:, None], 0)
+
+    def products(q: Float[Array, "B T N H"], k: Float[Array, "B T K H"]) -> Float[Array, "B K G T T"]:
+        grouped = q.reshape(batch, length, heads, -1, q.shape[-1])
+        return jnp.einsum("btkgh,bskh->bkgts", grouped, k) * weight
+
+    denominator = products(streams.q, streams.k).sum(-1, keepdims=True) + eps
+    weights = products(streams.q_rotated, streams.k_rotated) / denominator
+    return weights.reshape(batch, -1, length, length)
 
 
 def _mix_chunk(

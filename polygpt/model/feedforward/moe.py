@@ -130,6 +130,7 @@ class MoE(Experts):
         """The outputs of the routed experts."""
         config = self.config
         logits, choices, weights = self._route(x, noise)
+        context.record("experts", lambda: _shares(choices, weights, config.num_experts))
         flat, weights = x.reshape(-1, x.shape[-1]), weights.reshape(-1, config.top_k)
         if context.training and config.dispatch == "capacity":
             confidence = jax.nn.softmax(logits).max(-1)
@@ -205,6 +206,11 @@ class MoE(Experts):
             "dropped_share": mean_over_devices(dropped_share),
         }
         return Effects(losses, metrics, {"load": own})
+
+
+def _shares(choices: Int[Array, "B T k"], weights: Float[Array, "B T k"], experts: int) -> Float[Array, "B T E"]:
+    """The weight of each expert for each token, 0 where it was not chosen."""
+    return (jax.nn.one_hot(choices, experts) * weights[..., None]).sum(-2)
 
 
 class _Routing(NamedTuple):

@@ -64,7 +64,9 @@ class SoftMoE(Experts):
         self, x: Float[Array, "B T D"], context: Context, state: Pool | None = None
     ) -> tuple[Float[Array, "B T D"], Pool | None, Effects]:
         if not context.training and state is not None:
-            return (*self._prefix_by_prefix(x, self._logits(x), context, state), NO_EFFECTS)
+            logits = self._logits(x)
+            context.record("experts", lambda: _shares(logits))
+            return (*self._prefix_by_prefix(x, logits, context, state), NO_EFFECTS)
         if context.training and context.segment_ids is not None:
             raise RequestError(
                 "feedforward.kind=soft_moe mixes all tokens of a sequence in training and cannot keep packed documents "
@@ -77,6 +79,7 @@ class SoftMoE(Experts):
         self, x: Float[Array, "B T D"], context: Context, rows: None
     ) -> tuple[Float[Array, "B T D"], Effects]:
         logits = self._logits(x)
+        context.record("experts", lambda: _shares(logits))
         if not context.training:
             return self._prefix_by_prefix(x, logits, context, None)[0], NO_EFFECTS
         slots = jnp.einsum("btes,btd->besd", jax.nn.softmax(logits, axis=1).astype(x.dtype), x)
@@ -113,6 +116,11 @@ class SoftMoE(Experts):
         tokens = Token.sequence(x, logits, context)
         pool, y = lax.scan(one, Pool.empty(logits.shape, x.shape[-1]) if state is None else state, tokens)
         return jnp.moveaxis(y, 0, 1), None if state is None else pool
+
+
+def _shares(logits: Float[Array, "B T E S"]) -> Float[Array, "B T E"]:
+    """The share that each expert's slots together have in each token's output."""
+    return jax.nn.softmax(logits, axis=(-2, -1)).sum(-1)
 
 
 class CausalSoftMoEConfig(SoftMoEConfig):
@@ -172,6 +180,7 @@ class CausalSoftMoE(SoftMoE):
             y, effects = on_own_rows(CausalSoftMoE._stateless, self, x, context)
             return y, None, effects
         logits = self._logits(x)
+        context.record("experts", lambda: _shares(logits))
         if not context.fresh:
             return (*self._token_by_token(x, logits, context, state), NO_EFFECTS)
         return (*self._block_by_block(x, logits, context, state), NO_EFFECTS)
@@ -179,7 +188,9 @@ class CausalSoftMoE(SoftMoE):
     def _stateless(
         self, x: Float[Array, "B T D"], context: Context, rows: None
     ) -> tuple[Float[Array, "B T D"], Effects]:
-        return self._block_by_block(x, self._logits(x), context, None)[0], NO_EFFECTS
+        logits = self._logits(x)
+        context.record("experts", lambda: _shares(logits))
+        return self._block_by_block(x, logits, context, None)[0], NO_EFFECTS
 
     def _learned(self, batch: int, dtype: jnp.dtype) -> Float[Array, "B E S D"]:
         """The experts' outputs for the learned slots."""
