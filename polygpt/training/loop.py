@@ -133,6 +133,7 @@ def _check(run: Run) -> None:
     _ = run.validation_loader, run.source_loaders, run.evaluations
     model = model_of(run.config.model)
     model.check()
+    mesh_of(run.config, model)
     model.attention_implementation()  # refuses one that cannot run here
     ParameterGroups(model.parameters, run.config.training.groups)
 
@@ -146,11 +147,11 @@ class _Loop:
         self.config, self.training, self.loader = run.config, run.config.training, run.train_loader
         self.vocabulary = run.tokenizer.vocab_size
         self.model = model_of(run.config.model)
-        self.scope = mesh_of(run.config, emit)
+        self.scope = mesh_of(run.config, self.model, emit)
         self.trainer = Trainer(self.model, self.training, self.scope)
         tokens = self.training.batch_size * run.config.model.context_length
         self.meter = Meter(emit, tokens, self.training.on_spike == "rollback", Utilization(self.model))
-        lm = language_models(run, self.trainer.evaluated)
+        lm = language_models(run, self.trainer.evaluated, self.scope)
         self.validation = Validation(run, self.trainer.evaluated, emit, self.scope)
         self.saving = Saving(run, self.trainer, self.meter, emit)
         self.restoring = Restoring(run, self.trainer, self.meter, self.saving, emit)
