@@ -6,7 +6,7 @@ each of them is split over; nothing outside this package knows.
 
 from polygpt.sharding.collectives import Collective, bytes_by_axes, collectives
 from polygpt.sharding.config import MESH_AXES, MeshConfig, MeshOnly, MeshSetting
-from polygpt.sharding.fit import bytes_per_device, check_fit, check_rows
+from polygpt.sharding.fit import bytes_per_device, check_fit, check_rows, replication
 from polygpt.sharding.hlo import products
 from polygpt.sharding.mesh import choose_mesh, describe_mesh, make_mesh
 from polygpt.sharding.rules import (
@@ -68,6 +68,7 @@ __all__ = [
     "placement",
     "products",
     "replicated_axes",
+    "replication",
     "sharding_of",
     "use_mesh",
     "whole_rows",

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import PyTree
 
 from polygpt.errors import RequestError
-from polygpt.sharding.rules import Replicated, replicated_axes
+from polygpt.sharding.rules import PARAMETER_RULES, Replicated, replicated_axes
 from polygpt.sharding.scope import Scope
 
 # Axes that a mesh axis is chosen for, and the setting that gives their length. Others are replicated if need be.
@@ -28,10 +28,28 @@ def check_fit(parameters: PyTree, scope: Scope) -> list[str]:
     for each in found:
         if each.axis in _REQUIRED:
             raise RequestError(_refusal(each))
+    return _notes(found)
+
+
+def _notes(found: Sequence[Replicated]) -> list[str]:
+    """A line for each logical axis."""
     by_axis: dict[tuple[str, int], list[Replicated]] = {}
     for each in found:
         by_axis.setdefault((each.axis, each.length), []).append(each)
     return [_note(*axis, entries) for axis, entries in by_axis.items()]
+
+
+def replication(parameters: PyTree, scope: Scope) -> list[str]:
+    """What every device of the mesh holds whole: what cannot be split evenly, and what a changed rule keeps whole."""
+    changed = dict(scope.rules.parameters)
+    lengths = {
+        axis: length
+        for info in jax.tree.leaves(parameters)
+        for axis, length in zip(info.axes, info.shape, strict=True)
+        if not changed.get(axis) and any(scope.mesh.shape[name] > 1 for name in PARAMETER_RULES.get(axis, ()))
+    }
+    kept = [f"{axis} ({length}) stay whole on every device (mesh.rules)" for axis, length in lengths.items()]
+    return kept + _notes(replicated_axes(parameters, scope.mesh, scope.rules))
 
 
 def check_rows(rows: int, scope: Scope, setting: str) -> None:

@@ -39,7 +39,8 @@ class Restoring:
         self._continue_from(snapshot)
         self.saving.batch_offset, self.saving.rollbacks = snapshot.batch_offset, snapshot.rollbacks
         if self.trainer.is_stopped(state):  # by skipped steps: they are counted anew
-            state = state._replace(guard=state.guard._replace(in_a_row=jnp.int32(0)))
+            none = jnp.zeros_like(state.guard.in_a_row, device=state.guard.in_a_row.sharding)
+            state = state._replace(guard=state.guard._replace(in_a_row=none))
         return state
 
     def before_spike(self, spike: int) -> TrainState:

@@ -13,6 +13,8 @@ import optax
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
+from polygpt.data import Loader, MixedLoader
+from polygpt.distributed import process_count
 from polygpt.model import Effects, Loads, Model, Params, matmul_precision
 from polygpt.sharding import Scope, constrain, make_mesh, use_mesh
 from polygpt.training.config import TrainingConfig
@@ -42,6 +44,25 @@ class Batch(NamedTuple):
         if scope is None:
             return cls(**{name: jnp.asarray(values) for name, values in arrays.items()})
         return cls(**{name: jax.device_put(values, scope.rows) for name, values in arrays.items()})
+
+    @classmethod
+    def read(cls, loader: Loader | MixedLoader, i: int, scope: Scope | None = None) -> Batch:
+        """Batch `i` of a loader. Of several processes, each reads only the rows that its devices hold."""
+        if process_count() == 1:
+            return cls.of(loader.batch(i), scope)
+        shape, sharding = (loader.batch_size, loader.context_length), scope.rows
+        held = {range(shape[0])[index[0]] for index in sharding.addressable_devices_indices_map(shape).values()}
+        rows = sorted(set().union(*held))
+        places = {row: place for place, row in enumerate(rows)}
+        arrays = loader.batch(i, rows)
+
+        def own(values: np.ndarray) -> Array:
+            def part(index: tuple[slice, ...]) -> np.ndarray:
+                return values[[places[row] for row in range(shape[0])[index[0]]]]
+
+            return jax.make_array_from_callback(shape, sharding, part)
+
+        return cls(**{name: own(values) for name, values in arrays.items()})
 
 
 class TrainState(NamedTuple):

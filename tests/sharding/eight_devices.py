@@ -1,7 +1,7 @@
 """Trains tiny models on eight simulated devices and on one: a program of its own, since JAX counts devices at start.
 
-`python eight_devices.py CASE...` prints, as JSON, what each case gives (see `measure`). A case is a model and a mesh with
-settings of training, such as `dense:fsdp=8,accumulation_steps=2`.
+`python eight_devices.py CASE...` prints, as JSON, what each case gives (see `measure`). A case is a model and a mesh
+with settings of training, such as `dense:fsdp=8,accumulation_steps=2`.
 """
 
 import json
