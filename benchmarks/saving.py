@@ -158,29 +158,31 @@ def show(taken: dict[str, list[Taken]], steps: int) -> None:
 
 def resume(rounds: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        run, cold = Path(folder) / "run", {"POLYGPT_CACHE": "off"}
-        _until_a_step([*_polygpt("train", "demo", "--out", run), "training.log_every=1"], run, {})
-        for name, environment in (("compiled programs kept", {}), ("nothing kept", cold)):
-            words = [*_polygpt("train", "--resume", "--out", run), "training.log_every=1"]
-            times = [_until_a_step(words, run, environment) for _ in range(rounds + (not environment))]
-            times = times[-rounds:]
+        run, kept = Path(folder) / "run", f"{folder}/cache"
+        _until_a_step([*_polygpt("train", "demo", "--out", run), "training.log_every=1"], run, kept)
+        words = [*_polygpt("train", "--resume", "--out", run), "training.log_every=1"]
+        for name, cache in (("compiled programs kept", kept), ("nothing kept", "off")):
+            times = [_until_a_step(words, run, cache) for _ in range(rounds)]
             median = statistics.median(times)
-            print(f"resume to the first step, {name}: {median:.2f} s ({min(times):.2f} to {max(times):.2f})")
+            print(
+                f"resume to the first step, {name}: {median:.2f} s ({min(times):.2f} to {max(times):.2f})", flush=True
+            )
 
 
 def _polygpt(*words) -> list[str]:
     return [sys.executable, "-m", "polygpt", *map(str, words)]
 
 
-def _until_a_step(words: list[str], run: Path, environment: dict[str, str]) -> float:
+def _until_a_step(words: list[str], run: Path, cache: str) -> float:
     """Seconds until the process has written another step; it is interrupted then, and saves."""
     metrics = run / "metrics.jsonl"
 
     def lines() -> int:
         return metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
 
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"} | {"POLYGPT_CACHE": cache}
     before, start = lines(), time.perf_counter()
-    process = subprocess.Popen(words, stderr=subprocess.DEVNULL, env=os.environ | environment)
+    process = subprocess.Popen(words, stderr=subprocess.DEVNULL, env=environment)
     while lines() <= before:
         if process.poll() is not None:
             sys.exit(f"failed: {' '.join(words)}")
