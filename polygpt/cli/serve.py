@@ -37,6 +37,7 @@ SHORTEST_KEY = 16  # characters; a shorter one could be guessed
 @click.option(
     "--shutdown-seconds", type=float, default=30.0, show_default=True, help="Given to running requests at SIGTERM."
 )
+@click.option("--limit", "limits", multiple=True, metavar="NAME=VALUE", help="Any other limit, such as max_n=4.")
 @dtype_option
 @weights_option
 @json_option
@@ -44,6 +45,7 @@ def serve(
     names: tuple[str, ...],
     api_key_file: Path | None,
     public: tuple[str, ...],
+    limits: tuple[str, ...],
     dtype: str | None,
     weights: str | None,
     as_json: bool,
@@ -63,10 +65,11 @@ def serve(
         import uvicorn  # noqa: F401
     except ImportError:
         raise click.ClickException(MISSING) from None
-    from polygpt.config import validate
+    from polygpt.config import parse_overrides, validate
     from polygpt.server import Served, ServerSettings, listen
 
-    chosen = validate(ServerSettings, {name: value for name, value in settings.items() if value is not None})
+    given = {name: value for name, value in settings.items() if value is not None}
+    chosen = validate(ServerSettings, given | parse_overrides(limits))
     chosen.check(keys)
     names_of = _public_names(names, public)
     listening = listen(chosen)

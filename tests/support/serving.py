@@ -7,7 +7,6 @@ import threading
 import time
 from contextlib import contextmanager, suppress
 
-import openai
 import tokenizers as hf
 import uvicorn
 import zoo
@@ -62,6 +61,8 @@ class Live:
         return host, int(port)
 
     def client(self, **options):
+        import openai
+
         key = self.keys[0] if self.keys else "none"
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60, **options)
 
