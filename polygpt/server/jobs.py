@@ -87,6 +87,10 @@ class Job:
         samples = len(self.works) // prompts or 1
         return sum(handle.cached_tokens or 0 for handle in self.handles[::samples])
 
+    def finish(self) -> None:
+        """Ends a job that has no sequences."""
+        self._end()
+
     async def next(self, seconds: float | None = None) -> list[tuple[int, Part]]:
         """The parts that have come since, in order; empty when the job has ended or after so many seconds.
 
