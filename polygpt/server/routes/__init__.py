@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from starlette.routing import Route
 
+from polygpt.server.inspection import inspect
 from polygpt.server.routes.chat import chat
 from polygpt.server.routes.completions import completions
 from polygpt.server.routes.health import health, metrics, version
@@ -18,6 +19,7 @@ ROUTES = [
     Route("/v1/models/{name}", model),
     Route("/v1/settings", settings),
     Route("/v1/completions", completions, methods=["POST"]),
+    Route("/v1/inspect", inspect, methods=["POST"]),
     Route("/v1/chat/completions", chat, methods=["POST"]),
     Route("/tokenize", tokenize, methods=["POST"]),
     Route("/detokenize", detokenize, methods=["POST"]),
@@ -29,6 +31,7 @@ __all__ = [
     "completions",
     "detokenize",
     "health",
+    "inspect",
     "metrics",
     "model",
     "models",

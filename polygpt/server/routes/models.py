@@ -7,7 +7,9 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
+from polygpt.server.inspection import inspection_limits
 from polygpt.server.schemas import MOST_LOGPROBS
+from polygpt.server.served import Served
 from polygpt.server.state import ServerState, state_of
 
 LIMITS = (
@@ -39,7 +41,11 @@ async def settings(request: Request) -> JSONResponse:
     """The limits of the server, and what the page needs to know of each model."""
     state = state_of(request)
     limits = {name: getattr(state.settings, name) for name in LIMITS} | {"max_logprobs": MOST_LOGPROBS}
-    return JSONResponse({"limits": limits, "models": [served.facts() for served in state.models.values()]})
+    return JSONResponse({"limits": limits, "models": [_facts(served) for served in state.models.values()]})
+
+
+def _facts(served: Served) -> dict[str, Any]:
+    return served.facts() | {"inspect": inspection_limits(served)}
 
 
 def _entry(state: ServerState, name: str) -> dict[str, Any]:
