@@ -31,6 +31,7 @@ ROOMS = [
     "interop",
     "data",
     "generation",
+    "origin",
     "language_model",
     "loading",
     "evaluation",
