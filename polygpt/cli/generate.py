@@ -66,7 +66,7 @@ NOT_IN_A_BATCH = ("n", "beams", "length_penalty", "schema", "regex", "past_conte
 @click.option(
     "--draft",
     metavar="MODEL|lookup",
-    help="Guess tokens and check several at once: the same text, sooner. A smaller MODEL, or what followed in the text.",
+    help="Guess tokens by a smaller MODEL or from the text itself, check several at once: the same text, sooner.",
 )
 @click.option(
     "--past-context", is_flag=True, help="Go on past the context length; attention then sees a sliding window."

@@ -81,7 +81,8 @@ class Engine:
         if length > longest:
             raise RequestError(f"length={length} exceeds the model's longest sequence of {longest} tokens")
         vocab_size = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
-        self.model, self.slots, self.length, self.queue = model, slots, length, queue
+        self.model, self.params = model, params
+        self.slots, self.length, self.queue = slots, length, queue
         self.prefixes = PrefixCache(cache_bytes, min(chunk, length))
         if draft is not None:
             check_draft(model, draft, length, vocab_size)

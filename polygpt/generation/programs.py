@@ -29,8 +29,8 @@ class SlotPrograms(NamedTuple):
     """The compiled functions of one configuration, length and vocabulary.
 
     restart(row) -> row: for a new sequence.
-    prefill(params, row, tokens [1, T], start, count, fresh) -> row: after `count` more tokens; `fresh`, which is static,
-        says that they are the first.
+    prefill(params, row, tokens [1, T], start, count, fresh) -> row: after `count` more tokens, the first of their
+        sequence if `fresh`, which is static.
     take(row, start) -> block; put(row, block, start) -> row: see `states`.
     insert(slots, row, tokens [L], length, slot, bias [V]) -> slots: with a prompt read up to its last token in a slot.
     insert_state(state, row, length, slot) -> state: the same for a decoding state alone.

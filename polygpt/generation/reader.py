@@ -14,8 +14,8 @@ from polygpt.generation.prefix_cache import PrefixCache
 from polygpt.generation.programs import SlotPrograms
 from polygpt.model import Model, Params
 
-# Tokens of a prompt's last chunks, so that a short prompt is read about as fast as one step of decoding; each larger size
-# is this many times the one before.
+# Tokens of a prompt's last chunks, so that a short prompt is read about as fast as one step of decoding. Each larger
+# size is this many times the one before.
 SMALL, FACTOR = 16, 4
 
 

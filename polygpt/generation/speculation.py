@@ -133,7 +133,6 @@ def check_draft(model: Model, draft: Speculation, length: int, vocab_size: int) 
     check_rewindable(draft.model, length, "the draft")
     if draft.model.longest_sequence < length:
         raise RequestError(f"the draft's context has {draft.model.longest_sequence} tokens; {length} are needed")
-    if draft.model.config.vocab_size < vocab_size:
-        raise RequestError(
-            f"the draft has {draft.model.config.vocab_size} ids, the model {vocab_size}: it must have the same tokenizer"
-        )
+    ids = draft.model.config.vocab_size
+    if ids < vocab_size:
+        raise RequestError(f"the draft has {ids} ids, the model {vocab_size}: it must have the same tokenizer")
