@@ -14,7 +14,6 @@ from jaxtyping import Array, Float, Int
 from polygpt.config import validate
 from polygpt.errors import PolygptError, RequestError
 from polygpt.generation import (
-    Beam,
     BeamSettings,
     Constraint,
     Draft,
@@ -320,9 +319,8 @@ class LanguageModel:
             return draft
         if not isinstance(draft, LanguageModel):
             raise RequestError(f"draft must be 'lookup' or a model, not {draft!r:.40}")
-        if self.has_tokenizer != draft.has_tokenizer or (
-            self.has_tokenizer and self.tokenizer.fingerprint != draft.tokenizer.fingerprint
-        ):
+        own, other = (lm.tokenizer.fingerprint if lm.has_tokenizer else None for lm in (self, draft))
+        if own != other:
             raise RequestError("the draft has another tokenizer: its tokens would mean other text")
         return Draft(draft.model, draft.params)
 
@@ -347,17 +345,11 @@ class LanguageModel:
         special = tuple(tokenizer.special_tokens.values())
         return Vocabulary(tokenizer.vocabulary_bytes(), special, tokenizer.end_of_text, tokenizer.encode)
 
-    def _search(
-        self, model: Model, requests: Sequence[Request], settings: BeamSettings
-    ) -> list[list[ScoredGeneration]]:
+    def _search(self, model: Model, requests: Sequence[Request], settings: BeamSettings) -> list[list[Generation]]:
         found = search_beams(model, self.params, requests, settings)
-        return [
-            [self._scored(request.prompt, beam) for beam in best] for request, best in zip(requests, found, strict=True)
-        ]
-
-    def _scored(self, prompt: Sequence[int], beam: Beam) -> ScoredGeneration:
-        text = self.tokenizer.decode_after(prompt, beam.tokens) if self.has_tokenizer else None
-        return ScoredGeneration(text, beam.tokens, beam.finish_reason, None, score=beam.score)
+        decode = self.tokenizer.decode_after if self.has_tokenizer else None
+        pairs = zip(requests, found, strict=True)
+        return [[ScoredGeneration.of_beam(request.prompt, beam, decode) for beam in best] for request, best in pairs]
 
     def _ids_of(self, prompt: Prompt, chat: bool) -> list[int]:
         if isinstance(prompt, str):

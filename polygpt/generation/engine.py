@@ -10,26 +10,26 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from numbers import Integral
 
 import jax
 import numpy as np
 
 from polygpt.errors import PolygptError, RequestError
-from polygpt.generation.handle import Handle, Listener, Part, scores_of
+from polygpt.generation.guessing import guess_next, learn
+from polygpt.generation.handle import Handle, Listener, Part, forced_tokens, scores_of
 from polygpt.generation.prefix_cache import PrefixCache
 from polygpt.generation.requests import Request, check_requests
 from polygpt.generation.runner import SlotRunner
 from polygpt.generation.slots import CHUNK, Decoded
-from polygpt.generation.speculation import GUESSES, Draft, Guesses, Lookup, Speculation, check_draft, guess_by_lookup
+from polygpt.generation.speculation import Draft, Guesses, Lookup, Speculation, check_draft
 from polygpt.generation.statistics import Statistics
 from polygpt.generation.text import TextStream
 from polygpt.model import Model, Params
 
 # Decoding goes on without looking at arrivals for about this long, or for one step.
 SECONDS = 0.01
-# From so many on, tokens that a constraint leaves no choice of are read at once; fewer cost no more one by one.
-FEWEST_FORCED = 4
 
 
 class Engine:
@@ -222,7 +222,7 @@ class Engine:
         if not active.any():
             return parts
         began = time.perf_counter()
-        guesses = None if self._draft is None else self._guess(active)
+        guesses = None if self._draft is None else guess_next(self._draft, self._runner, self._running, active)
         if guesses is not None and guesses.counts.any():
             decoded = self._runner.verify(active, guesses, masks)
         else:
@@ -238,55 +238,25 @@ class Engine:
         limit = most or int(SECONDS / self._step_seconds)
         return max(1, min(limit, CHUNK, *pauses))
 
-    def _guess(self, active: np.ndarray) -> Guesses:
-        """Guesses of the next tokens; none for requests with a constraint."""
-        rows = [handle if running else None for handle, running in zip(self._running, active, strict=True)]
-        rooms = [0 if handle is None or handle.matcher is not None else handle.room - 1 for handle in rows]
-        if self._draft == "lookup":
-            return guess_by_lookup([None if handle is None else handle.lookup for handle in rows], rooms)
-        counts = np.clip(rooms, 0, GUESSES).astype(np.int32)
-        return Guesses(self._runner.draft(counts > 0) if counts.any() else None, counts)
-
-    def _learn(self, handle: Handle, tokens: list[int], guessed: int, steps: int) -> None:
-        """Counts how many guesses were right: all tokens that came of them but the last."""
-        right = len(tokens) - 1 if guessed else 0
-        handle.drafted += guessed
-        handle.accepted += right
-        self._counts["drafted"] += guessed
-        self._counts["accepted"] += right
-        if handle.lookup is not None:
-            handle.lookup.judge(guessed, right, steps)
-            handle.lookup.extend(tokens)
-
     def _follow_constraints(self, parts: list[tuple[Handle, Part]]) -> np.ndarray | None:
         """Appends what constraints force; gives the masks of the next token, None if no running request has any."""
-        words = self._runner.mask_words
         masks: np.ndarray | None = None
         for slot, handle in enumerate(self._running):
             if handle is None or handle.ended or handle.matcher is None:
                 continue
             try:
-                if handle.request.logprobs is None:
-                    self._append_forced(slot, handle, parts)
+                forced = forced_tokens(handle)
+                if forced:
+                    self._runner.append(slot, forced)
+                    self._give(handle, partial(handle.receive_forced, forced), slot, parts)
                 if handle.ended:
                     continue
-                allowed = handle.matcher.allowed(words)
+                masks = self._runner.all_allowed() if masks is None else masks
+                masks[slot] = handle.matcher.allowed(masks.shape[1])
             except RequestError as error:
                 with self._lock:
                     handle.fail(error)
-                continue
-            if masks is None:
-                masks = np.full((self.slots, words), 2**32 - 1, np.uint32)
-            masks[slot] = allowed
         return masks
-
-    def _append_forced(self, slot: int, handle: Handle, parts: list[tuple[Handle, Part]]) -> None:
-        forced = handle.matcher.forced()[: handle.room]
-        if len(forced) < FEWEST_FORCED:
-            return
-        handle.matcher.take(forced)
-        self._runner.append(slot, forced)
-        self._give(handle, lambda: handle.receive_forced(forced), slot, parts)
 
     def _distribute(
         self,
@@ -307,9 +277,11 @@ class Engine:
             tokens = decoded[2][slot, :count].tolist()
             scores = [] if handle.request.logprobs is None else scores_of(decoded, slot, handle.request.logprobs)
             if guesses is not None:
-                self._learn(handle, tokens, int(guesses.counts[slot]), steps)
+                guessed, right = learn(handle, tokens, int(guesses.counts[slot]), steps)
+                self._counts["drafted"] += guessed
+                self._counts["accepted"] += right
             before = handle.room
-            self._give(handle, lambda h=handle, t=tokens, s=scores: h.receive(t, s), slot, parts)
+            self._give(handle, partial(handle.receive, tokens, scores), slot, parts)
             handle.decoded += before - handle.room
             handle.seconds += seconds
 

@@ -22,6 +22,9 @@ DAMAGED = (
     "its weights are damaged, or its numbers exceed the range of compute_dtype"
 )
 
+# From so many on, tokens that a constraint leaves no choice of are read at once; fewer cost no more one by one.
+FEWEST_FORCED = 4
+
 
 class Logprob(NamedTuple):
     """The log probability of a token, in nats, and (id, log probability) of the likeliest, as many as were asked."""
@@ -197,6 +200,20 @@ class Handle:
         if len(tokens) < self.room:
             return tokens, None
         return tokens, "length" if self._budget == self.request.max_new_tokens else "context_length"
+
+
+def forced_tokens(handle: Handle) -> list[int]:
+    """The next tokens if its constraint leaves no choice, which the matcher then has taken; none where they are few.
+
+    Log probabilities take a step for each token, so with them nothing is forced.
+    """
+    if handle.request.logprobs is not None:
+        return []
+    forced = handle.matcher.forced()[: handle.room]
+    if len(forced) < FEWEST_FORCED:
+        return []
+    handle.matcher.take(forced)
+    return forced
 
 
 def scores_of(decoded: Decoded, slot: int, count: int) -> list[Logprob]:

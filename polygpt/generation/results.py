@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from polygpt.generation.beams import Beam
 from polygpt.generation.handle import Handle
 from polygpt.generation.requests import FinishReason
+from polygpt.generation.text import Decode
 
 
 @dataclass(frozen=True)
@@ -53,3 +56,9 @@ class ScoredGeneration(Generation):
     """A continuation that beam search found; `score` is as `BeamSettings` says, the stop token included."""
 
     score: float = 0.0
+
+    @classmethod
+    def of_beam(cls, prompt: Sequence[int], beam: Beam, decode: Decode | None) -> ScoredGeneration:
+        """The result of a beam; without `decode` its text is None."""
+        text = None if decode is None else decode(prompt, beam.tokens)
+        return cls(text, beam.tokens, beam.finish_reason, None, score=beam.score)

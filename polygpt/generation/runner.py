@@ -60,10 +60,9 @@ class SlotRunner:
             self._draft_state = empty_slots(self._draft.model.config, self.slots, self.length).state
             self._draft_reader.reset()
 
-    @property
-    def mask_words(self) -> int:
-        """32-bit words of a row's mask."""
-        return self._no_masks.words.shape[1]
+    def all_allowed(self) -> UInt32[np.ndarray, "B W"]:
+        """Masks that allow every id."""
+        return Masks.none(self.slots, self.model.config.vocab_size).words
 
     def begin(self, prompt: Sequence[int]) -> None:
         """Prepares to read a prompt; its last token is left for decoding."""

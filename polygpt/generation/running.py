@@ -54,7 +54,7 @@ def engine_for(
 def run_all(
     engine: Engine,
     requests: Sequence[Request],
-    streams: Sequence[TextStream | None],
+    streams: Sequence[TextStream | None] | None = None,
     on_text: Callable[[str], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Handle]:
@@ -63,7 +63,7 @@ def run_all(
     Args:
         engine: which has nothing else to do.
         requests: what is run.
-        streams: their texts.
+        streams: their texts; None leaves them at tokens.
         on_text: called with each new piece of text.
         progress: called with (done, total) as requests end.
 
@@ -71,6 +71,7 @@ def run_all(
         RequestError: a request is impossible.
         PolygptError: logits are not finite numbers.
     """
+    streams = [None] * len(requests) if streams is None else streams
     handles = [engine.submit(request, stream) for request, stream in zip(requests, streams, strict=True)]
     done = 0
     while done < len(handles):
