@@ -33,6 +33,7 @@ ROOMS = [
     "interop",
     "data",
     "generation",
+    "origin",
     "language_model",
     "loading",
     "evaluation",
