@@ -15,13 +15,14 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from polygpt.errors import RequestError
-from polygpt.generation import Engine, Handle, Part, Request, Sampler
+from polygpt.generation import Engine, Handle, Part, Request, Sampler, Statistics
 from polygpt.server.errors import ApiError, as_api_error, invalid, unavailable
 from polygpt.server.jobs import Job
 
 logger = logging.getLogger("polygpt.server")
 # Seconds before an engine that failed is tried again; doubled each time up to the last.
 FIRST_PAUSE, LAST_PAUSE = 0.1, 30.0
+_NOTHING = Statistics(*[0] * len(Statistics._fields))
 _PROBE = Request((0,), 1, Sampler(temperature=0.0))
 
 
@@ -114,12 +115,15 @@ class Runner:
         self._engine.compile()
 
     @property
+    def statistics(self) -> Statistics:
+        """The engine's, all zeros while there is none."""
+        engine = self._engine
+        return _NOTHING if engine is None else engine.statistics
+
+    @property
     def load(self) -> tuple[int, int]:
         """Sequences in slots, and sequences that wait for one."""
-        engine = self._engine
-        if engine is None:
-            return 0, 0
-        statistics = engine.statistics
+        statistics = self.statistics
         return statistics.slots_in_use, statistics.queued
 
     def _ended(self, job: Job) -> None:

@@ -67,6 +67,16 @@ def endless(lm):
     return {str(token): -100 for token in lm.stop_tokens}
 
 
+def test_acceptance_of_speculation(lm):
+    with serving.running({"a": lm}, draft="lookup", slots=2) as live:
+        ids = [5, 6, 7, 8] * 8
+        answer = live.client().completions.create(model="a", prompt=ids, max_tokens=30, temperature=0)
+        assert answer.choices[0].text == lm.generate(ids, max_new_tokens=30, temperature=0.0).text
+        found, engine = read(live), live.served.runner.statistics
+        assert found["polygpt_drafted_tokens_total", "a"] == engine.drafted > 0
+        assert found["polygpt_accepted_tokens_total", "a"] == engine.accepted <= engine.drafted
+
+
 def test_what_waits_and_what_runs(fresh, lm):
     body = {"model": "a", "prompt": "x", "max_tokens": 900, "logit_bias": endless(lm)}
     with fresh.slowly(0.02):
