@@ -14,7 +14,7 @@ from polygpt.generation import Handle, Part, Request, TextStream
 
 @dataclass
 class Work:
-    """One sequence: what the engine is asked for, and its stream of text."""
+    """One sequence: the request to the engine, and its stream of text."""
 
     request: Request
     stream: TextStream | None = None
