@@ -62,6 +62,7 @@ async function meetServer() {
   banner(null);
   showView();
   document.body.dataset.ready = "";
+  performance.mark("ready");
 }
 
 function banner(message) {
