@@ -108,6 +108,7 @@ export function score() {
     const sequence = new Sequence({ model, promptIds: async () => [], run, actions: actions.filter(([name]) => name !== "Keep and write on"), name: "Your text" });
     show([sequence], { heading });
     sequence.view.add(found.tokens);
+    sequence.view.finish();
     sequence.chart.element.hidden = false;
     sequence.chart.set(sequence.view.tokens);
     sequence.meta.textContent = `${number(ids.length)} tokens`;
