@@ -40,7 +40,7 @@ from polygpt.generation import (
 from polygpt.kernels import WEIGHT_TYPES, WeightType
 from polygpt.model import Model, ModelConfig, Params, model_of
 from polygpt.origin import Origin
-from polygpt.tokenizers import Messages, Tokenizer, chat_tokens
+from polygpt.tokenizers import Messages, Tokenizer, Tools, chat_tokens
 
 LOGITS_NOT_FINITE = "the model's logits are not finite numbers (NaN or infinity)"
 NOT_FINITE_CAUSES = "its weights are damaged, or its numbers exceed the range of compute_dtype"
@@ -187,8 +187,10 @@ class LanguageModel:
         ids = [*tokenizer.start, *tokenizer.encode(prompt)]
         return ids or ([] if tokenizer.end_of_text is None else [tokenizer.end_of_text])
 
-    def chat_tokens(self, messages: str | Messages) -> list[int]:
+    def chat_tokens(self, messages: str | Messages, tools: Tools = ()) -> list[int]:
         """The ids from which the answer to a conversation, or to a single message of a user, is continued.
+
+        `tools` are offered to the model, where its template knows tools.
 
         Raises:
             RequestError: the model has no chat template, or the template refuses the messages.
@@ -199,7 +201,7 @@ class LanguageModel:
                 "this model came without a chat template: generate without --chat (chat=True in Python) and write the "
                 "prompt in full"
             )
-        return chat_tokens(self.tokenizer, template, messages)
+        return chat_tokens(self.tokenizer, template, messages, tools)
 
     def chat(self, messages: Messages, **settings: Any) -> Generation:
         """The model's answer to a conversation: messages with a `role` and `content`, the oldest first.

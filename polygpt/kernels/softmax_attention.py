@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from polygpt.errors import RequestError
 from polygpt.kernels.blocked import BLOCK, blocked_attention
+from polygpt.kernels.heads import on_own_heads
 from polygpt.kernels.pallas import pallas_attention
 from polygpt.kernels.regularization import dropout
 from polygpt.kernels.scores import ScoreInputs, ScoreRule, visible
@@ -85,6 +86,20 @@ def attention(
         inputs: sinks, slopes, segment ids, the key of dropout.
         implementation: see `choose_attention`.
     """
+
+    def own(
+        q: Queries, k: Keys, v: Keys, segment_ids: Array | None, heads: tuple, _: None, key: Array | None
+    ) -> Queries:
+        return _attention(q, k, v, rule, ScoreInputs(*heads, segment_ids, key), implementation)
+
+    heads = inputs.sinks, inputs.slopes
+    return on_own_heads(own, q, k, v, rows=inputs.segment_ids, heads=heads, key=inputs.key)
+
+
+def _attention(
+    q: Queries, k: Keys, v: Keys, rule: ScoreRule, inputs: ScoreInputs, implementation: Implementation
+) -> Queries:
+    """`attention` on one device."""
     spec = AttentionSpec.of(
         rule,
         q.dtype,
@@ -146,10 +161,33 @@ def reference_attention(
     Scores and softmax are float32. Segment ids are of queries and keys alike, so they need T = S.
     """
     b, t, n, h = q.shape
-    groups = (k.shape[2], n // k.shape[2])
-    grouped = q.reshape(b, t, *groups, h)
     dtype = jnp.promote_types(q.dtype, k.dtype)  # a cache may keep more bits
-    grouped, k, v = grouped.astype(dtype), k.astype(dtype), v.astype(dtype)
+    weights = _weights(q, k, rule, inputs, query_positions, key_positions).astype(dtype)
+    weights = dropout(weights, rule.dropout, inputs.key)
+    mixed = jnp.einsum("bkgts,bskh->bkgth", weights, v.astype(dtype), preferred_element_type=jnp.float32)
+    return jnp.moveaxis(mixed, 3, 1).astype(q.dtype).reshape(b, t, n, h)
+
+
+def attention_weights(q: Queries, k: Keys, rule: ScoreRule, inputs: ScoreInputs) -> Float[Array, "B N T T"]:
+    """The weights of each head over T positions, float32; of a query's weights those of keys it does not see are 0."""
+    positions = jnp.arange(q.shape[1])[None]
+    weights = _weights(q, k, rule, inputs, positions, positions)
+    return weights.reshape(weights.shape[0], -1, *weights.shape[3:])
+
+
+def _weights(
+    q: Queries,
+    k: Keys,
+    rule: ScoreRule,
+    inputs: ScoreInputs,
+    query_positions: Int[Array, "#B T"],
+    key_positions: Int[Array, "#B S"],
+) -> Float[Array, "B K G T S"]:
+    """softmax of the scores, float32, G query heads for each key head; a sink's share is left out."""
+    b, t, n, h = q.shape
+    groups = (k.shape[2], n // k.shape[2])
+    dtype = jnp.promote_types(q.dtype, k.dtype)
+    grouped, k = q.reshape(b, t, *groups, h).astype(dtype), k.astype(dtype)
     scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32)
     scores = rule.cap(scores * rule.scale)
     if inputs.slopes is not None:
@@ -162,7 +200,4 @@ def reference_attention(
     if inputs.sinks is not None:
         sink = jnp.broadcast_to(inputs.sinks.reshape(groups)[None, :, :, None, None], (*scores.shape[:-1], 1))
         scores = jnp.concatenate([scores, sink], -1)
-    probabilities = jax.nn.softmax(scores, axis=-1)[..., : k.shape[1]].astype(dtype)
-    probabilities = dropout(probabilities, rule.dropout, inputs.key)
-    mixed = jnp.einsum("bkgts,bskh->bkgth", probabilities, v, preferred_element_type=jnp.float32)
-    return jnp.moveaxis(mixed, 3, 1).astype(q.dtype).reshape(b, t, n, h)
+    return jax.nn.softmax(scores, axis=-1)[..., : k.shape[1]]

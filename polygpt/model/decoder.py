@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from polygpt.kernels import (
     layer_view,
     nll_of_logits,
     project_to_vocabulary,
+    token_nll,
     weighted_nll,
     write_back,
 )
@@ -33,8 +34,11 @@ from polygpt.model.block import LayerState
 from polygpt.model.config import ModelConfig
 from polygpt.model.parts import Context, Effects, Initializer
 from polygpt.model.remat import Remat, rematerialized, scan_in_segments
+from polygpt.sharding import constrain, current_mesh, gathered
 
 Loads = dict[int, dict[str, Array]]
+# Intermediates by name, each with a function that is applied to it before it is kept.
+Capture = Mapping[str, Callable[[Array], Array]]
 
 
 class Output(NamedTuple):
@@ -45,11 +49,13 @@ class Output(NamedTuple):
         state: the decoding state after these tokens; None if none was given.
         effects: of training: losses summed and metrics averaged over layers; `loads` by the index of the pattern's
             entry, those of the layers that it serves stacked.
+        captured: for each layer, the intermediates that were asked for.
     """
 
     hidden: Float[Array, "B T D"]
     state: PyTree | None
     effects: Effects
+    captured: tuple[dict[str, Array], ...] = ()
 
 
 def _at_precision(method: Callable) -> Callable:
@@ -106,6 +112,7 @@ class Decoder(nnx.Module):
         key: PRNGKeyArray | None = None,
         loads: Loads | None = None,
         remat: Remat = "none",
+        capture: Capture | None = None,
     ) -> Output:
         """Hidden states of `tokens`.
 
@@ -121,6 +128,10 @@ class Decoder(nnx.Module):
             key: for dropout and noise; None draws nothing.
             loads: those of `Output.effects` over the whole batch, of which these tokens are a part.
             remat: what is computed again for the gradient (see `remat.py`).
+            capture: the intermediates to give back, each with a function that is applied to it, such as one that
+                keeps a part of it. There are `residual`, the residual stream after each block, [B, T, D];
+                `attention`, each head's weights, float32 [B, N, T, S]; and `experts`, the share that each expert has
+                in a token's output, float32 [B, T, E], of feed-forwards with experts.
 
         Raises:
             ValueError: `segment_ids` and `state` are both given: a decoding state holds one document.
@@ -131,79 +142,90 @@ class Decoder(nnx.Module):
         if segment_ids is not None:
             segment_ids, counted = _documents(segment_ids)
         positions = counted if positions is None else positions
+        position = _gathered(self.position)
         sizes = {layer.attention.rotation_size(self.config) for layer in self.config.layers} - {None}
         context = Context(
             positions=positions,
             segment_ids=segment_ids,
             valid=valid,
-            rotations=self.position.rotations(positions, sizes),
-            slopes=self.position.slopes,
+            rotations=position.rotations(positions, sizes),
+            slopes=position.slopes,
             training=training,
             key=key,
             fresh=fresh,
+            capture=capture or {},
         )
-        x = self._embed(tokens, context)
-        x, state, effects = self._layers(x, context, state, loads or {}, remat)
-        return Output(x if self.final_norm is None else self.final_norm(x), state, effects)
+        x = self._embed(tokens, position, context)
+        x, state, effects, captured = self._layers(x, context, state, loads or {}, remat)
+        return Output(self.normalize(x), state, effects, captured)
 
-    def _embed(self, tokens: Int[Array, "B T"], context: Context) -> Float[Array, "B T D"]:
+    def normalize(self, residual: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The residual stream after the final norm, ready for the head."""
+        final_norm = _gathered(self.final_norm)
+        return residual if final_norm is None else final_norm(residual)
+
+    def _embed(self, tokens: Int[Array, "B T"], position: nnx.Module, context: Context) -> Float[Array, "B T D"]:
         """scale · E[token], plus what the position adds, after dropout."""
         config = self.config
-        x = self.embedding[tokens].astype(config.compute_dtype)
+        table = self.embedding if current_mesh() is None else _whole(self.embedding)
+        x = constrain(table[tokens], "batch", None, "embed").astype(config.compute_dtype)
         scale = config.width**0.5 if config.embed_scale == "sqrt" else config.embed_scale
         x = x if scale == 1 else x * jnp.asarray(scale, x.dtype)
-        x = self.position.embed(x, context.positions)
+        x = position.embed(x, context.positions)
         return dropout(x, config.embed_dropout, context.fold(config.num_layers).key)
 
     def _layers(
         self, x: Float[Array, "B T D"], context: Context, state: PyTree | None, loads: Loads, remat: Remat
-    ) -> tuple[Float[Array, "B T D"], PyTree | None, Effects]:
+    ) -> tuple[Float[Array, "B T D"], PyTree | None, Effects, tuple[dict[str, Array], ...]]:
         """All layers: a scan over whole repetitions of the pattern, if there are several, then the rest of one."""
         graphs, params, in_place = _split(self.blocks)
         whole, rest = divmod(self.config.num_layers, max(len(graphs), 1))
 
         def run(
             entry: int, leaves: dict, x: Array, index: Array | int, before: LayerState
-        ) -> tuple[Array, LayerState, Effects]:
-            layer = nnx.merge(graphs[entry], unflatten_dict(leaves))
+        ) -> tuple[Array, LayerState, tuple[Effects, dict[str, Array]]]:
+            layer = _gathered(nnx.merge(graphs[entry], unflatten_dict(leaves)))
             whole_batch = jax.tree.map(lambda leaf: leaf[index], loads.get(entry))
-            own = dataclasses.replace(context.fold(index * len(graphs) + entry), loads=whole_batch)
-            return layer(x, own, before)
+            own = dataclasses.replace(context.fold(index * len(graphs) + entry), loads=whole_batch, captured={})
+            y, after, effects = layer(x, own, before)
+            return y, after, (effects, own.captured)
 
         run = rematerialized(run, remat)
 
         def repetition(
             carry: tuple[Array, list], inputs: tuple[Array | int, list]
-        ) -> tuple[tuple[Array, list], list[Effects]]:
+        ) -> tuple[tuple[Array, list], list[tuple[Effects, dict[str, Array]]]]:
             (x, states), (index, weights) = carry, inputs
-            states, effects = list(states), []
+            states, reports = list(states), []
             for entry, leaves in enumerate(weights):
                 leaves = leaves | layer_view(in_place[entry], index)
                 x, after, reported = run(entry, leaves, x, index, layer_view(states[entry], index))
                 states[entry] = write_back(states[entry], after, index)
-                effects.append(reported)
-            return (x, states), effects
+                reports.append(reported)
+            return (x, states), reports
 
-        def alone(carry: tuple[Array, list], index: int, entries: int) -> tuple[tuple[Array, list], list[Effects]]:
+        def alone(carry: tuple[Array, list], index: int, entries: int) -> tuple[tuple[Array, list], list[tuple]]:
             """Repetition `index`, or its first entries, outside a scan."""
             weights = jax.tree.map(lambda leaf: leaf[index], params[:entries])
-            carry, effects = repetition(carry, (index, weights))
-            return carry, jax.tree.map(lambda leaf: leaf[None], effects)
+            carry, reports = repetition(carry, (index, weights))
+            return carry, jax.tree.map(lambda leaf: leaf[None], reports)
 
         carry = (x, [LayerState(None, None)] * len(graphs) if state is None else state)
         if whole == 1:  # a scan of one repetition takes half as long again to trace and differentiate
-            carry, effects = alone(carry, 0, len(graphs))
+            carry, reports = alone(carry, 0, len(graphs))
         else:
             head = jax.tree.map(lambda leaf: leaf[:whole], params)
             # Fully unrolled if that runs faster; the gradient of the stack is still one concatenation.
             unroll = 1 if self.config.scans else max(whole, 1)
             scan = scan_in_segments if remat == "full" else lax.scan
-            carry, effects = scan(repetition, carry, (jnp.arange(whole), head), unroll=unroll)
+            carry, reports = scan(repetition, carry, (jnp.arange(whole), head), unroll=unroll)
         if rest:
             carry, last = alone(carry, whole, rest)
-            effects[:rest] = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), effects[:rest], last)
+            reports[:rest] = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), reports[:rest], last)
         x, after = carry
-        return x, None if state is None else after, _over_layers(effects)
+        effects, captured = [report[0] for report in reports], [report[1] for report in reports]
+        layers = _by_layer(captured, self.config.num_layers) if context.capture else ()
+        return x, None if state is None else after, _over_layers(effects), layers
 
     @_at_precision
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
@@ -211,14 +233,20 @@ class Decoder(nnx.Module):
         if self.config.head == "none":
             products = hidden.astype(jnp.float32)
         elif self.config.head == "tied":
-            products = project_to_vocabulary(hidden, self.embedding.get_value(), transposed=True)
+            products = project_to_vocabulary(hidden, _whole(self.embedding), transposed=True)
         else:
-            products = project_to_vocabulary(hidden, self.head.get_value())
+            products = project_to_vocabulary(hidden, _whole(self.head))
+        products = constrain(products, "batch", *[None] * (hidden.ndim - 2), "vocab")
         return self.config.logit_rule.apply(products)
 
     def nll(self, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
         """Negative log likelihood of each target in nats, float32."""
-        return nll_of_logits(self.logits(hidden), targets)
+        if current_mesh() is None or self.config.head == "none":
+            return nll_of_logits(self.logits(hidden), targets)
+        return token_nll(hidden, self._head_matrix(), targets, self.config.logit_rule)
+
+    def _head_matrix(self) -> Float[Array, "D V"]:
+        return _whole(self.embedding).T if self.config.head == "tied" else _whole(self.head)
 
     @_at_precision
     def loss(
@@ -227,8 +255,25 @@ class Decoder(nnx.Module):
         """Σ token_weights · nll, equal to that of `nll`, in a form that is fast to differentiate."""
         if self.config.head == "none":
             return (self.nll(hidden, targets) * token_weights).sum()
-        weight = self.embedding[...].T if self.config.head == "tied" else self.head[...]
-        return weighted_nll(hidden, weight, targets, token_weights, self.config.logit_rule)
+        return weighted_nll(hidden, self._head_matrix(), targets, token_weights, self.config.logit_rule)
+
+
+def _whole(parameter: nnx.Param) -> Any:
+    """A parameter's value as products need it (see `gathered`)."""
+    value = parameter.get_value()
+    if current_mesh() is None:
+        return value
+    axes = parameter.get_metadata()["axes"]
+    return gathered(value, axes[len(axes) - value.ndim :])  # within a layer there is no axis `layers`
+
+
+def _gathered(module: nnx.Module | None) -> nnx.Module | None:
+    """A module whose parameters are as products need them; the module itself where no mesh is in scope."""
+    if module is None or current_mesh() is None:
+        return module
+    graph, state = nnx.split(module)
+    whole = {path: _whole(parameter) for path, parameter in nnx.to_flat_state(state)}
+    return nnx.merge(graph, unflatten_dict(whole))
 
 
 def _documents(segment_ids: Int[Array, "B T"]) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
@@ -248,6 +293,15 @@ def _split(blocks: nnx.List) -> tuple[list[nnx.GraphDef], list[dict], list[dict]
         params.append({path: leaf for path, leaf in flat.items() if not in_stack(leaf)})
         in_place.append({path: leaf for path, leaf in flat.items() if in_stack(leaf)})
     return graphs, params, in_place
+
+
+def _by_layer(captured: list[dict[str, Array]], num_layers: int) -> tuple[dict[str, Array], ...]:
+    """What each layer recorded, from what those of each pattern entry did, stacked."""
+    period = len(captured)
+    return tuple(
+        {name: stack[layer // period] for name, stack in captured[layer % period].items()}
+        for layer in range(num_layers)
+    )
 
 
 def _over_layers(effects: list[Effects]) -> Effects:

@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 from polygpt.config import Config, PartConfig
 from polygpt.kernels import dropout as dropout  # for parts of a user's own, too
 from polygpt.kernels import matmul
+from polygpt.sharding import constrain
 
 if TYPE_CHECKING:
     from polygpt.model.config import ModelConfig
@@ -150,6 +151,8 @@ class Context:
         key: for dropout and noise; None draws nothing.
         fresh: the decoding state is still empty, so these tokens see only each other.
         loads: in training on a part of a batch, this feed-forward's loads over the whole batch, by name.
+        capture: the intermediates that the caller asks for by name, each with a function that is applied to it.
+        captured: of one layer, what its parts have recorded.
     """
 
     positions: Int[Array, "B T"]
@@ -161,6 +164,13 @@ class Context:
     key: PRNGKeyArray | None = None
     fresh: bool = False
     loads: Mapping[str, Array] | None = None
+    capture: Mapping[str, Callable[[Array], Array]] = dataclasses.field(default_factory=dict)
+    captured: dict[str, Array] = dataclasses.field(default_factory=dict)
+
+    def record(self, name: str, compute: Callable[[], Array]) -> None:
+        """Records an intermediate if the caller asks for it; otherwise nothing is computed."""
+        if name in self.capture:
+            self.captured[name] = self.capture[name](compute())
 
     def fold(self, number: int | Int[Array, ""]) -> Context:
         """The same context with an independent dropout key."""
@@ -188,7 +198,9 @@ NO_EFFECTS = Effects({}, {}, {})
 
 def dense(x: Float[Array, "B T ..."], kernel: nnx.Param, bias: nnx.Param | None = None) -> Float[Array, "B T ..."]:
     """x·W + b, contracting the trailing axes of `x` with the first (`inputs`) axes of `kernel`."""
-    y = matmul(x, kernel.get_value(), kernel.get_metadata()["inputs"])
+    metadata = kernel.get_metadata()
+    y = matmul(x, kernel.get_value(), metadata["inputs"])
+    y = constrain(y, "batch", None, *metadata["axes"][2 - y.ndim :])
     return y if bias is None else y + bias[...].astype(x.dtype)
 
 

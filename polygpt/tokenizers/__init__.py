@@ -3,7 +3,7 @@
 Whatever the kind, a tokenizer is one `tokenizer.json` of the `tokenizers` library.
 """
 
-from polygpt.tokenizers.chat import Messages, chat_tokens, render_chat
+from polygpt.tokenizers.chat import Messages, Tools, chat_tokens, render_chat
 from polygpt.tokenizers.config import END_OF_TEXT, TokenizerConfig
 from polygpt.tokenizers.folder import has_tokenizer, load_tokenizer
 from polygpt.tokenizers.gguf_reading import read_gguf_text
@@ -19,6 +19,7 @@ __all__ = [
     "PieceKind",
     "Tokenizer",
     "TokenizerConfig",
+    "Tools",
     "chat_tokens",
     "has_tokenizer",
     "load_tokenizer",

@@ -21,19 +21,23 @@ _KEYS = ("role", "content")
 LIMIT = 100_000  # far more than a template that lays out a message needs
 
 
-# A message has a `role` (`system`, `user`, `assistant`, ...) and `content`, its text.
-Messages = Sequence[Mapping[str, str]]
+# A message has a `role` (`system`, `user`, `assistant`, ...) and `content`, its text; an assistant's
+# may have `tool_calls` instead.
+Messages = Sequence[Mapping[str, Any]]
+# What a model may call: objects as transformers' `apply_chat_template` takes them.
+Tools = Sequence[Mapping[str, Any]]
 
 
-def chat_tokens(tokenizer: Tokenizer, template: str, messages: str | Messages) -> list[int]:
+def chat_tokens(tokenizer: Tokenizer, template: str, messages: str | Messages, tools: Tools = ()) -> list[int]:
     """The ids that a model continues as its answer to `messages`, or to a single message of a user.
 
-    Special tokens of the template count; those typed in a message, whoever's it is, are ordinary text.
+    Special tokens of the template count; those typed in a message or a tool, whoever's it is, are ordinary text.
 
     Args:
         tokenizer: its roles (`bos_token`, ...) are variables of the template.
         template: as tokenizer_config.json or a GGUF file has it.
         messages: the conversation, the oldest first.
+        tools: what the template is to offer; it must know `tools`.
 
     Raises:
         RequestError: as `render_chat`.
@@ -41,25 +45,35 @@ def chat_tokens(tokenizer: Tokenizer, template: str, messages: str | Messages) -
     names = {number: token for token, number in tokenizer.special_tokens.items()}
     guesses = {"bos_token": names.get((*tokenizer.start, None)[0]), "eos_token": names.get(tokenizer.end_of_text)}
     variables = tokenizer.roles or {name: token for name, token in guesses.items() if token is not None}
-    marked = [
-        {**message, "content": mark_tokens(message["content"], tokenizer.special_tokens)}
-        for message in _as_messages(messages)
-    ]
-    return tokenizer.encode_marked(render_chat(template, marked, variables))
+    special = tokenizer.special_tokens
+    marked = [_marked(message, special) | {"role": message["role"]} for message in _as_messages(messages)]
+    offered = {"tools": _marked(list(tools), special)} if tools else {}
+    return tokenizer.encode_marked(render_chat(template, marked, {**variables, **offered}))
 
 
-def _as_messages(given: str | Messages) -> list[dict[str, str]]:
+def _marked(value: Any, tokens: Mapping[str, int]) -> Any:
+    """`value` with the special tokens in all its texts marked as typed."""
+    if isinstance(value, str):
+        return mark_tokens(value, tokens)
+    if isinstance(value, Mapping):
+        return {mark_tokens(name, tokens): _marked(inner, tokens) for name, inner in value.items()}
+    return [_marked(inner, tokens) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _as_messages(given: str | Messages) -> list[dict[str, Any]]:
     if isinstance(given, str):
         return [{"role": "user", "content": given}]
     if not isinstance(given, list | tuple) or not given:
         raise RequestError("a conversation is a list of messages, each with a role and its content")
     for number, message in enumerate(given):
-        if not isinstance(message, Mapping) or not all(isinstance(message.get(key), str) for key in _KEYS):
+        calls = isinstance(message, Mapping) and message.get("tool_calls")
+        needed = ("role",) if calls else _KEYS
+        if not isinstance(message, Mapping) or not all(isinstance(message.get(key), str) for key in needed):
             raise RequestError(f"message {number} is {message!r:.60}: it needs a role and its content, both text")
     return [dict(message) for message in given]
 
 
-def render_chat(template: str, messages: str | Messages, variables: Mapping[str, str] | None = None) -> str:
+def render_chat(template: str, messages: str | Messages, variables: Mapping[str, Any] | None = None) -> str:
     """The text that a model continues as its answer to `messages`, or to a single message of a user.
 
     Args:

@@ -15,6 +15,7 @@ from polygpt.kernels import (
     ScoreInputs,
     ScoreRule,
     attention,
+    attention_weights,
     choose_attention,
     reference_attention,
 )
@@ -113,6 +114,8 @@ class SoftmaxAttention(Projections):
             segment_ids=context.segment_ids,
             key=context.key,
         )
+        if state is None or context.fresh:
+            context.record("attention", lambda: attention_weights(q, k, self.rule, inputs))
         if state is None:
             return self.merge(attention(q, k, v, self.rule, inputs, self.config.implementation)), None
         last = _last_positions(context)

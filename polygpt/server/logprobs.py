@@ -1,0 +1,66 @@
+"""Log probabilities in the two forms of OpenAI's API, and in one of ours that has token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from polygpt.generation import Logprob
+from polygpt.server.served import Served
+
+# Stands for -inf, which JSON has no number for.
+LOWEST = -9999.0
+
+
+def completion_logprobs(
+    served: Served, tokens: Sequence[int], scores: Sequence[Logprob | None], start: int
+) -> dict[str, Any]:
+    """The form of `/v1/completions`.
+
+    Args:
+        served: the model.
+        tokens: ids.
+        scores: of each; None for the first id of an echoed prompt, which nothing predicts.
+        start: characters of the choice's text before these tokens.
+    """
+    names = [served.token_text(token) for token in tokens]
+    offsets = []
+    for token in tokens:
+        offsets.append(start)
+        start += len(served.token_bytes(token).decode(errors="ignore"))
+    tops = [None if score is None else _top(served, score) for score in scores]
+    return {
+        "tokens": names,
+        "token_logprobs": [None if score is None else _number(score.logprob) for score in scores],
+        "top_logprobs": tops,
+        "text_offset": offsets,
+    }
+
+
+def chat_logprobs(
+    served: Served, tokens: Sequence[int], scores: Sequence[Logprob | None], with_ids: bool
+) -> list[dict[str, Any]]:
+    """The `content` of the form of `/v1/chat/completions`; with the ids of tokens if asked."""
+
+    def entry(token: int, logprob: float | None) -> dict[str, Any]:
+        data = served.token_bytes(token)
+        own = {"id": token} if with_ids else {}
+        number = None if logprob is None else _number(logprob)
+        return {"token": served.token_text(token), "logprob": number, "bytes": list(data), **own}
+
+    found = []
+    for token, score in zip(tokens, scores, strict=True):
+        top = [] if score is None else [entry(*pair) for pair in score.top]
+        found.append(entry(token, None if score is None else score.logprob) | {"top_logprobs": top})
+    return found
+
+
+def _top(served: Served, score: Logprob) -> dict[str, float]:
+    top: dict[str, float] = {}
+    for token, logprob in score.top:  # two ids may have the same text: the likelier stays
+        top.setdefault(served.token_text(token), _number(logprob))
+    return top
+
+
+def _number(logprob: float) -> float:
+    return max(logprob, LOWEST)
