@@ -17,7 +17,6 @@ from polygpt.generation import (
     BeamSettings,
     Constraint,
     Draft,
-    Engine,
     Generation,
     Prompt,
     Request,
@@ -291,31 +290,13 @@ class LanguageModel:
         rows = zip(ids, seeds, strict=True)
         requests = [Request(row, max_new_tokens, sampler, own, ends, logprobs, constraint) for row, own in rows]
         streams = [TextStream(self.tokenizer.decode_after, row, stops) if self.has_tokenizer else None for row in ids]
+        vocab_size = self.tokenizer.vocab_size if self.has_tokenizer else None
+        speculation = self.speculation(draft)
         with use_mesh(self.scope):
-            engine = self.engine_for(requests, model, draft)
+            engine = engine_for(model, self.params, requests, vocab_size=vocab_size, draft=speculation)
             found = list(map(Generation.of, run_all(engine, requests, streams, on_text)))
         results = found if n is None else [found[start : start + n] for start in range(0, len(found), n)]
         return results[0] if single else results
-
-    def engine_for(
-        self,
-        requests: Sequence[Request],
-        model: Model | None = None,
-        draft: LanguageModel | Literal["lookup"] | None = None,
-    ) -> Engine:
-        """An engine of this model with room for all of these requests.
-
-        Args:
-            requests: that will be submitted.
-            model: that has the parameters of `self.model`.
-            draft: as `generate` says.
-
-        Raises:
-            RequestError: a request is impossible, or the draft does not fit the model.
-        """
-        vocab_size = self.tokenizer.vocab_size if self.has_tokenizer else None
-        speculation = self.speculation(draft)
-        return engine_for(model or self.model, self.params, requests, vocab_size=vocab_size, draft=speculation)
 
     def speculation(self, draft: LanguageModel | Literal["lookup"] | None) -> Speculation | None:
         """What an `Engine` takes as its `draft`.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 SAMPLING = ("temperature", "top_p", "min_p", "seed")
 ASKED_FOR = ("logprobs", "top_logprobs", "acceptance")
-NOT_IN_A_BATCH = ("n", "beams", "length_penalty", "schema", "regex", "past_context")
+NOT_IN_A_BATCH = ("n", "beams", "length_penalty", "past_context")
 
 
 @click.command()
