@@ -2,9 +2,9 @@
 
     python benchmarks/mesh.py [--out benchmarks/mesh.png] [--compile MODEL] [--rounds 3]
 
-Bytes are those of parameters and AdamW's state, from the shapes of each device's shards (tests compare them with arrays that
-are there). The ideal is 1/n of the whole on each of n devices. Compile times are of tracing and compiling on one device and
-on eight, in turn, without JAX's cache; they say how the partitioner's work grows, not how long a step runs.
+Bytes are those of parameters and AdamW's state, from the shapes of each device's shards (tests compare them with arrays
+that are there). The ideal is 1/n of the whole on each of n devices. Compile times are of tracing and compiling on one
+device and on eight, in turn, without JAX's cache; they say how the partitioner's work grows, not how long a step runs.
 """
 
 from __future__ import annotations
