@@ -79,8 +79,9 @@ def plot(found: dict[str, list[int]], path: Path) -> None:
     for panel, (name, sizes) in zip(panels, found.items(), strict=True):
         panel.loglog(DEVICES, [sizes[0] / n / 1e9 for n in DEVICES], "--", color="0.6", label="ideal")
         panel.loglog(DEVICES, [size / 1e9 for size in sizes], "o-", label="on each device")
-        panel.set(title=name, xlabel="devices (fsdp)", ylabel="parameters and AdamW's state, GB")
+        panel.set(title=name, xlabel="devices (fsdp)", ylabel="parameters, AdamW's state, GB")
         panel.set_xticks(DEVICES, [str(n) for n in DEVICES], minor=False)
+        panel.set_yticks([size / 1e9 for size in sizes], [f"{size / 1e9:.2f}" for size in sizes], minor=False)
         panel.minorticks_off()
         panel.legend()
     figure.savefig(path, dpi=120)

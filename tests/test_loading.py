@@ -135,8 +135,9 @@ for settings, message in (({"weights": "float32"}, "packed weights"), ({"mesh": 
 
 def test_a_model_is_spread_over_a_mesh_and_generates_and_evaluates_as_on_one_device(tiny_run, tmp_path):
     text = tmp_path / "text.txt"
-    text.write_text("the quick brown fox jumps over the lazy dog\n" * 12)
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    text.write_text((tiny_run.parent / "text.txt").read_text()[:400])
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
+    environment = {**os.environ, "XLA_FLAGS": flags}
     command = [sys.executable, "-c", ON_FOUR, str(tiny_run), str(text)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
