@@ -119,7 +119,9 @@ class Evaluation:
         self.every, self.title, self.ready, self.lm, self.emit = config.every, config.title, ready, lm, emit
 
     def run(self, state: TrainState, last: bool) -> None:
-        outcome = self.ready(self.lm(state), lambda done, total: None)
+        lm = self.lm(state)
+        with use_mesh(lm.scope):
+            outcome = self.ready(lm, lambda done, total: None)
         metrics = {f"{self.title}/{name}": value for name, value in outcome.metrics.items()}
         self.emit(Measured(int(state.step), metrics))
 
@@ -150,13 +152,15 @@ class Samples:
             self.emit(Sampled(step, prompt, text))
 
 
-def language_models(run: Run, weights: Weights) -> Current:
+def language_models(run: Run, weights: Weights, scope: Scope | None = None) -> Current:
     """A function from the state to the run's language model.
 
     Of several processes, each has the whole model on its first device.
     """
-    origin = read_origin(run.folder)
-    return lambda state: LanguageModel(run.config.model, on_one_device(weights(state)), run.tokenizer, origin)
+    origin, own = read_origin(run.folder), scope if process_count() == 1 else None
+    return lambda state: LanguageModel(
+        run.config.model, on_one_device(weights(state)), run.tokenizer, origin, scope=own
+    )
 
 
 def on_one_device(params: Params) -> Params:

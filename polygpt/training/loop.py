@@ -136,6 +136,7 @@ def _check(run: Run) -> None:
     model.check()
     model.attention_implementation()  # refuses one that cannot run here
     ParameterGroups(model.parameters, run.config.training.groups)
+    mesh_of(run.config, lambda event: None)
 
 
 class _Loop:
@@ -150,8 +151,9 @@ class _Loop:
         self.scope = mesh_of(run.config, emit)
         self.trainer = Trainer(self.model, self.training, self.scope)
         tokens = self.training.batch_size * run.config.model.context_length
-        self.meter = Meter(emit, tokens, self.training.on_spike == "rollback", Utilization(self.model))
-        lm = language_models(run, self.trainer.evaluated)
+        devices = 1 if self.scope is None else self.scope.mesh.size
+        self.meter = Meter(emit, tokens, self.training.on_spike == "rollback", Utilization(self.model, devices))
+        lm = language_models(run, self.trainer.evaluated, self.scope)
         self.validation = Validation(run, self.trainer.evaluated, emit, self.scope)
         self.saving = Saving(run, self.trainer, self.meter, emit)
         self.restoring = Restoring(run, self.trainer, self.meter, self.saving, emit)
@@ -172,7 +174,7 @@ class _Loop:
                 self.profile.check(self.training.steps, int(state.step))
             if is_main():
                 write_config(self.folder, self.config)  # settings may have changed on resuming
-            for text in warnings(self.config, self.model, self.vocabulary):
+            for text in warnings(self.config, self.model, self.vocabulary, self.scope):
                 self._warn(text)
             self.emit(
                 Started(
@@ -180,7 +182,7 @@ class _Loop:
                     self.folder,
                     int(state.step),
                     self.model.num_parameters,
-                    facts(self.config, self.model, self.loader),
+                    facts(self.config, self.model, self.loader, self.scope),
                     held_out=self.validation.text,
                 )
             )

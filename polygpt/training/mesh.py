@@ -8,7 +8,8 @@ import jax
 
 from polygpt.distributed import process_count
 from polygpt.errors import RequestError
-from polygpt.sharding import Scope, choose_mesh
+from polygpt.model import model_of
+from polygpt.sharding import Scope, check_fit, choose_mesh
 from polygpt.training.config import RunConfig
 from polygpt.training.events import Listener, Note
 
@@ -17,7 +18,7 @@ def mesh_of(config: RunConfig, emit: Listener) -> Scope | None:
     """The mesh of a run; None for one device. Several processes always share one mesh of all their devices.
 
     Raises:
-        RequestError: the mesh does not fit the devices, or the batch does not fit the mesh.
+        RequestError: the mesh does not fit the devices, or model or batch do not fit the mesh.
     """
     training, devices = config.training, jax.device_count()
     rows = training.batch_size // training.accumulation_steps
@@ -30,6 +31,9 @@ def mesh_of(config: RunConfig, emit: Listener) -> Scope | None:
     scope = Scope.of(mesh)
     if scope is not None and rows % scope.batch_devices:
         raise RequestError(_uneven(rows, scope.batch_devices, training.accumulation_steps))
+    if scope is not None:
+        for replicated in check_fit(model_of(config.model).parameters, scope):
+            emit(Note(f"mesh: {replicated}"))
     return scope
 
 
