@@ -26,7 +26,8 @@ import polygpt
 from polygpt.model import Model
 from polygpt.sharding import MESH_AXES, MeshConfig, Scope, describe_mesh
 from polygpt.training.config import TrainingConfig
-from polygpt.training.step import Batch, Trainer
+from polygpt.training.state import Batch
+from polygpt.training.step import Trainer
 
 MODELS = ("tiny_moe", "gpt2_xl")
 DEVICES = (1, 2, 4, 8)

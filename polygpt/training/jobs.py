@@ -27,7 +27,8 @@ from polygpt.training.events import Evaluated, Listener, Measured, Sampled
 from polygpt.training.optimizers import in_steps
 from polygpt.training.prompts import prompts_of
 from polygpt.training.run_folder import Run
-from polygpt.training.step import Batch, TrainState, nll_sums
+from polygpt.training.state import Batch, TrainState
+from polygpt.training.step import nll_sums
 
 Weights = Callable[[TrainState], Params]
 """Which weights of the state are evaluated: `Trainer.evaluated`."""

@@ -36,7 +36,8 @@ from polygpt.training.resume import with_changes
 from polygpt.training.run_folder import Run, create_run, naming, open_run, write_config
 from polygpt.training.saving import Saving
 from polygpt.training.several import check_same_request, finished_by_all, opened_by_all
-from polygpt.training.step import Batch, Trainer, TrainState
+from polygpt.training.state import Batch, TrainState
+from polygpt.training.step import Trainer
 
 
 def train(

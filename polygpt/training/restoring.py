@@ -12,7 +12,8 @@ from polygpt.training.meter import Meter
 from polygpt.training.resume import restored
 from polygpt.training.run_folder import Run
 from polygpt.training.saving import Saving
-from polygpt.training.step import Trainer, TrainState
+from polygpt.training.state import TrainState
+from polygpt.training.step import Trainer
 
 
 class Restoring:

@@ -18,7 +18,8 @@ from polygpt.training.events import Listener, Note, RunResult
 from polygpt.training.prompts import check_prompts
 from polygpt.training.run_folder import Run
 from polygpt.training.saving import abstract_parts, fingerprints, join_state
-from polygpt.training.step import Trainer, TrainState
+from polygpt.training.state import TrainState
+from polygpt.training.step import Trainer
 
 
 def with_changes(run: Run, config: RunConfig) -> tuple[Run, list[str]]:

@@ -114,7 +114,9 @@ def test_optimizer_states_are_placed_like_their_parameters(kind):
     from polygpt.training.config import TrainingConfig
     from polygpt.training.step import Trainer
 
-    model = Model(preset("gpt", vocab_size=256, embed_dim=128, attention={"num_heads": 8}, feedforward={"mlp_dim": 256}))
+    model = Model(
+        preset("gpt", vocab_size=256, embed_dim=128, attention={"num_heads": 8}, feedforward={"mlp_dim": 256})
+    )
     optimizer = {"kind": kind, "min_dim_to_factor": 16} if kind == "adafactor" else {"kind": kind}
     config = validate(TrainingConfig, {"steps": 2, "batch_size": 8, "optimizer": optimizer})
     trainer = Trainer(model, config, Scope(AbstractMesh((1, 4, 2, 1), MESH_AXES)))
