@@ -157,16 +157,17 @@ def language_models(run: Run, weights: Weights, scope: Scope | None = None) -> C
 
     Of several processes, each has the whole model on its first device.
     """
-    origin, own = read_origin(run.folder), scope if process_count() == 1 else None
-    return lambda state: LanguageModel(
-        run.config.model, on_one_device(weights(state)), run.tokenizer, origin, scope=own
-    )
+    origin, several = read_origin(run.folder), process_count() > 1
+
+    def current(state: TrainState) -> LanguageModel:
+        params = on_one_device(weights(state)) if several else weights(state)
+        return LanguageModel(run.config.model, params, run.tokenizer, origin, scope=None if several else scope)
+
+    return current
 
 
 def on_one_device(params: Params) -> Params:
-    """Parameters that are spread over several processes, copied to the first device of each; others as they are."""
-    if process_count() == 1:
-        return params
+    """Parameters that are spread over several processes, copied to the first device of each."""
     replicated = jax.tree.map(lambda leaf: NamedSharding(leaf.sharding.mesh, PartitionSpec()), params)
     whole = jax.jit(lambda tree: tree, out_shardings=replicated)(params)
     return jax.tree.map(lambda leaf: leaf.addressable_data(0), whole)

@@ -134,9 +134,9 @@ def _check(run: Run) -> None:
     _ = run.validation_loader, run.source_loaders, run.evaluations
     model = model_of(run.config.model)
     model.check()
+    mesh_of(run.config, model)
     model.attention_implementation()  # refuses one that cannot run here
     ParameterGroups(model.parameters, run.config.training.groups)
-    mesh_of(run.config, lambda event: None)
 
 
 class _Loop:
@@ -148,7 +148,7 @@ class _Loop:
         self.config, self.training, self.loader = run.config, run.config.training, run.train_loader
         self.vocabulary = run.tokenizer.vocab_size
         self.model = model_of(run.config.model)
-        self.scope = mesh_of(run.config, emit)
+        self.scope = mesh_of(run.config, self.model, emit)
         self.trainer = Trainer(self.model, self.training, self.scope)
         tokens = self.training.batch_size * run.config.model.context_length
         devices = 1 if self.scope is None else self.scope.mesh.size
