@@ -165,7 +165,12 @@ def named_fields(name: str, overrides: Mapping[str, Any] | None = None) -> tuple
     else:
         hint = suggest(name, [*PRESETS, *recipe_names()])
         raise RequestError(f"no preset, recipe, model or .yaml file '{name}'; {hint}")
-    return merge(fields, model_changes(overrides or {})), False
+    return merge(fields, model_changes(without_mesh(overrides or {}))), False
+
+
+def without_mesh(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """`overrides` but those of the mesh, which a model alone may be shown on."""
+    return {key: value for key, value in overrides.items() if key.partition(".")[0] != "mesh"}
 
 
 def model_changes(overrides: Mapping[str, Any]) -> Mapping[str, Any]:

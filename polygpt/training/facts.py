@@ -11,6 +11,7 @@ import jax
 from polygpt import checkpoint
 from polygpt.checkpoint import NotFiniteError
 from polygpt.data import Loader, MixedLoader
+from polygpt.distributed import process_count
 from polygpt.loading import CHECKPOINTS
 from polygpt.model import Model
 from polygpt.process import command_line, memory_not_kept
@@ -24,6 +25,7 @@ def facts(config: RunConfig, model: Model, loader: Loader | MixedLoader) -> dict
     device = jax.local_devices()[0]
     return {
         "device": f"{device.platform} ({device.device_kind})",
+        **({"processes": f"{count}, on {jax.device_count()} devices"} if (count := process_count()) > 1 else {}),
         "attention": model.attention_implementation(),
         "tokens a step": config.training.batch_size * config.model.context_length,
         "steps an epoch": loader.num_batches,

@@ -128,7 +128,7 @@ def post(path, body, key=None, kind="application/json"):
 @contextmanager
 def running(models, keys=(), draft=None, **settings):
     """A server of `models`, a mapping from names, while inside."""
-    chosen = ServerSettings(port=0, **settings)
+    chosen = ServerSettings(**{"port": 0, **settings})
     served = [Served(name, lm, chosen, draft) for name, lm in models.items()]
     app, listening = create_app(served, chosen, keys), listen(chosen)
     server = uvicorn.Server(uvicorn_config(app, chosen))

@@ -68,6 +68,7 @@ export class Sequence {
   /** Nothing more comes: by itself, or because it was stopped. */
   end(stopped = false) {
     this.element.classList.remove("writing");
+    this.view.finish();
     const seconds = (performance.now() - this.began) / 1000;
     const parts = [`${number(this.view.tokens.length)} tokens`];
     if (this.fresh > 1) parts.push(`${(this.fresh / seconds).toFixed(0)} a second`);
