@@ -1,4 +1,4 @@
-"""Writes parts.md and settings.md, beside this file, from the code: `make docs`."""
+"""Writes parts.md and settings.md, beside this file, and polygpt/cli/keys.json, from the code: `make docs`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from polygpt.config import Config, PartConfig
+from polygpt.cli.settings import KEYS
+from polygpt.config import Config, PartConfig, known_keys
 from polygpt.config.fields import nested, slot_of
 from polygpt.model import ModelConfig, attention, block, feedforward, norms, positions, rope
+from polygpt.sharding import MeshConfig
 from polygpt.training import RunConfig
 from polygpt.training.optimizers import OPTIMIZERS, SCHEDULES
 
@@ -76,6 +78,10 @@ OF_A_RUN = {
     "training.samples.seed": "of the sampling",
 }
 
+_TYPES = {"boolean": "true or false", "array": "a list", "object": "a mapping", "null": "null"}
+# Configurations that are one of several values of a field.
+_REFERENCES = {"MeshConfig": "[a mesh](settings.md#mesh)"}
+
 INTRODUCTION = """\
 # The parts
 
@@ -122,6 +128,11 @@ ENVIRONMENT = """\
 """
 
 
+def keys_of_a_run() -> str:
+    """The text of keys.json, by which the command line refuses mistakes without importing JAX."""
+    return json.dumps(known_keys(RunConfig), indent=1) + "\n"
+
+
 def settings_page() -> str:
     """The text of settings.md.
 
@@ -132,7 +143,7 @@ def settings_page() -> str:
     links = [f"- [`{name}`](#{name.replace('.', '')})" for name in sections]
     lines = [SETTINGS_INTRODUCTION.rstrip(), "", *links, ""]
     for name in sections:
-        lines += _section(name, nested(RunConfig.model_fields[name]))
+        lines += _section(name, nested(RunConfig.model_fields[name]) or {"mesh": MeshConfig}[name])
     return "\n".join([*lines, ENVIRONMENT])
 
 
@@ -218,15 +229,19 @@ def _beneath(cls: type[Config]) -> dict[str, str]:
 
 def _values(schema: dict[str, Any], whole: dict[str, Any]) -> str:
     """The values that a field takes, in words."""
-    if "anyOf" in schema:
-        return " or ".join(_values(choice, whole) for choice in schema["anyOf"])
+    if choices := schema.get("anyOf") or schema.get("oneOf"):
+        return " or ".join(_values(choice, whole) for choice in choices)
+    if "$ref" in schema:
+        return _REFERENCES[schema["$ref"].rpartition("/")[2]]
     if "enum" in schema:
         return " ".join(f"`{choice}`" for choice in schema["enum"])
     if "const" in schema:
         return f"`{schema['const']}`"
     bounds = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
     limits = ", ".join(f"{sign} {_number(schema[key])}" for key, sign in bounds.items() if key in schema)
-    name = {"boolean": "true or false", "array": "a list", "null": "null"}.get(schema["type"], schema["type"])
+    name = {"boolean": "true or false", "array": "a list", "object": "a mapping", "null": "null"}.get(
+        schema["type"], schema["type"]
+    )
     return f"{name} {limits}".strip()
 
 
@@ -250,3 +265,4 @@ def _default(field: FieldInfo) -> str:
 if __name__ == "__main__":
     PARTS.write_text(page(), encoding="utf-8")
     SETTINGS.write_text(settings_page(), encoding="utf-8")
+    KEYS.write_text(keys_of_a_run(), encoding="utf-8")

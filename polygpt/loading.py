@@ -20,17 +20,20 @@ from polygpt import checkpoint
 from polygpt.config import Config, merge, read_yaml, to_yaml, validate
 from polygpt.errors import RequestError
 from polygpt.files import check_checkpoint_path, expand, new_folder, write_text
-from polygpt.interop import HUB, StoredModel, fetch, is_huggingface, open_huggingface
+from polygpt.folders import CONFIG
+from polygpt.hub import PREFIX as HUB
+from polygpt.interop import StoredModel, fetch, is_huggingface, open_huggingface
 from polygpt.kernels import WeightType
-from polygpt.language_model import NO_TOKENIZER, LanguageModel, Origin
+from polygpt.language_model import NO_TOKENIZER, LanguageModel
 from polygpt.model import ModelConfig, ParameterInfo, Params, model_of
+from polygpt.origin import Origin
 from polygpt.presets import PRESET_VOCAB, check_model_name, models_in, preset
 from polygpt.process import command_line
 from polygpt.settings import read_json
 from polygpt.sharding import placement
 from polygpt.tokenizers import Tokenizer, load_tokenizer
 
-CONFIG, TOKENIZER, CHECKPOINTS, ORIGIN = "config.yaml", "tokenizer.json", "checkpoints", "origin.json"
+TOKENIZER, CHECKPOINTS, ORIGIN = "tokenizer.json", "checkpoints", "origin.json"
 RESULT, BEST = "result.json", "best.json"  # BEST is in CHECKPOINTS: which step had the lowest validation loss
 Warn = Callable[[str], None]
 
@@ -74,8 +77,8 @@ def load(
             on a CPU, where that is faster, and nowhere else; None leaves them as parameters.
         for_text: refuse a model without a tokenizer before its weights are read.
         check: is given the configuration before the weights are read, and may raise.
-        mesh: with axes `data` and `model`; weights are sharded over it by their logical axes, one at a time. None means
-            the first device.
+        mesh: of `make_mesh`; weights are sharded over it by their logical axes, one at a time. None means the first
+            device.
         warn: is given warnings.
         on_progress: progress callback, given the number of weights read.
 

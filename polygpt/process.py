@@ -61,7 +61,7 @@ def keep_freed_memory() -> bool:
         return False
     malloc.argtypes, malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
     free.argtypes, madvise.argtypes = [ctypes.c_void_p], [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    size = int(_KEPT * _memory())
+    size = int(_KEPT * machine_memory())
     # The reserved block must come from the heap itself rather than from mmap, and stay with it when it is freed.
     mallopt(_MMAP_MAX, 0)
     mallopt(_TRIM_THRESHOLD, -1)
@@ -82,7 +82,7 @@ def _chosen_by_the_user() -> bool:
     return tuned or os.environ.get("POLYGPT_KEEP_MEMORY") == "0"
 
 
-def _memory() -> int:
+def machine_memory() -> int:
     """Bytes of memory that this process may use: the machine's, or its container's if that is less."""
     whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     found = [path.read_text().strip() for path in _MEMORY_LIMITS if path.is_file()]

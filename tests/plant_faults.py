@@ -16,22 +16,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import NamedTuple
+
+from training.faults import TRAINING_FAULTS, Fault
 
 ROOT = Path(__file__).parents[1]
 # What the tests read beside the package and themselves.
 COPIED = ("polygpt", "tests", "docs", "README.md", "pyproject.toml", "Makefile", "benchmarks", "notebooks")
 
 TIME_LIMIT = 900.0  # seconds for the tests of one fault
-
-
-class Fault(NamedTuple):
-    """`old` in polygpt/`file` becomes `new`; `tests` are those below tests/ that should notice."""
-
-    file: str
-    old: str
-    new: str
-    tests: str
 
 
 FAULTS = [
@@ -148,47 +140,7 @@ FAULTS = [
     Fault("generation/sampling.py", "jax.random.key(seed), position)", "jax.random.key(0), position)", "generation"),
     Fault("generation/sampling.py", "(top_p < 1) & (logits < cut)", "(top_p < 1) & (logits <= cut)", "generation"),
     Fault("generation/text.py", "min(len(word) - 1, len(text))", "min(len(word) - 2, len(text))", "generation"),
-    # training
-    Fault("training/step.py", "jnp.minimum(1.0, self.config", "jnp.minimum(2.0, self.config", "training/test_step.py"),
-    Fault("training/step.py", "self.config.seeds.dropout), state.step)", "self.config.seeds.dropout), 0)", "training"),
-    Fault("training/step.py", "batch.mask / jnp", "jnp.ones_like(batch.mask) / jnp", "training/test_step.py"),
-    Fault("training/optimizers/groups.py", "weight_decay * where(info)", "weight_decay", "training/optimizers"),
-    Fault("training/optimizers/groups.py", "ratio(info) * self", "self", "training/optimizers"),
-    Fault("training/optimizers/groups.py", "-rate * f, u.dtype", "-rate, u.dtype", "training/optimizers"),
-    Fault("training/optimizers/groups.py", "and info.trained", "", "training/optimizers"),
-    Fault("training/optimizers/schedules.py", "start = peak / max(warmup, 1)", "start = 0.0", "training/optimizers"),
-    Fault("training/optimizers/schedules.py", "step + warmup, first", "step, first", "training/optimizers"),
-    Fault("training/optimizers/schedule_free.py", "learning_rate(count - 1)", "learning_rate(count)", "training"),
-    Fault("training/optimizers/average.py", "(10 + count)", "(20 + count)", "training/optimizers"),
-    Fault("training/optimizers/matrices.py", "_for_each_matrix(direction, parameters.infos)", "direction", "training"),
-    Fault(
-        "training/jobs.py",
-        "np.linspace(0, count - 1, min(self.batches or count, count))",
-        "np.arange(min(self.batches or count, count))",
-        "training",
-    ),
-    Fault("training/loop.py", "batch(step + self.saving", "batch(step + 1 + self.saving", "training"),
-    Fault("training/loop.py", "if fetch and self.interrupt", "if self.interrupt", "training/test_restoring.py"),
-    Fault("training/restoring.py", "saving.batch_offset += spike - step", "pass", "training/test_restoring.py"),
-    Fault(
-        "training/restoring.py",
-        "= snapshot.batch_offset, snapshot.rollbacks",
-        "= 0, snapshot.rollbacks",
-        "training/test_restoring.py",
-    ),
-    Fault(
-        "training/restoring.py",
-        "= snapshot.batch_offset, snapshot.rollbacks",
-        "= snapshot.batch_offset, 0",
-        "training/test_restoring.py",
-    ),
-    Fault("training/restoring.py", "and step % every == 0", "", "training/test_restoring.py"),
-    Fault("training/resume.py", "if differ:", "if False:", "training/test_faults.py"),
-    Fault("training/saving.py", "if last:\n            self.writer.wait()", "if last:\n            pass", "training"),
-    Fault("training/step.py", "choose(finite & ~stopped, after", "choose(~stopped, after", "training/test_guard.py"),
-    Fault("checkpoint/lock.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH", "checkpoint training/test_faults.py"),
-    Fault("checkpoint/writer.py", "snapshot.copied()", "snapshot", "checkpoint training"),
-    Fault("checkpoint/steps.py", "complete[keep.last :]", "complete[keep.last + 1 :]", "checkpoint training"),
+    *TRAINING_FAULTS,
     # data
     Fault("data/loader.py", "            self.stride,\n            self.seed,", "            self.seed,", "data"),
     Fault("data/loader.py", "shuffle(seed=spread)", "shuffle(seed=0)", "data"),

@@ -307,7 +307,7 @@ def test_a_configuration_cannot_be_changed():
         ("training.samples.evry", 1, "training.samples.evry: no such key; did you mean 'every'?"),
         ("steps", 5, "steps: no such key; did you mean 'training.steps'?"),
         ("num_layers", 5, "num_layers: no such key; did you mean 'model.num_layers'?"),
-        ("zzz", 5, "zzz: no such key; choose from: data, expected, model, tokenizer, training"),
+        ("zzz", 5, "zzz: no such key; choose from: data, expected, mesh, model, tokenizer, training"),
         ("model.norm.kind", "rmsnrm", "model.norm: no kind 'rmsnrm'; did you mean 'rmsnorm'?"),
         ("model.norm", 5, "model.norm: a mapping with a 'kind' is needed here, not 5"),
         ("model.norm", {}, None),
@@ -327,7 +327,7 @@ def test_a_mistake_is_named_with_its_path_and_mend(key, value, message):
     assert str(error.value) == message
 
 
-def test_known_keys_refuse_what_validation_refuses_and_nothing_else():
+def test_known_keys_refuse_what_validation_refuses_in_the_same_words():
     keys = known_keys(RunConfig)
     assert json.loads(json.dumps(keys)) == keys
     for key, value in [
@@ -339,6 +339,29 @@ def test_known_keys_refuse_what_validation_refuses_and_nothing_else():
         ("steps", 5),
         ("model.norm.kind", "rmsnrm"),
         ("model.norm", "rmsnrm"),
+        ("training.steps", "abc"),
+        ("training.steps", 1.5),
+        ("training.steps", 0),
+        ("training.steps", 2**31),
+        ("training.steps", True),
+        ("training.seed", -1),
+        ("training.remat", "blocks"),
+        ("training.trackers", ["tensorboard", "wandbee"]),
+        ("training.eval_every", -1),
+        ("training.eval_batches", "all"),
+        ("training.samples.top_p", 1.5),
+        ("training.samples.prompts", [1]),
+        ("training.optimizer.learning_rate", 0.0),
+        ("training.optimizer.learning_rate", "fast"),
+        ("model.attention.num_heads", 0),
+        ("model.dropout", 2.0),
+        ("model.scan_layers", "perhaps"),
+        ("model.pattern", [{"attention": {"num_heads": "two"}}]),
+        ("data.path", ""),
+        ("data.path", 7),
+        ("data.validation_fraction", 1.0),
+        ("data.workers", None),
+        ("tokenizer.kind", "bpee"),
     ]:
         with pytest.raises(RequestError) as expected:
             load_recipe("demo", {key: value})
@@ -351,6 +374,14 @@ def test_known_keys_refuse_what_validation_refuses_and_nothing_else():
         "model.pattern=[{attention: {window: 8}}, {norm: layernorm}]",
         "model.norm=a.b:C",
         "training.evaluations=[]",
+        "training.eval_every=0.1",
+        "training.clip_norm=",
+        "training.optimizer.learning_rate=1e3",
+        "training.samples.prompts=[1, '2']",
+        "data.path=[a.txt, 7]",
+        "data.text_key=1e3",
+        "data.stride=null",
+        "model.scan_layers=true",
     ]
     check_keys(keys, recipe_fields("demo", parse_overrides(fine)))
 

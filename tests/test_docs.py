@@ -59,6 +59,10 @@ def test_the_page_of_settings_has_every_setting_of_a_run(maker):
         listed(keys[name]["keys"], name)
 
 
+def test_the_keys_that_the_command_line_knows_are_what_the_code_says(maker):
+    assert maker.KEYS.read_text(encoding="utf-8") == maker.keys_of_a_run(), "run: make docs"
+
+
 def test_no_setting_is_explained_twice(maker):
     classes = {"data": DataConfig, "tokenizer": TokenizerConfig, "training.samples": SamplingConfig}
     for path in maker.OF_A_RUN:

@@ -102,9 +102,9 @@ def test_a_model_is_refused_before_its_weights_are_drawn(monkeypatch):
 
 
 ON_TWO = """
-import sys, jax, numpy as np, polygpt
-from jax.sharding import Mesh
-mesh = Mesh(np.array(jax.devices()).reshape(1, 2), ("data", "model"))
+import sys, numpy as np, polygpt
+from polygpt.sharding import MeshConfig, make_mesh
+mesh = make_mesh(MeshConfig(tensor=2))
 split, whole = polygpt.load(sys.argv[1], mesh=mesh), polygpt.load(sys.argv[1])
 query = split.params["blocks"][0]["attention"]["query"]
 assert [shard.data.shape[2] for shard in query.addressable_shards] == [1, 1], query.sharding
@@ -121,10 +121,7 @@ def test_a_model_is_laid_over_a_mesh(tiny_run):
 
 
 def test_what_a_mesh_cannot_hold_is_named(tiny_run):
-    mesh = AbstractMesh((1, 3), ("data", "model"))
-    with pytest.raises(RequestError, match=r"\[.*\] cannot be split over the mesh \{'data': 1, 'model': 3\} evenly"):
-        polygpt.load(tiny_run, mesh=mesh)
-    with pytest.raises(RequestError, match="the mesh has no axis data or model"):
+    with pytest.raises(RequestError, match=r"the mesh has the axes .'x',.; they must be"):
         polygpt.load(tiny_run, mesh=AbstractMesh((1,), ("x",)))
     with pytest.raises(RequestError, match="packed weights are on one device"):
         polygpt.load(tiny_run, mesh=make_mesh(), weights="float32")

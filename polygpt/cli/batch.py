@@ -16,23 +16,21 @@ import click
 from polygpt.config import validate
 from polygpt.errors import PolygptError, RequestError, suggest
 from polygpt.generation import (
-    Engine,
     Handle,
     Request,
     Sampler,
+    Speculation,
     TextStream,
     as_ids,
     as_prompts,
     as_stop_strings,
     check_requests,
+    engine_for,
 )
 
 if TYPE_CHECKING:
     from polygpt.language_model import LanguageModel
 
-SLOTS = 16
-# The engine's length is a multiple of this many tokens.
-LENGTHS = 128
 # Tokens decoded between two looks at what has ended.
 STEPS = 16
 # Seconds between two lines of progress where standard error is not a terminal.
@@ -67,7 +65,14 @@ class Outcome(NamedTuple):
     tokens: int
 
 
-def run_batch(lm: LanguageModel, name: str, prompts: Path, out: Path, settings: Mapping[str, Any]) -> Outcome:
+def run_batch(
+    lm: LanguageModel,
+    name: str,
+    prompts: Path,
+    out: Path,
+    settings: Mapping[str, Any],
+    draft: Speculation | None = None,
+) -> Outcome:
     """Continues every prompt of a file, and appends a line to `out` for each, in the order of the input.
 
     Args:
@@ -76,6 +81,8 @@ def run_batch(lm: LanguageModel, name: str, prompts: Path, out: Path, settings: 
         prompts: a line of JSON for each prompt.
         out: lines that are there already are kept, and only the others are generated.
         settings: of every prompt that does not have its own.
+
+        draft: for speculation; texts do not depend on it.
 
     Raises:
         RequestError: a line of the input is wrong, or `out` does not belong to the input; nothing has been generated.
@@ -91,7 +98,7 @@ def run_batch(lm: LanguageModel, name: str, prompts: Path, out: Path, settings: 
         out.parent.mkdir(parents=True, exist_ok=True)
         with out.open("ab") as file:
             file.truncate(length)
-            for done, (job, handle) in enumerate(_generate(lm, jobs, kept), start=kept + 1):
+            for done, (job, handle) in enumerate(_generate(lm, jobs, kept, draft), start=kept + 1):
                 _append(file, _line(job, handle))
                 tokens += len(handle.tokens)
                 progress(done, tokens)
@@ -252,20 +259,15 @@ def _json(value: Mapping[str, Any]) -> bytes:
 # --- In between ---------------------------------------------------------------------------------------------------
 
 
-def _generate(lm: LanguageModel, jobs: Sequence[Job], start: int) -> Iterator[tuple[Job, Handle]]:
+def _generate(
+    lm: LanguageModel, jobs: Sequence[Job], start: int, draft: Speculation | None
+) -> Iterator[tuple[Job, Handle]]:
     """Every job from `start` on with its finished request, in order."""
     if start == len(jobs):
         return
     # Its shape follows from all jobs, those that are done included: a job that was interrupted ends as it would have.
-    most = max(len(job.request.prompt) + job.request.max_new_tokens for job in jobs)
-    engine = Engine(
-        lm.model,
-        lm.params,
-        slots=min(SLOTS, len(jobs)),
-        length=max(min(-(-most // LENGTHS) * LENGTHS, lm.model.longest_sequence), 2),
-        queue=len(jobs),
-        vocab_size=lm.tokenizer.vocab_size if lm.has_tokenizer else None,
-    )
+    vocab_size = lm.tokenizer.vocab_size if lm.has_tokenizer else None
+    engine = engine_for(lm.model, lm.params, [job.request for job in jobs], vocab_size=vocab_size, draft=draft)
     handles = [engine.submit(job.request, _stream(lm, job)) for job in jobs[start:]]
     for job, handle in zip(jobs[start:], handles, strict=True):
         while not handle.ended:

@@ -67,11 +67,18 @@ def list_(as_json: bool) -> None:
 
 @data.command()
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
-@click.option("--tokenizer", "tokenizer_path", required=True, help="A tokenizer.json or its folder.")
+@click.option("--tokenizer", "tokenizer_path", required=True, help="A tokenizer.json, its folder, or hf:owner/name.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The folder for the shards.")
 @click.option("--split", type=click.Choice(["document", "fraction"]), default="document", show_default=True)
 @click.option("--validation-fraction", type=float, default=0.05, show_default=True)
 @click.option("--workers", type=click.IntRange(1, 1024), default=1, show_default=True, help="Processes.")
+@click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="Where they run: on this machine, or on the Ray cluster that RAY_ADDRESS names.",
+)
 @json_option
 def prepare(
     sources: tuple[str, ...],
@@ -80,6 +87,7 @@ def prepare(
     split: str,
     validation_fraction: float,
     workers: int,
+    engine: str,
     as_json: bool,
 ) -> None:
     """Turn text (files, folders, globs, or `builtin`) into token shards, for data.path=OUT.
@@ -91,7 +99,8 @@ def prepare(
     from polygpt.data import DataConfig, open_source, prepare_in_parallel
     from polygpt.tokenizers import load_tokenizer
 
-    fields = {"path": list(sources), "split": split, "validation_fraction": validation_fraction, "workers": workers}
+    fields = {"path": list(sources), "split": split, "validation_fraction": validation_fraction}
+    fields |= {"workers": workers, "engine": engine}
     config = validate(DataConfig, fields)
     tokenizer = load_tokenizer(tokenizer_path)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from polygpt.cli.output import json_option, overrides_argument, print_json, print_result
-from polygpt.cli.settings import SettingsCommand, check_names
+from polygpt.cli.settings import SettingsCommand, check_settings
 from polygpt.process import command_line
 
 
@@ -26,7 +26,7 @@ def demo(overrides: tuple[str, ...], out: Path | None, short: bool, as_json: boo
     from polygpt.config import dotted_to_nested, parse_overrides
 
     changes = parse_overrides(overrides)
-    check_names(dotted_to_nested(changes))
+    check_settings(dotted_to_nested(changes))
 
     from polygpt.demo import run_demo
     from polygpt.training.listeners import standard_listeners

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from polygpt.cli.output import dtype_option, json_option, overrides_argument, print_json, print_result, reading
-from polygpt.cli.settings import SettingsCommand, check_names
+from polygpt.cli.settings import SettingsCommand, check_settings
 from polygpt.process import command_line
 
 
@@ -32,7 +32,7 @@ def import_(source: str, overrides: tuple[str, ...], out: Path, dtype: str | Non
         raise RequestError(f"{out}: exists already; choose another --out")
     changes = parse_overrides(overrides)
     check_model_name(source)
-    check_names(dotted_to_nested(changes))
+    check_settings(dotted_to_nested(changes))
 
     from polygpt.loading import save
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import click
 
+from polygpt.cache import kept
 from polygpt.cli.output import json_option, print_json, print_table
-from polygpt.cli.settings import recipe_titles, shown
+from polygpt.cli.settings import recipe_titles
 
 
 @click.command()
@@ -17,9 +18,9 @@ def presets(as_json: bool) -> None:
 
     A preset is a model, a recipe a whole run. FLOPs per token are those of training at full context.
     """
-    from polygpt.presets import PRESET_VOCAB, PRESETS
+    from polygpt.presets import PRESET_VOCAB
 
-    rows = [_row(name) for name in PRESETS]
+    rows = kept(["presets"], _rows)
     if as_json:
         print_json(rows)
         return
@@ -47,8 +48,17 @@ def presets(as_json: bool) -> None:
     print_table([("recipe", "left"), ("", "left")], recipe_titles().items())
 
 
-def _row(name: str) -> dict[str, Any]:
-    answer = shown(name)
-    config = answer["facts"]["config"]
-    width = config["embed_dim"] or config["vocab_size"]
-    return {"preset": name, "open_vocabulary": answer["vocabulary"] is not None, "width": width, **answer["facts"]}
+def _rows() -> list[dict[str, Any]]:
+    from polygpt.presets import PRESETS
+    from polygpt.summary import resolve_model, summary
+
+    found = {name: resolve_model(name) for name in PRESETS}
+    return [
+        {
+            "preset": name,
+            "open_vocabulary": resolved.vocabulary is not None,
+            "width": resolved.model.embed_dim or resolved.model.vocab_size,
+            **summary(resolved.model),
+        }
+        for name, resolved in found.items()
+    ]

@@ -23,11 +23,15 @@ def report(runs: tuple[Path, ...], out: Path | None, x: str | None, as_json: boo
     unfinished.
     """
     from polygpt.errors import RequestError
+    from polygpt.folders import check_run
 
     if out is not None and (out.is_dir() or out.suffix.lower() not in (".html", ".htm")):
         raise RequestError(f"--out {out}: the page is a file that ends in .html")
     if len(runs) == 1 and x is not None:
         raise RequestError("--x is for several runs: the report of one is drawn over steps")
+
+    for run in runs:
+        check_run(run)
 
     from polygpt.training.listeners import compare_runs, write_report
 

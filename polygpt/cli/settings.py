@@ -1,16 +1,21 @@
-"""Settings on the command line: misspelled ones are refused, and cached answers given, without importing JAX."""
+"""Settings on the command line: mistakes are refused, and cached answers given, without importing JAX."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import click
 
 from polygpt.cache import kept
 from polygpt.files import expand
+
+# `known_keys(RunConfig)`, written by `make docs`.
+KEYS = Path(__file__).with_name("keys.json")
 
 
 class SettingsCommand(click.Command):
@@ -45,11 +50,11 @@ def recipe_titles() -> dict[str, str]:
     return {name: file.read_text(encoding="utf-8").splitlines()[0].strip("# .") for name, file in sorted(found.items())}
 
 
-def check_names(fields: Mapping[str, Any], where: str = "", *, of_run: bool = True) -> None:
-    """Refuses a misspelled key or kind in the settings of a run or a model, without importing JAX.
+def check_settings(fields: Mapping[str, Any], where: str = "", *, of_run: bool = True) -> None:
+    """Refuses a misspelled key or kind or a wrong value in the settings of a run or a model, without importing JAX.
 
     Raises:
-        RequestError: names the nearest key or kind.
+        RequestError: names the key, and what would be right.
     """
     from polygpt.config import check_keys
 
@@ -57,16 +62,18 @@ def check_names(fields: Mapping[str, Any], where: str = "", *, of_run: bool = Tr
 
 
 def check_file(path: Path) -> None:
-    """Refuses a misspelled key in a run's YAML file, with the line it is on.
+    """Refuses a misspelled key or a wrong value in a run's YAML file, with the line it is on.
 
     Raises:
-        RequestError: names the file, the line, and the nearest key.
+        RequestError: names the file, the line, and what would be right.
     """
-    from polygpt.config import unknown_keys
+    from polygpt.config import mistakes
     from polygpt.errors import RequestError
-    from polygpt.recipes import recipe_fields
+    from polygpt.recipes import has_short_form, recipe_fields
 
-    problems = unknown_keys(_keys(), recipe_fields(str(path)))
+    problems = mistakes(_keys(), recipe_fields(str(path)))
+    if has_short_form(str(path)):
+        problems |= mistakes(_keys(), recipe_fields(str(path), short=True))
     if not problems:
         return
     lines, said = path.read_text(encoding="utf-8").splitlines(), []
@@ -77,6 +84,34 @@ def check_file(path: Path) -> None:
     raise RequestError("\n".join(said))
 
 
+def check_sources(fields: Mapping[str, Any]) -> None:
+    """Refuses the settings of a new run if a text, a tokenizer or a model that they name is not there.
+
+    Raises:
+        RequestError: names what is missing.
+    """
+    from polygpt.config import as_yaml, validate
+    from polygpt.data import DataConfig, is_prepared, open_source
+    from polygpt.errors import RequestError
+    from polygpt.presets import check_model_name
+    from polygpt.tokenizers import TokenizerConfig, load_tokenizer
+
+    training = fields.get("training")
+    initial = as_yaml(training.get("initial")) if isinstance(training, Mapping) else None
+    if isinstance(initial, str):
+        check_model_name(initial)
+    try:
+        data = validate(DataConfig, fields.get("data") or {})
+        tokenizer = validate(TokenizerConfig, fields.get("tokenizer") or {})
+    except RequestError:  # validating the whole run will name the key by its whole path
+        return
+    for source in data.each().values():
+        if not is_prepared(source):
+            open_source(source)
+    if tokenizer.path is not None and not expand(tokenizer.path).exists():
+        load_tokenizer(tokenizer.path)
+
+
 def shown(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """What `summary.shown` gives for a name and the settings as typed, cached if it is repeatable.
 
@@ -84,13 +119,14 @@ def shown(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
         RequestError: there is nothing by that name, or a setting is wrong.
     """
     from polygpt.config import parse_overrides
-    from polygpt.recipes import CONFIG, named_fields
+    from polygpt.folders import CONFIG
+    from polygpt.recipes import named_fields
 
     changes = parse_overrides(overrides)
     found = named_fields(name, changes)
     if found is not None:
         fields, of_run = found
-        check_names(fields, "" if of_run else name, of_run=of_run)
+        check_settings(fields, "" if of_run else name, of_run=of_run)
 
     def compute() -> dict[str, Any]:
         from polygpt import summary
@@ -104,20 +140,23 @@ def shown(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def _keys(of_run: bool = True) -> dict[str, Any]:
-    """The keys of a run, or of a model alone, which are imported faster."""
+    """The keys of a run, or of a model alone: as they come with polygpt, unless its code has been changed since."""
 
     def compute() -> dict[str, Any]:
         from polygpt.config import known_keys
+        from polygpt.training import RunConfig
 
-        if of_run:
-            from polygpt.training import RunConfig
+        return known_keys(RunConfig)
 
-            return known_keys(RunConfig)
-        from polygpt.model import ModelConfig
+    keys = kept(["keys"], compute) if _edited() else json.loads(KEYS.read_text(encoding="utf-8"))
+    return keys if of_run else keys["model"]["keys"]
 
-        return known_keys(ModelConfig)
 
-    return kept(["keys", of_run], compute)
+def _edited() -> bool:
+    """Whether a file of polygpt is newer than `KEYS`, by more than the time that an installation may take."""
+    root = Path(__file__).parents[1]
+    newest = max(path.stat().st_mtime for path in root.rglob("*.py"))
+    return not KEYS.is_file() or newest > KEYS.stat().st_mtime + 60
 
 
 def _path_of(key: str, keys: Mapping[str, Any]) -> str | None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
 from polygpt.cli.output import json_option, overrides_argument, print_json, print_result
-from polygpt.cli.settings import RunCommand, check_file, check_names
+from polygpt.cli.settings import RunCommand, check_file, check_settings, check_sources
 from polygpt.files import expand
 from polygpt.process import command_line
 
@@ -18,6 +20,7 @@ from polygpt.process import command_line
 @overrides_argument
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The run's folder.")
 @click.option("--resume", is_flag=True, help="Continue the run in --out; needs no recipe.")
+@click.option("--short", is_flag=True, help="The recipe's short form: minutes on a laptop, with a band of its own.")
 @click.option("--check", is_flag=True, help="Exit with 1 if the validation loss is outside the recipe's band.")
 @click.option("--profile", metavar="START:STOP", help="Trace these steps with JAX's profiler into RUN/profile.")
 @json_option
@@ -26,6 +29,7 @@ def train(
     overrides: tuple[str, ...],
     out: Path,
     resume: bool,
+    short: bool,
     check: bool,
     profile: str | None,
     as_json: bool,
@@ -34,35 +38,29 @@ def train(
 
     polygpt train shakespeare_char_cpu data.path=input.txt training.steps=500 --out runs/try
     """
-    from polygpt.config import dotted_to_nested, parse_overrides
-    from polygpt.errors import RequestError
-    from polygpt.recipes import load_recipe, recipe_fields, resume_config, verdict
+    from polygpt.config import parse_overrides
 
     if recipe is not None and "=" in recipe and not Path(recipe).exists():
         recipe, overrides = None, (recipe, *overrides)
     changes = parse_overrides(overrides)
-    if recipe is not None and Path(recipe).suffix in (".yaml", ".yml"):
-        check_file(expand(recipe))
-    if recipe is not None or resume:
-        check_names(dotted_to_nested(changes) if recipe is None else recipe_fields(recipe, changes))
+    _check(recipe, changes, expand(out), resume, short)
 
+    from polygpt.recipes import load_recipe, resume_config, verdict
     from polygpt.training import Profile
     from polygpt.training import train as run_training
 
     traced = None if profile is None else Profile.parse(profile)
 
     if resume:
-        config = resume_config(out, recipe, changes)
-    elif recipe is None:
-        raise RequestError("name a recipe or a .yaml file, or continue a run with --resume")
+        config = resume_config(out, recipe, changes, short=short)
     else:
-        config = load_recipe(recipe, changes)
+        config = load_recipe(recipe, changes, short=short)
     listeners = None
     if check:
         from polygpt.recipes import HeldOutCheck, as_written, check_band
         from polygpt.training.listeners import standard_listeners
 
-        check_band(recipe or str(out / "config.yaml"), config, as_written(recipe) if recipe else config)
+        check_band(recipe or str(out / "config.yaml"), config, as_written(recipe, short=short) if recipe else config)
         listeners = [HeldOutCheck(), *standard_listeners()]
     result = run_training(config, out, resume=resume, listeners=listeners, profile=traced)
     found = verdict(config, result)
@@ -78,9 +76,33 @@ def train(
                 *([("band", str(found))] if found is not None else []),
                 ("training loss", f"{result.train_loss:.4f}"),
                 ("speed", f"{result.tokens_per_second:,.0f} tokens/s"),
+                *([("warning", result.warning)] if result.warning is not None else []),
                 ("report", str(out / "report.html")),
                 ("next", command_line("generate", result.run, "--prompt", "…")),
             ]
         )
     if check and not found.within:
         raise click.exceptions.Exit(1)
+
+
+def _check(recipe: str | None, changes: Mapping[str, Any], out: Path, resume: bool, short: bool) -> None:
+    """Refuses what can be refused before JAX is imported."""
+    from polygpt.config import dotted_to_nested
+    from polygpt.errors import RequestError
+    from polygpt.folders import check_new_run, check_run
+    from polygpt.recipes import check_placeholders, recipe_fields
+
+    if recipe is None and not resume:
+        raise RequestError("name a recipe or a .yaml file, or continue a run with --resume")
+    if recipe is None and short:
+        raise RequestError("--short is the short form of a recipe; name one (a run resumed without one is as it was)")
+    if recipe is not None and Path(recipe).suffix in (".yaml", ".yml"):
+        check_file(expand(recipe))
+    fields = dotted_to_nested(changes) if recipe is None else recipe_fields(recipe, changes, short=short)
+    check_settings(fields)
+    if resume:
+        check_run(out)
+    else:
+        check_placeholders(recipe, changes, short=short)
+        check_new_run(out)
+        check_sources(fields)

@@ -4,7 +4,7 @@ Knows nothing of models, data or training: each package declares its own `Config
 """
 
 from polygpt.config.base import Config, PartConfig, Seed, Tuple, slot, validate
-from polygpt.config.keys import check_keys, known_keys, unknown_keys
+from polygpt.config.keys import check_keys, known_keys, mistakes
 from polygpt.config.overrides import dotted_to_nested, merge, parse_overrides
 from polygpt.config.words import as_yaml
 from polygpt.config.yaml import parse_yaml, read_yaml, to_yaml
@@ -19,11 +19,11 @@ __all__ = [
     "dotted_to_nested",
     "known_keys",
     "merge",
+    "mistakes",
     "parse_overrides",
     "parse_yaml",
     "read_yaml",
     "slot",
     "to_yaml",
-    "unknown_keys",
     "validate",
 ]

@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsA
 from polygpt.config.fields import Slot, nested, typed
 from polygpt.config.keys import known_keys, no_such_key, no_such_kind, refuse
 from polygpt.config.overrides import dotted_to_nested, merge
+from polygpt.config.types import STRICT, wrong_value
 from polygpt.errors import suggest
 
 C = TypeVar("C", bound="Config")
@@ -21,7 +22,7 @@ C = TypeVar("C", bound="Config")
 class Config(BaseModel):
     """Base of every configuration: frozen, strict types, no unknown keys, no NaN or infinity."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
+    model_config = ConfigDict(**STRICT, frozen=True, extra="forbid", validate_default=True)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries, lists and scalars, ready for YAML or JSON."""
@@ -144,10 +145,6 @@ def validate(cls: type[C], data: Mapping[str, Any], where: str = "") -> C:
         raise  # never: a validation error has at least one line
 
 
-# pydantic's messages in terms of a configuration rather than of Python's types.
-_NEEDED = {"model_type": "a mapping is needed", "tuple_type": "a list is needed", "too_short": "it must not be empty"}
-
-
 def _describe(error: ValidationError, cls: type[Config], at: str = "") -> list[str]:
     lines: dict[str, list[str]] = {}  # by key: of a union, what its first member misses is enough
     for item in error.errors():
@@ -163,9 +160,7 @@ def _describe(error: ValidationError, cls: type[Config], at: str = "") -> list[s
         elif item["type"] == "value_error":
             said = [f"{dotted}: {cause}" if dotted else str(cause)]
         else:
-            message = item["msg"].removeprefix("Input ").replace("should ", "must ", 1)
-            needed = _NEEDED.get(item["type"], message[0].lower() + message[1:])
-            said = [f"{dotted}: {needed}, not {item['input']!r}"]
+            said = [f"{dotted}: {wrong_value(item)}"]
         lines.setdefault(dotted, said)
     return [line for said in lines.values() for line in said]
 
@@ -178,7 +173,7 @@ def _locate(cls: type[BaseModel], loc: Sequence[str | int]) -> tuple[list[str], 
     for step in loc:
         if isinstance(step, int):  # an entry of a list: the same class as the list's
             steps.append(str(step))
-        elif here is not None:
+        elif here is not None and step != here.__name__:
             steps.append(step)
             field = here.model_fields.get(step)
             parent, here = here, None if field is None else nested(field)

@@ -46,12 +46,11 @@ def typed(cls: type[BaseModel], data: Any) -> Any:
         return as_yaml(data)
     fields = cls.model_fields
     return {
-        name: _read(fields[name].annotation, value) if name in fields else as_yaml(value)
-        for name, value in data.items()
+        name: read(fields[name].annotation, value) if name in fields else as_yaml(value) for name, value in data.items()
     }
 
 
-def _read(annotation: Any, value: Any) -> Any:
+def read(annotation: Any, value: Any) -> Any:
     members = list(_members(annotation))
     if isinstance(value, Word):
         if str not in members:
@@ -62,7 +61,7 @@ def _read(annotation: Any, value: Any) -> Any:
     ):
         return value.text
     if isinstance(value, (list, tuple)):
-        return [_read(_entries(members) or Any, entry) for entry in value]
+        return [read(_entries(members) or Any, entry) for entry in value]
     if isinstance(value, Mapping) and (inner := _nested(annotation)) is not None:
         return typed(inner, value)
     return value

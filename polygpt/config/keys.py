@@ -1,4 +1,4 @@
-"""Which keys there are, as plain data: a misspelled one can be refused without the classes, which import JAX."""
+"""Which keys there are and what they take, as plain data: mistakes are refused without importing JAX."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from polygpt.config.fields import nested, slot_of
+from polygpt.config.types import type_of, wrong_values
 from polygpt.errors import RequestError, suggest
 
 Keys = dict[str, Any]
@@ -17,7 +19,8 @@ _ABBREVIATIONS = {"lr": "learning_rate", "wd": "weight_decay", "bs": "batch_size
 def known_keys(cls: type[BaseModel]) -> Keys:
     """The keys of `cls`, each with what may be below it, ready for JSON.
 
-    A plain field is None, a configuration `{"keys": ...}`, a slot `{"kinds": {kind: keys}, "default": kind}`.
+    A configuration is `{"keys": ...}`, a slot `{"kinds": {kind: keys}, "default": kind}`, a plain field `{"type": ...}`
+    (see `type_of`), or None if its type is not described.
     """
     keys: Keys = {}
     for name, field in cls.model_fields.items():
@@ -26,22 +29,29 @@ def known_keys(cls: type[BaseModel]) -> Keys:
             kinds = {kind: known_keys(part) for kind, part in slot.registry.items()}
             keys[name] = {"kinds": kinds, "default": slot.default}
         else:
-            keys[name] = None if inner is None else {"keys": known_keys(inner)}
+            keys[name] = {"keys": known_keys(inner)} if inner is not None else _plain(field)
     return keys
 
 
+def _plain(field: FieldInfo) -> Keys | None:
+    described = type_of(field)
+    return None if described is None else {"type": described}
+
+
 def check_keys(keys: Keys, data: Mapping[str, Any], where: str = "") -> None:
-    """Refuses a key or a kind in `data` that `keys` does not know.
+    """Refuses a key or a kind in `data` that `keys` does not know, or a value of another type.
+
+    What depends on several values is left to `validate`.
 
     Raises:
-        RequestError: the first ones, each with its path and the nearest that exists.
+        RequestError: the first mistakes, each with its path and what would be right.
     """
-    refuse(list(unknown_keys(keys, data).values()), where)
+    refuse(list(mistakes(keys, data).values()), where)
 
 
-def unknown_keys(keys: Keys, data: Mapping[str, Any]) -> dict[str, str]:
-    """The dotted path of each key or kind in `data` that `keys` does not know, and what is wrong with it."""
-    return _unknown(keys, data, "", {})
+def mistakes(keys: Keys, data: Mapping[str, Any]) -> dict[str, str]:
+    """What is wrong with `data`, by dotted path: keys and kinds that are not in `keys`, values of another type."""
+    return _mistakes(keys, data, "", {})
 
 
 def refuse(problems: list[str], where: str = "") -> None:
@@ -73,7 +83,7 @@ def no_such_kind(kind: str, kinds: Mapping[str, Any]) -> str:
     return f"no kind '{kind}'; {suggest(kind, kinds)}{own}"
 
 
-def _unknown(keys: Keys, data: Mapping[str, Any], at: str, beside: Mapping[str, Any]) -> dict[str, str]:
+def _mistakes(keys: Keys, data: Mapping[str, Any], at: str, beside: Mapping[str, Any]) -> dict[str, str]:
     """The problems below the path `at`. A part in a list that names no kind takes that of its namesake in `beside`."""
     problems = {}
     for name, value in data.items():
@@ -82,21 +92,24 @@ def _unknown(keys: Keys, data: Mapping[str, Any], at: str, beside: Mapping[str, 
             problems[path] = no_such_key(path, keys)
             continue
         below = keys[name] or {}
+        if "type" in below:
+            problems |= wrong_values(below["type"], value, path)
+            continue
         for step, entry in _each(value):
             if "keys" in below and isinstance(entry, Mapping):
-                problems |= _unknown(below["keys"], entry, f"{path}{step}.", data if step else {})
+                problems |= _mistakes(below["keys"], entry, f"{path}{step}.", data if step else {})
             elif "kinds" in below:
-                problems |= _unknown_in_part(below, entry, f"{path}{step}", beside.get(name))
+                problems |= _mistakes_in_part(below, entry, f"{path}{step}", beside.get(name))
     return problems
 
 
-def _unknown_in_part(slot: dict[str, Any], value: Any, path: str, beside: Any) -> dict[str, str]:
+def _mistakes_in_part(slot: dict[str, Any], value: Any, path: str, beside: Any) -> dict[str, str]:
     kind = next(filter(None, (_kind(value), _kind(beside), slot["default"])), None)
     if kind is None or ":" in kind:  # a mistake of another sort, or a part of the user's own
         return {}
     if kind not in slot["kinds"]:
         return {path: f"{path}: {no_such_kind(kind, slot['kinds'])}"}
-    return _unknown(slot["kinds"][kind], value, f"{path}.", {}) if isinstance(value, Mapping) else {}
+    return _mistakes(slot["kinds"][kind], value, f"{path}.", {}) if isinstance(value, Mapping) else {}
 
 
 def _kind(value: Any) -> str | None:

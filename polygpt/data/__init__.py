@@ -8,7 +8,7 @@ from polygpt.data.catalogue import DATASETS, Dataset
 from polygpt.data.config import DataConfig, SourceConfig
 from polygpt.data.encoding import training_texts
 from polygpt.data.loader import Loader
-from polygpt.data.mixing import MixedLoader
+from polygpt.data.mixing import MixedLoader, Stage
 from polygpt.data.preparation import prepare, prepare_in_parallel
 from polygpt.data.reading import format_of, open_bytes
 from polygpt.data.shards import JoinedShards, Manifest, Shards, TokenSplit, is_prepared, open_shards
@@ -28,6 +28,7 @@ __all__ = [
     "Shards",
     "Source",
     "SourceConfig",
+    "Stage",
     "Tally",
     "TokenSplit",
     "format_of",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import PurePath
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from polygpt.config import Config, Tuple
+from polygpt.errors import suggest
 
 BUILTIN = "builtin"
 
@@ -38,6 +39,18 @@ class SourceConfig(Config):
         return self.name or last or "source"
 
 
+class StageConfig(Config):
+    """Other weights of a mixture from a step of training on.
+
+    Attributes:
+        from_step: the first step whose batch has these weights.
+        weights: by the source's name; a source that is not named keeps its weight.
+    """
+
+    from_step: int = Field(ge=1)
+    weights: dict[str, Annotated[float, Field(ge=0)]] = Field(min_length=1)
+
+
 class DataConfig(Config):
     """Where text comes from and how it becomes windows of tokens.
 
@@ -48,6 +61,7 @@ class DataConfig(Config):
             them; or one folder of prepared shards.
         sources: a mixture, in place of `path`: each source is prepared and validated by itself, and training windows
             are taken from them in proportion to their weights.
+        stages: changes of the sources' weights by step, in order.
         text_key: the key of a .jsonl object, or the column of a .csv or .parquet file, that holds the text.
         split: `document` assigns each document to training or validation by a hash of its text; `fraction` holds out
             the end of the whole text, as nanoGPT does; `auto` is `fraction` for fewer than 100 documents.
@@ -60,10 +74,13 @@ class DataConfig(Config):
             counted).
         workers: processes that tokenize the text. The tokens are the same for any number; with 2 or more, a preparation
             that was interrupted keeps the parts that are done.
+        engine: `local` starts the workers on this machine. `ray` runs as many tasks on a Ray cluster: the one that the
+            environment variable RAY_ADDRESS names, or one started here (`pip install 'polygpt[ray]'`).
     """
 
     path: str | Tuple[str] = Field(BUILTIN, min_length=1)
     sources: Tuple[SourceConfig] = ()
+    stages: Tuple[StageConfig] = ()
     text_key: str = "text"
     split: Literal["document", "fraction", "auto"] = "document"
     validation_fraction: float = Field(0.05, gt=0, lt=1)
@@ -71,6 +88,7 @@ class DataConfig(Config):
     packing: Literal["windows", "documents"] = "windows"
     invalid_utf8: Literal["refuse", "replace", "skip"] = "refuse"
     workers: int = Field(1, ge=1, le=1024)
+    engine: Literal["local", "ray"] = "local"
 
     @model_validator(mode="after")
     def _stride_of_windows(self) -> DataConfig:
@@ -90,15 +108,44 @@ class DataConfig(Config):
             raise ValueError("sources: the weights sum to 0; give at least one source a weight above 0")
         return self
 
+    @model_validator(mode="after")
+    def _stages_of_sources(self) -> DataConfig:
+        before, titles = 0, [source.title for source in self.sources]
+        for index, (stage, weights) in enumerate(zip(self.stages, self.weights()[1:], strict=True)):
+            if not titles:
+                raise ValueError("stages: change the weights of sources, and there are none; give data.sources")
+            if stage.from_step <= before:
+                raise ValueError(f"stages.{index}.from_step: {stage.from_step} does not come after {before}")
+            for name in stage.weights:
+                if name not in titles:
+                    raise ValueError(f"stages.{index}.weights: no source is called '{name}'; {suggest(name, titles)}")
+            if not any(weights[1]):
+                raise ValueError(f"stages.{index}.weights: sum to 0; give at least one source a weight above 0")
+            before = stage.from_step
+        return self
+
+    def weights(self) -> list[tuple[int, list[float]]]:
+        """The step from which on the sources have certain weights, and these, for each stage."""
+        weights = {source.title: source.weight for source in self.sources}
+        found = [(0, list(weights.values()))]
+        for stage in self.stages:
+            weights |= {name: weight for name, weight in stage.weights.items() if name in weights}
+            found.append((stage.from_step, list(weights.values())))
+        return found
+
     def each(self) -> dict[str, DataConfig]:
         """The configuration of each source of a mixture, by name; of other data itself, without a name."""
-        own = {"sources": ()}
+        own = {"sources": (), "stages": ()}
         return {
             source.title: self.model_copy(
                 update={**own, "path": source.path, "text_key": source.text_key or self.text_key}
             )
             for source in self.sources
         } or {"": self}
+
+    def without_execution(self) -> DataConfig:
+        """This, with the defaults of the settings that do not change the tokens."""
+        return self.model_copy(update={"workers": 1, "engine": "local"})
 
     @property
     def paths(self) -> tuple[str, ...]:

@@ -6,7 +6,6 @@ opens private data sets, HF_HOME is where the cache is.
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -14,12 +13,11 @@ from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 from polygpt.data.reading import format_of
 from polygpt.errors import PolygptError, RequestError
+from polygpt.hub import check_endpoint, explained
 
-PREFIX = "hf:"
 TRIES, LONGEST_WAIT = 7, 60.0
 _NAME = re.compile(r"hf:datasets/(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w.-]+))?/(?P<glob>.+)")
 T = TypeVar("T")
@@ -35,11 +33,7 @@ def check_name(name: str) -> None:
         raise RequestError(
             f"'{name}' is not of the form hf:datasets/owner/name/GLOB or hf:datasets/owner/name@revision/GLOB"
         )
-    endpoint = urlsplit(os.environ.get("HF_ENDPOINT", "https://"))
-    if endpoint.scheme != "https" and endpoint.hostname not in ("localhost", "127.0.0.1", "::1"):
-        raise RequestError(
-            f"HF_ENDPOINT={endpoint.geturl()}: must be https, so that nobody can change the files on the way"
-        )
+    check_endpoint()
 
 
 def fetched(name: str) -> Iterator[Path]:
@@ -99,12 +93,8 @@ def _asked(name: str, call: Callable[[], T]) -> T:
     for attempt in range(1, TRIES + 1):
         try:
             return call()
-        except errors.GatedRepoError:
-            raise RequestError(f"{name}: its owner must grant access first; then set HF_TOKEN") from None
-        except errors.RevisionNotFoundError:
-            raise RequestError(f"{name}: the data set has no such revision") from None
-        except errors.RepositoryNotFoundError:
-            raise RequestError(f"{name}: no such data set on the hub, or it is private (set HF_TOKEN)") from None
+        except (errors.RevisionNotFoundError, errors.RepositoryNotFoundError) as error:  # gated ones are of these
+            raise explained(name, "data set", error) from None
         except Exception as error:  # the library, its HTTP client and the disk raise many kinds
             response: Any = getattr(error, "response", None)
             offline = isinstance(error, errors.OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE

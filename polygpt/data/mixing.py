@@ -1,6 +1,7 @@
 """Mixtures: which source each window of training is from, as a function of the window's number.
 
-Each prefix of windows holds each source's share to within one window. Shares are whole numbers; they are dealt out
+Each prefix of windows holds each source's share to within one window; where the weights change at a step, this holds
+of the windows since then. Shares are whole numbers; they are dealt out
 by earliest deadline first (Tijdeman, "The chairman assignment problem", 1980): the j-th window of a source whose share
 is a of d windows comes at or after position floor(j d / a) and before ceil((j + 1) d / a). That order repeats every d
 windows, so any window is found without those before it.
@@ -93,42 +94,57 @@ class _Phase(NamedTuple):
     period: _Period
 
 
+class Stage(NamedTuple):
+    """The weights from a window (of a `Mixture`) or a step (of a `MixedLoader`) on."""
+
+    start: int
+    weights: Sequence[float]
+
+
 class Mixture:
     """The source of each window of an endless order.
 
     Attributes:
-        shares: whole numbers in proportion to the weights.
-        limit: windows until every source has reached its limit; None if one has none.
+        shares: of each stage, whole numbers in proportion to the weights.
+        limit: windows until every source of a stage has reached its limit; None if one has none.
     """
 
-    def __init__(self, weights: Sequence[float], limits: Sequence[int | None] | None = None):
+    def __init__(self, stages: Sequence[Stage], limits: Sequence[int | None] | None = None):
         """`limits` are the windows after which a source is left out; the others then share by their weights.
 
         Raises:
-            RequestError: no weight is above 0.
+            RequestError: in some stage no weight is above 0, or no source may be read at all.
         """
-        self.shares = whole_shares(weights)
-        limits = [None] * len(self.shares) if limits is None else list(limits)
-        active = [share if limit != 0 else 0 for share, limit in zip(self.shares, limits, strict=True)]
-        start, counts = 0, [0] * len(active)
+        self.shares = [whole_shares(weights) for _, weights in stages]
+        counts = [0] * len(self.shares[0])
+        limits = [None] * len(counts) if limits is None else list(limits)
         self.phases: list[_Phase] = []
-        self.limit: int | None = 0
-        while any(active):
-            period = _Period(active)
-            self.phases.append(_Phase(start, counts, period))
-            ends = [
-                period.position(k, limits[k] - counts[k] - 1) + 1
-                for k, share in enumerate(active)
-                if share and limits[k] is not None
-            ]
-            if not ends:
-                self.limit = None
-                break
-            counts = [had + more for had, more in zip(counts, period.counts(min(ends)), strict=True)]
-            start = self.limit = start + min(ends)
-            active = [0 if limits[k] == counts[k] else share for k, share in enumerate(active)]
-        if not self.phases:
-            raise RequestError("data.sources: no source may be read for even one window; raise or leave out epochs")
+        self.limit: int | None = None
+        start, ends = 0, [*(stage.start for stage in stages[1:]), None]
+        for shares, end in zip(self.shares, ends, strict=True):
+            while end is None or start < end:
+                active = [
+                    0 if limit == had else share for share, limit, had in zip(shares, limits, counts, strict=True)
+                ]
+                if not any(active):
+                    if not self.phases:
+                        raise RequestError(
+                            "data.sources: no source may be read for even one window; raise or leave out epochs"
+                        )
+                    self.limit = start
+                    return
+                period = _Period(active)
+                self.phases.append(_Phase(start, counts, period))
+                lengths = [
+                    period.position(k, limits[k] - counts[k] - 1) + 1
+                    for k, share in enumerate(active)
+                    if share and limits[k] is not None
+                ]
+                lengths += [] if end is None else [end - start]
+                if not lengths:
+                    return
+                counts = [had + more for had, more in zip(counts, period.counts(min(lengths)), strict=True)]
+                start += min(lengths)
 
     def _phase(self, n: int) -> _Phase:
         return next(phase for phase in reversed(self.phases) if phase.start <= n)
@@ -161,21 +177,23 @@ class MixedLoader:
     """
 
     def __init__(
-        self, loaders: dict[str, Loader], weights: Sequence[float], epochs: Sequence[float | None] | None = None
+        self, loaders: dict[str, Loader], stages: Sequence[Stage], epochs: Sequence[float | None] | None = None
     ):
         """Loaders by the source's name, all for training with the same shape of batches.
 
-        A source is left out once its windows were read `epochs` times (None: never).
+        Stages are by step; the first begins at 0. A source is left out once its windows were read `epochs` times (None:
+        never).
 
         Raises:
-            RequestError: no weight is above 0.
+            RequestError: in some stage no weight is above 0.
         """
         self.loaders, parts = loaders, list(loaders.values())
         epochs = [None] * len(parts) if epochs is None else epochs
         limits = [None if most is None else int(most * p.num_windows) for most, p in zip(epochs, parts, strict=True)]
-        self.mixture = Mixture(weights, limits)
         self.batch_size, self.stride = parts[0].batch_size, parts[0].stride
-        self.order = json.dumps([parts[0].order, ORDER, self.mixture.shares, limits])
+        self.mixture = Mixture([Stage(start * self.batch_size, weights) for start, weights in stages], limits)
+        shares = self.mixture.shares[0] if len(stages) == 1 else [list(self.mixture.shares), [s.start for s in stages]]
+        self.order = json.dumps([parts[0].order, ORDER, shares, limits])
         self.num_windows = sum(part.num_windows for part in parts)
         self.num_batches = max(1, self.num_windows // self.batch_size)
         self._parts = parts

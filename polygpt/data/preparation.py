@@ -84,7 +84,8 @@ def prepare_in_parallel(
 
     Raises:
         RequestError: as `prepare`; or another process is preparing the same.
-        PolygptError: as `prepare`; or the process that had a certain part died, three times in a row.
+        PolygptError: as `prepare`; or the process that had a certain part died, three times in a row; or no Ray cluster
+            answers.
     """
     from polygpt.checkpoint import folder_lock  # imports JAX, which workers do without
 
@@ -98,7 +99,7 @@ def prepare_in_parallel(
             write_plan(work, made, tokenizer)
             pool = Pool(work, made, tokenizer, note, progress)
             try:
-                pool.run(config.workers)
+                pool.run(config.workers, config.engine)
             finally:
                 if 0 < len(pool.counts) < len(made.tasks):
                     note(f"data: {len(pool.counts)} of {len(made.tasks)} parts are kept in {work} for another try")

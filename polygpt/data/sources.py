@@ -16,6 +16,7 @@ from polygpt.data.formats import Part, part_name, parts_of, rows_of
 from polygpt.data.reading import SUFFIXES, format_of
 from polygpt.errors import RequestError, suggest
 from polygpt.files import expand
+from polygpt.hub import PREFIX
 
 
 class Document(NamedTuple):
@@ -148,7 +149,7 @@ def open_source(config: DataConfig) -> Source:
 
 
 def _is_remote(file: str | Path) -> bool:
-    return isinstance(file, str) and file.startswith(hub.PREFIX)
+    return isinstance(file, str) and file.startswith(PREFIX)
 
 
 def _not_found(path: str) -> RequestError:
@@ -166,7 +167,7 @@ def _files(path: str) -> list[str | Path]:
     if path == BUILTIN:
         return [BUILTIN]
     found = expand(path)
-    if path.startswith(hub.PREFIX) and not found.exists():
+    if path.startswith(PREFIX) and not found.exists():
         hub.check_name(path)
         return [path]
     if path in DATASETS and not found.exists():

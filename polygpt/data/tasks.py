@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
@@ -54,7 +55,7 @@ class Plan:
         """As JSON, from which a worker reads it."""
         return {
             "version": VERSION,
-            "config": self.config.model_copy(update={"workers": 1}).to_dict(),
+            "config": self.config.without_execution().to_dict(),
             "division": asdict(self.division),
             "dtype": self.dtype,
             "tasks": [[*task.part, task.start] for task in self.tasks],
@@ -131,7 +132,7 @@ def run_task(work: Path, index: int, made: Plan, tokenizer: Tokenizer) -> Counts
     """
     task, tally = made.tasks[index], Tally()
     counts = Counts(*(dict.fromkeys(SPLITS, 0) for _ in range(5)), tally={})
-    partial = work / f".{index:06d}.{os.getpid()}"
+    partial = work / f".{index:06d}.{secrets.token_hex(4)}"  # processes of several machines may have one number
     remove_folder(partial)
     partial.mkdir()
     documents = Source(made.config, (task.part.file,)).read(task.part, tally)

@@ -14,9 +14,11 @@ import threading
 from dataclasses import asdict
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
 
-from polygpt.data.tasks import read_plan, run_task
+from polygpt.data.tasks import Plan, read_plan, run_task
 from polygpt.errors import PolygptError
+from polygpt.tokenizers import Tokenizer
 
 
 def main(work: Path) -> None:
@@ -26,14 +28,17 @@ def main(work: Path) -> None:
     threading.Thread(target=_listen, args=[asked], daemon=True).start()
     made, tokenizer = read_plan(work)
     while True:
-        try:
-            answer = {"counts": asdict(run_task(work, asked.get(), made, tokenizer))}
-        except PolygptError as error:
-            answer = {"error": str(error), "kind": type(error).__name__}
-        except OSError as error:
-            name = error.filename or work
-            answer = {"error": f"{name}: {error.strerror or error}", "kind": "PolygptError"}
-        print(json.dumps(answer), flush=True)
+        print(json.dumps(answer(work, asked.get(), made, tokenizer)), flush=True)
+
+
+def answer(work: Path, task: int, made: Plan, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Runs a task; what came of it, or why it failed, ready for JSON."""
+    try:
+        return {"counts": asdict(run_task(work, task, made, tokenizer))}
+    except PolygptError as error:
+        return {"error": str(error), "kind": type(error).__name__}
+    except OSError as error:
+        return {"error": f"{error.filename or work}: {error.strerror or error}", "kind": "PolygptError"}
 
 
 def _listen(asked: SimpleQueue[int]) -> None:

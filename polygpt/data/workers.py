@@ -95,15 +95,20 @@ class Pool:
         if self.counts:
             note(f"data: {len(self.counts)} of {len(found)} parts kept from {work}")
 
-    def run(self, workers: int) -> None:
+    def run(self, workers: int, engine: str = "local") -> None:
         """Runs what is left to do.
 
         Raises:
             RequestError: a part cannot be read or encoded: the first of them, whatever the order.
             PolygptError: a worker cannot write, or each that had a certain part died.
         """
-        if workers == 1:
-            while (task := self._next()) is not None:
+        if engine == "ray":
+            from polygpt.data import cluster  # needs a package that few have
+
+            if self.todo:
+                cluster.distribute(self, workers)
+        elif workers == 1:
+            while (task := self.next()) is not None:
                 self._done(task, run_task(self.work, task, self.made, self.tokenizer))
         elif self.todo:
             self._distribute(min(workers, len(self.todo)))
@@ -126,7 +131,7 @@ class Pool:
                 worker.close()
 
             for _ in range(workers):
-                start(self._next())
+                start(self.next())
             while running:
                 for key, _ in selector.select():
                     worker: _Worker = key.data
@@ -143,18 +148,22 @@ class Pool:
                             f"({f'signal {-code}' if code < 0 else f'exit code {code}'}); it may need more memory"
                         )
                         continue
-                    if "error" in answer:
-                        kind = RequestError if answer["kind"] == "RequestError" else PolygptError
-                        self.errors[task] = kind(answer["error"])
-                    else:
-                        self._done(task, Counts(**answer["counts"]))
-                    following = self._next()
+                    self.take(task, answer)
+                    following = self.next()
                     if following is None:
                         stop(worker)
                     else:
                         worker.ask(following)
 
-    def _next(self) -> int | None:
+    def take(self, task: int, answer: dict[str, Any]) -> None:
+        """Takes the answer of whatever process had a task."""
+        if "error" in answer:
+            kind = RequestError if answer["kind"] == "RequestError" else PolygptError
+            self.errors[task] = kind(answer["error"])
+        else:
+            self._done(task, Counts(**answer["counts"]))
+
+    def next(self) -> int | None:
         """The next task; None if there is none, or a failure before it makes it useless."""
         if not self.todo or self.errors or not self._is_wanted(self.todo[0]):
             return None

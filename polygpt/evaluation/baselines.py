@@ -6,7 +6,6 @@ import gzip
 import lzma
 
 import numpy as np
-from scipy import sparse
 
 from polygpt.data import Shards
 from polygpt.tokenizers import Tokenizer
@@ -29,6 +28,8 @@ def bigram_bits_per_byte(shards: Shards) -> float:
     distinct tokens seen after a, and p(b) is the same with unigrams over the uniform distribution (Witten & Bell
     1991, method C, as in Chen & Goodman 1998). No trained table of logits does better than these counts.
     """
+    from scipy import sparse  # takes 0.2 s to import
+
     vocab = shards.manifest.vocab_size
     train = shards.train.read(0, shards.train.tokens)
     held_out = shards.validation.read(0, shards.validation.tokens)

@@ -1,12 +1,11 @@
 """Import and export of foreign checkpoints. Only this package knows foreign names; the model does not."""
 
 from polygpt.interop.gguf import choose_architecture, export_gguf, is_gguf, open_gguf
-from polygpt.interop.huggingface import HUB, choose_family, export_huggingface, fetch, is_huggingface, open_huggingface
+from polygpt.interop.huggingface import choose_family, export_huggingface, fetch, is_huggingface, open_huggingface
 from polygpt.interop.llama2c import open_llama2c
 from polygpt.interop.stored import StoredModel
 
 __all__ = [
-    "HUB",
     "StoredModel",
     "choose_architecture",
     "choose_family",

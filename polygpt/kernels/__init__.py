@@ -4,8 +4,18 @@ Arrays in, arrays out: nothing here knows a model's configuration, and nothing o
 """
 
 from polygpt.kernels.cache import KVCache
-from polygpt.kernels.experts import expert_matmul, take_rows
-from polygpt.kernels.loss import LogitRule, nll_of_logits, weighted_nll
+from polygpt.kernels.experts import (
+    expert_matmul,
+    first_own_expert,
+    from_peers,
+    mean_over_devices,
+    send_back,
+    send_to_experts,
+    take_rows,
+    to_peers,
+)
+from polygpt.kernels.heads import on_own_heads
+from polygpt.kernels.loss import LogitRule, nll_of_logits, token_nll, weighted_nll
 from polygpt.kernels.packed import ALIGNMENT, WEIGHT_TYPES, WeightType, pack, pack_rows
 from polygpt.kernels.regularization import dropout
 from polygpt.kernels.scores import ScoreInputs, ScoreRule
@@ -36,15 +46,23 @@ __all__ = [
     "choose_attention",
     "dropout",
     "expert_matmul",
+    "first_own_expert",
+    "from_peers",
     "in_stack",
     "layer_view",
     "matmul",
+    "mean_over_devices",
     "nll_of_logits",
+    "on_own_heads",
     "pack",
     "pack_rows",
     "project_to_vocabulary",
     "reference_attention",
+    "send_back",
+    "send_to_experts",
     "take_rows",
+    "to_peers",
+    "token_nll",
     "weighted_nll",
     "write_back",
 ]

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from polygpt.errors import RequestError
 from polygpt.kernels.blocked import BLOCK, blocked_attention
+from polygpt.kernels.heads import on_own_heads
 from polygpt.kernels.pallas import pallas_attention
 from polygpt.kernels.regularization import dropout
 from polygpt.kernels.scores import ScoreInputs, ScoreRule, visible
@@ -85,6 +86,20 @@ def attention(
         inputs: sinks, slopes, segment ids, the key of dropout.
         implementation: see `choose_attention`.
     """
+
+    def own(
+        q: Queries, k: Keys, v: Keys, segment_ids: Array | None, heads: tuple, _: None, key: Array | None
+    ) -> Queries:
+        return _attention(q, k, v, rule, ScoreInputs(*heads, segment_ids, key), implementation)
+
+    heads = inputs.sinks, inputs.slopes
+    return on_own_heads(own, q, k, v, rows=inputs.segment_ids, heads=heads, key=inputs.key)
+
+
+def _attention(
+    q: Queries, k: Keys, v: Keys, rule: ScoreRule, inputs: ScoreInputs, implementation: Implementation
+) -> Queries:
+    """`attention` on one device."""
     spec = AttentionSpec.of(
         rule,
         q.dtype,

@@ -13,6 +13,7 @@ from polygpt.model import attention, block, feedforward, norms, positions
 from polygpt.model.block import BlockConfig
 from polygpt.model.parts import AttentionConfig, FeedForwardConfig, InitScheme, NormConfig, PositionConfig, Scope
 from polygpt.model.parts import architecture as architecture_of
+from polygpt.sharding import MeshConfig
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Rate = Annotated[float, Field(ge=0, lt=1)]
@@ -62,6 +63,7 @@ class ModelConfig(Config):
             the fastest, `high`, or `highest`; None leaves JAX's own setting. A CPU has one precision.
         scan_layers: compile one repetition of the pattern and scan over it, so that compile time does not grow
             with depth; None means from 9 layers on (fewer compile quickly unrolled, and run faster).
+        layout: the mesh that the model is spread over where there are as many devices and the run names no other.
     """
 
     vocab_size: PositiveInt | None = None
@@ -87,6 +89,7 @@ class ModelConfig(Config):
     param_dtype: Dtype = "float32"
     matmul_precision: Annotated[Literal["default", "high", "highest"] | None, Scope.EXECUTION] = None
     scan_layers: Annotated[bool | None, Scope.EXECUTION] = None
+    layout: Annotated[MeshConfig | None, Scope.EXECUTION] = None
 
     @model_validator(mode="before")
     @classmethod

@@ -26,6 +26,7 @@ from polygpt.kernels import (
     layer_view,
     nll_of_logits,
     project_to_vocabulary,
+    token_nll,
     weighted_nll,
     write_back,
 )
@@ -33,6 +34,7 @@ from polygpt.model.block import LayerState
 from polygpt.model.config import ModelConfig
 from polygpt.model.parts import Context, Effects, Initializer
 from polygpt.model.remat import Remat, rematerialized, scan_in_segments
+from polygpt.sharding import constrain, current_mesh, gathered
 
 Loads = dict[int, dict[str, Array]]
 # Intermediates by name, each with a function that is applied to it before it is kept.
@@ -140,33 +142,36 @@ class Decoder(nnx.Module):
         if segment_ids is not None:
             segment_ids, counted = _documents(segment_ids)
         positions = counted if positions is None else positions
+        position = _gathered(self.position)
         sizes = {layer.attention.rotation_size(self.config) for layer in self.config.layers} - {None}
         context = Context(
             positions=positions,
             segment_ids=segment_ids,
             valid=valid,
-            rotations=self.position.rotations(positions, sizes),
-            slopes=self.position.slopes,
+            rotations=position.rotations(positions, sizes),
+            slopes=position.slopes,
             training=training,
             key=key,
             fresh=fresh,
             capture=capture or {},
         )
-        x = self._embed(tokens, context)
+        x = self._embed(tokens, position, context)
         x, state, effects, captured = self._layers(x, context, state, loads or {}, remat)
         return Output(self.normalize(x), state, effects, captured)
 
     def normalize(self, residual: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The residual stream after the final norm, ready for the head."""
-        return residual if self.final_norm is None else self.final_norm(residual)
+        final_norm = _gathered(self.final_norm)
+        return residual if final_norm is None else final_norm(residual)
 
-    def _embed(self, tokens: Int[Array, "B T"], context: Context) -> Float[Array, "B T D"]:
+    def _embed(self, tokens: Int[Array, "B T"], position: nnx.Module, context: Context) -> Float[Array, "B T D"]:
         """scale · E[token], plus what the position adds, after dropout."""
         config = self.config
-        x = self.embedding[tokens].astype(config.compute_dtype)
+        table = self.embedding if current_mesh() is None else _whole(self.embedding)
+        x = constrain(table[tokens], "batch", None, "embed").astype(config.compute_dtype)
         scale = config.width**0.5 if config.embed_scale == "sqrt" else config.embed_scale
         x = x if scale == 1 else x * jnp.asarray(scale, x.dtype)
-        x = self.position.embed(x, context.positions)
+        x = position.embed(x, context.positions)
         return dropout(x, config.embed_dropout, context.fold(config.num_layers).key)
 
     def _layers(
@@ -179,7 +184,7 @@ class Decoder(nnx.Module):
         def run(
             entry: int, leaves: dict, x: Array, index: Array | int, before: LayerState
         ) -> tuple[Array, LayerState, tuple[Effects, dict[str, Array]]]:
-            layer = nnx.merge(graphs[entry], unflatten_dict(leaves))
+            layer = _gathered(nnx.merge(graphs[entry], unflatten_dict(leaves)))
             whole_batch = jax.tree.map(lambda leaf: leaf[index], loads.get(entry))
             own = dataclasses.replace(context.fold(index * len(graphs) + entry), loads=whole_batch, captured={})
             y, after, effects = layer(x, own, before)
@@ -228,14 +233,20 @@ class Decoder(nnx.Module):
         if self.config.head == "none":
             products = hidden.astype(jnp.float32)
         elif self.config.head == "tied":
-            products = project_to_vocabulary(hidden, self.embedding.get_value(), transposed=True)
+            products = project_to_vocabulary(hidden, _whole(self.embedding), transposed=True)
         else:
-            products = project_to_vocabulary(hidden, self.head.get_value())
+            products = project_to_vocabulary(hidden, _whole(self.head))
+        products = constrain(products, "batch", *[None] * (hidden.ndim - 2), "vocab")
         return self.config.logit_rule.apply(products)
 
     def nll(self, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
         """Negative log likelihood of each target in nats, float32."""
-        return nll_of_logits(self.logits(hidden), targets)
+        if current_mesh() is None or self.config.head == "none":
+            return nll_of_logits(self.logits(hidden), targets)
+        return token_nll(hidden, self._head_matrix(), targets, self.config.logit_rule)
+
+    def _head_matrix(self) -> Float[Array, "D V"]:
+        return _whole(self.embedding).T if self.config.head == "tied" else _whole(self.head)
 
     @_at_precision
     def loss(
@@ -244,8 +255,25 @@ class Decoder(nnx.Module):
         """Σ token_weights · nll, equal to that of `nll`, in a form that is fast to differentiate."""
         if self.config.head == "none":
             return (self.nll(hidden, targets) * token_weights).sum()
-        weight = self.embedding[...].T if self.config.head == "tied" else self.head[...]
-        return weighted_nll(hidden, weight, targets, token_weights, self.config.logit_rule)
+        return weighted_nll(hidden, self._head_matrix(), targets, token_weights, self.config.logit_rule)
+
+
+def _whole(parameter: nnx.Param) -> Any:
+    """A parameter's value as products need it (see `gathered`)."""
+    value = parameter.get_value()
+    if current_mesh() is None:
+        return value
+    axes = parameter.get_metadata()["axes"]
+    return gathered(value, axes[len(axes) - value.ndim :])  # within a layer there is no axis `layers`
+
+
+def _gathered(module: nnx.Module | None) -> nnx.Module | None:
+    """A module whose parameters are as products need them; the module itself where no mesh is in scope."""
+    if module is None or current_mesh() is None:
+        return module
+    graph, state = nnx.split(module)
+    whole = {path: _whole(parameter) for path, parameter in nnx.to_flat_state(state)}
+    return nnx.merge(graph, unflatten_dict(whole))
 
 
 def _documents(segment_ids: Int[Array, "B T"]) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:

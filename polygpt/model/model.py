@@ -23,7 +23,7 @@ from polygpt.kernels import WeightType, pack
 from polygpt.model.block import LayerState
 from polygpt.model.config import ModelConfig
 from polygpt.model.decoder import Decoder, Loads, Output
-from polygpt.model.initial import draw_parameters
+from polygpt.model.initial import draw_on_mesh, draw_parameters
 from polygpt.model.parts import Effects
 from polygpt.model.remat import Remat
 
@@ -148,9 +148,12 @@ class Model:
 
         Args:
             seed: or a key.
-            shardings: where each parameter goes, if not to the default device; it is drawn there.
+            shardings: where each parameter goes, if not to the default device; it is drawn there. On a mesh every
+                device draws what it holds.
         """
         key = jax.random.key(seed) if isinstance(seed, int) else seed
+        if shardings is not None and jax.tree.leaves(shardings)[0].mesh.size > 1:
+            return draw_on_mesh(key, self.parameters, shardings, truncated=self.config.init == "fan_in")
         draw = partial(draw_parameters, infos=self.parameters, truncated=self.config.init == "fan_in")
         return jax.jit(draw, out_shardings=shardings)(key)
 

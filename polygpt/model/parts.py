@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 from polygpt.config import Config, PartConfig
 from polygpt.kernels import dropout as dropout  # for parts of a user's own, too
 from polygpt.kernels import matmul
+from polygpt.sharding import constrain
 
 if TYPE_CHECKING:
     from polygpt.model.config import ModelConfig
@@ -197,7 +198,9 @@ NO_EFFECTS = Effects({}, {}, {})
 
 def dense(x: Float[Array, "B T ..."], kernel: nnx.Param, bias: nnx.Param | None = None) -> Float[Array, "B T ..."]:
     """x·W + b, contracting the trailing axes of `x` with the first (`inputs`) axes of `kernel`."""
-    y = matmul(x, kernel.get_value(), kernel.get_metadata()["inputs"])
+    metadata = kernel.get_metadata()
+    y = matmul(x, kernel.get_value(), metadata["inputs"])
+    y = constrain(y, "batch", None, *metadata["axes"][2 - y.ndim :])
     return y if bias is None else y + bias[...].astype(x.dtype)
 
 

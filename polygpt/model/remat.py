@@ -2,7 +2,7 @@
 
 Policies, for L layers:
 
-- `none`: whatever the gradient needs is kept.
+- `none`: whatever the gradient needs is kept (but for weights that a mesh splits: they are gathered again).
 - `dots`: of each block, its input and the products with weights; norms, activations and attention scores are computed
   again, which costs little.
 - `block`: of each block, its input. Every block is computed twice.
@@ -20,14 +20,17 @@ import jax
 from jax import lax
 from jaxtyping import PyTree
 
+from polygpt.sharding import current_mesh, keeps_gathered
+
 Remat = Literal["none", "block", "dots", "full"]
 
 
 def rematerialized(block: Callable, remat: Remat) -> Callable:
     """`block`, whose first argument is static, under a policy."""
-    if remat == "none":
+    scope = current_mesh()
+    if remat == "none" and (scope is None or not scope.gathers):
         return block
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+    policy = {"none": keeps_gathered, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}.get(remat)
     return jax.checkpoint(block, policy=policy, static_argnums=0)
 
 

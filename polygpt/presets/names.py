@@ -8,8 +8,8 @@ from pathlib import Path
 
 from polygpt.errors import RequestError, suggest
 from polygpt.files import expand
+from polygpt.hub import PREFIX as HUB
 
-HUB = "hf:"
 _FORMS = "name a run's folder, a folder or file of weights, hf:owner/name, or a preset (polygpt presets)"
 
 

@@ -50,7 +50,10 @@ def small() -> dict[str, Any]:
 
 
 def charformer() -> dict[str, Any]:
-    """30 layers on 256 bytes and 3 special tokens; ReLU, bfloat16 throughout."""
+    """30 layers on 256 bytes and 3 special tokens; ReLU, bfloat16 throughout, spread over 8 devices if there are.
+
+    4 devices cannot share 15 heads: each holds all of them.
+    """
     return {
         "vocab_size": 259,
         "context_length": 1024,
@@ -62,6 +65,7 @@ def charformer() -> dict[str, Any]:
         "feedforward": {"kind": "mlp", "mlp_dim": 3840, "activation": "relu"},
         "compute_dtype": "bfloat16",
         "param_dtype": "bfloat16",
+        "layout": {"data": 2, "tensor": 4, "rules": {"heads": None, "kv_heads": None}},
     }
 
 

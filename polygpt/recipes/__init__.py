@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from polygpt.config import as_yaml, dotted_to_nested, merge, parse_yaml, read_yaml, validate
 from polygpt.errors import RequestError, suggest
 from polygpt.files import expand
+from polygpt.folders import CONFIG
 from polygpt.presets import PRESETS, preset_fields
 from polygpt.recipes.bands import HeldOutCheck, Verdict, check_band, verdict, without_band
 
@@ -18,14 +19,13 @@ if TYPE_CHECKING:
 
 # What imports JAX is imported where it is used: names of recipes and misspelled keys are known without it.
 
-CONFIG = "config.yaml"  # of a run's or a model's folder
-
 __all__ = [
-    "CONFIG",
     "HeldOutCheck",
     "Verdict",
     "as_written",
     "check_band",
+    "check_placeholders",
+    "has_short_form",
     "load_recipe",
     "model_changes",
     "model_fields",
@@ -33,6 +33,7 @@ __all__ = [
     "recipe_fields",
     "recipe_names",
     "resume_config",
+    "short_recipes",
     "verdict",
     "without_band",
 ]
@@ -43,46 +44,47 @@ def recipe_names() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in _folder().iterdir() if entry.name.endswith(".yaml"))
 
 
-def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+def load_recipe(name: str, overrides: Mapping[str, Any] | None = None, *, short: bool = False) -> RunConfig:
     """The run that a recipe or a YAML file describes, with dotted `overrides` applied.
 
     `model.preset` names a preset; the other fields of `model` change it. With `training.initial` they change that
-    model, and its tokenizer is used.
+    model, and its tokenizer is used. `short` takes the recipe's short form, which its section `short` describes.
 
     Raises:
         RequestError: no such recipe or file, a mistake in it or in an override, or shapes that do not fit.
     """
+    check_placeholders(name, overrides or {}, short=short)
+
     from polygpt.training import RunConfig
 
-    _check_placeholders(_read(name), dotted_to_nested(overrides or {}), name)
-    fields = recipe_fields(name, overrides)
+    fields = recipe_fields(name, overrides, short=short)
     training = fields.get("training")
     initial = training.get("initial") if isinstance(training, Mapping) else None
     if isinstance(initial, str) and as_yaml(initial) is not None:
         fields["model"] = _initial_fields(str(initial), as_yaml(fields.get("model") or {}))
         fields.setdefault("tokenizer", {"kind": "initial"})
     config = validate(RunConfig, fields)
-    return without_band(as_written(name), config) if config.expected is not None and overrides else config
+    return without_band(as_written(name, short=short), config) if config.expected is not None and overrides else config
 
 
-def as_written(name: str) -> RunConfig:
-    """The recipe `name` (or a YAML file) without overrides, placeholders included.
+def as_written(name: str, *, short: bool = False) -> RunConfig:
+    """The recipe `name` (or a YAML file), or its short form, without overrides, placeholders included.
 
     Raises:
         RequestError: there is no such recipe or file, or it has a mistake.
     """
     from polygpt.training import RunConfig
 
-    return validate(RunConfig, recipe_fields(name))
+    return validate(RunConfig, recipe_fields(name, short=short))
 
 
-def recipe_fields(name: str, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def recipe_fields(name: str, overrides: Mapping[str, Any] | None = None, *, short: bool = False) -> dict[str, Any]:
     """The plain fields of a recipe or a YAML file with dotted `overrides` laid over it, and its preset filled in.
 
     Raises:
-        RequestError: there is no such recipe, file or preset.
+        RequestError: there is no such recipe, file or preset, or it has no short form.
     """
-    fields = merge(_read(name), dotted_to_nested(overrides or {}))
+    fields = merge(_form(name, short), dotted_to_nested(overrides or {}))
     if isinstance(fields.get("model"), Mapping):
         fields["model"] = model_fields(fields["model"])
     return fields
@@ -98,14 +100,21 @@ _PLACEHOLDERS = {
 }
 
 
-def _check_placeholders(recipe: Mapping[str, Any], changes: Mapping[str, Any], name: str) -> None:
+def check_placeholders(name: str, overrides: Mapping[str, Any], *, short: bool = False) -> None:
+    """Refuses the recipe `name` if the dotted `overrides` lack what it leaves to the user.
+
+    Raises:
+        RequestError: names the setting, or there is no such recipe.
+    """
+    recipe, changes = _form(name, short), dotted_to_nested(overrides)
     for key, (placeholder, meaning) in _PLACEHOLDERS.items():
         if _value(recipe, key) == placeholder and _value(changes, key) is None:
             raise RequestError(f"{name}: {key} is required ({meaning}); add {key}={placeholder}")
 
 
-def resume_config(run: Path, name: str | None, overrides: Mapping[str, Any]) -> RunConfig:
-    """The configuration to resume the run in folder `run` with: its own, or a recipe's, with overrides.
+def resume_config(run: Path, name: str | None, overrides: Mapping[str, Any], *, short: bool = False) -> RunConfig:
+    """The configuration to resume the run in folder `run` with: its own, or a recipe's (`short`: its short form's),
+    with overrides.
 
     Raises:
         RequestError: there is no run in the folder, or as `load_recipe`.
@@ -116,11 +125,11 @@ def resume_config(run: Path, name: str | None, overrides: Mapping[str, Any]) -> 
     if name is None:
         return without_band(own, own.replace(**overrides))
     kept = {"training.initial": own.training.initial, "data.path": own.data.path}
-    recipe = _read(name)
+    recipe = _form(name, short)
     for key, (placeholder, _) in _PLACEHOLDERS.items():  # what a recipe leaves to the user, the run has
         if _value(recipe, key) == placeholder and key not in overrides:
             overrides = {key: kept[key], **overrides}
-    return load_recipe(name, overrides)
+    return load_recipe(name, overrides, short=short)
 
 
 def _value(fields: Mapping[str, Any], key: str) -> Any:
@@ -191,6 +200,28 @@ def _initial_fields(initial: str, changes: Mapping[str, Any]) -> dict[str, Any]:
     from polygpt.loading import adapted, find
 
     return adapted(find(initial).config, None, changes).to_dict()
+
+
+def short_recipes() -> list[str]:
+    """The recipes that have a short form."""
+    return [name for name in recipe_names() if has_short_form(name)]
+
+
+def has_short_form(name: str) -> bool:
+    """Whether a recipe or a YAML file has one."""
+    return isinstance(_read(name).get("short"), Mapping)
+
+
+def _form(name: str, short: bool) -> dict[str, Any]:
+    """The fields of a recipe as it stands, or with those of its section `short` laid over them."""
+    fields = _read(name)
+    changes = fields.pop("short", None)
+    if not short:
+        return fields
+    if not isinstance(changes, Mapping):
+        raise RequestError(f"{name} has no short form; these have one: {', '.join(short_recipes())}")
+    fields.pop("expected", None)
+    return merge(fields, changes)
 
 
 def _read(name: str) -> dict[str, Any]:

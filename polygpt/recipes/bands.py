@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 FREE = {
     "data.path",
     "data.workers",
+    "data.engine",
     *(f"training.{name}seed" for name in ("", "init_", "data_")),
     *(f"training.{name}" for name in ("eval_every", "eval_batches", "save_every", "log_every", "evaluations")),
     *(f"training.{name}" for name in ("keep", "keep_every", "keep_best", "async_saving", "trackers", "samples")),

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 from polygpt.server.schemas import Tool
 
-
 # llguidance then allows only the blanks that models put in JSON themselves.
 _COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 

@@ -88,8 +88,8 @@ def _vocabulary(run: RunConfig) -> tuple[int, str, bool]:
                 return 256 + len(tokenizer.specials), "every byte", True
             case "bpe":
                 return tokenizer.vocab_size, "tokenizer.vocab_size; a short text gives fewer", True
-            case "file":
-                return load_tokenizer(tokenizer.path).vocab_size, f"that of {tokenizer.path}", False
+            case "file" | "hf":
+                return load_tokenizer(tokenizer.place).vocab_size, f"that of {tokenizer.place}", False
         sources = [open_source(data) for data in run.data.each().values()]
         if sum(Path(file).stat().st_size for source in sources for file in source.files) <= LARGEST_TEXT:
             alphabet = set().union(*(document.text for source in sources for document in source))

@@ -27,9 +27,9 @@ def schedule_points(training: TrainingConfig) -> dict[str, Any]:
     """The learning rate at up to `POINTS` evenly spaced steps, the first and the last included; ready for JSON."""
     schedule = training.schedule.build(training.optimizer.learning_rate, training.steps)
     steps = np.unique(np.linspace(0, training.steps - 1, POINTS).round().astype(int))
-    # One shape whatever the number of steps, so that this is compiled once.
+    # One program, and one shape whatever the number of steps: compiled once, and then cached.
     padded = jnp.asarray(np.resize(steps, POINTS), jnp.int32)
-    rates = np.asarray(jax.vmap(schedule)(padded), np.float64)[: len(steps)]
+    rates = np.asarray(jax.jit(jax.vmap(schedule))(padded), np.float64)[: len(steps)]
     rounded = [float(f"{rate:.6g}") for rate in rates]
     return {"kind": training.schedule.kind, "steps": steps.tolist(), "learning_rate": rounded}
 

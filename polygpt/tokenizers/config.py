@@ -7,37 +7,52 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from polygpt.config import Config, Tuple
+from polygpt.hub import PREFIX, is_name
 
 END_OF_TEXT = "<|endoftext|>"
+# Kinds that are read, and the setting that says from where.
+_PLACES = {"file": "path", "hf": "name"}
+_MEANINGS = {
+    "path": "path: a tokenizer.json, or the folder of a tokenizer",
+    "name": "name: owner/name on the Hugging Face hub",
+}
 
 
 class TokenizerConfig(Config):
-    """A tokenizer to train (`char`, `byte`, `bpe`), to read from a `file`, or the one of the `initial` model."""
+    """A tokenizer to train (`char`, `byte`, `bpe`), to read from a `file` or from the hub (`hf`), or that of the
+    `initial` model."""
 
-    kind: Literal["char", "byte", "bpe", "file", "initial"] = "bpe"
+    kind: Literal["char", "byte", "bpe", "file", "hf", "initial"] = "bpe"
     vocab_size: int = Field(4096, ge=1)
     """For `bpe` only, special tokens included; a text too small for it gives fewer ids."""
     path: str | None = None
     """A tokenizer.json, or a folder with one or with vocab.json and merges.txt; implies kind `file`."""
+    name: str | None = None
+    """`owner/name` or `owner/name@revision` on the Hugging Face hub; implies kind `hf`."""
     special_tokens: Tuple[str] | None = None
     """Unset: none for `char` (tiny Shakespeare has 65 ids), `<|endoftext|>` for `byte` and `bpe`."""
 
     @model_validator(mode="before")
     @classmethod
-    def _path_implies_file(cls, data: Any) -> Any:
-        implied = isinstance(data, dict) and data.get("path") is not None and "kind" not in data
-        return {**data, "kind": "file"} if implied else data
+    def _implied_kind(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or "kind" in data:
+            return data
+        implied = [kind for kind, key in _PLACES.items() if data.get(key) is not None]
+        return {**data, "kind": implied[0]} if implied else data
 
     @model_validator(mode="after")
     def _fits(self) -> TokenizerConfig:
-        if self.kind == "file":
-            if self.path is None:
-                raise ValueError("kind 'file' needs path: a tokenizer.json, or the folder of a tokenizer")
-        elif self.path is not None:
-            raise ValueError(
-                f"path is for kind 'file', not for kind '{self.kind}'; set kind to file, or leave path out"
-            )
-        if self.kind in ("file", "initial") and self.special_tokens is not None:
+        for kind, key in _PLACES.items():
+            given = getattr(self, key) is not None
+            if self.kind == kind and not given:
+                raise ValueError(f"kind '{kind}' needs {_MEANINGS[key]}")
+            if given and self.kind != kind:
+                raise ValueError(
+                    f"{key} is for kind '{kind}', not for kind '{self.kind}'; set kind to {kind}, or leave {key} out"
+                )
+        if self.kind == "hf" and not is_name(self.name):
+            raise ValueError(f"name must be owner/name or owner/name@revision on the hub, not '{self.name}'")
+        if self.kind in ("file", "hf", "initial") and self.special_tokens is not None:
             raise ValueError(f"special_tokens: a tokenizer of kind '{self.kind}' has its own; leave them out")
         specials = self.specials
         if len(set(specials)) < len(specials) or "" in specials:
@@ -46,6 +61,11 @@ class TokenizerConfig(Config):
         if self.kind == "bpe" and self.vocab_size < least:
             raise ValueError(f"vocab_size must be at least {least} for kind 'bpe', not {self.vocab_size}")
         return self
+
+    @property
+    def place(self) -> str | None:
+        """What `load_tokenizer` reads; None for a tokenizer that is trained, or that of the initial model."""
+        return PREFIX + self.name if self.kind == "hf" else self.path
 
     @property
     def specials(self) -> tuple[str, ...]:

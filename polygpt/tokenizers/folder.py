@@ -9,6 +9,7 @@ from typing import Any
 
 import tokenizers as hf
 
+from polygpt import hub
 from polygpt.errors import RequestError
 from polygpt.files import expand
 from polygpt.settings import read_json
@@ -22,14 +23,15 @@ def load_tokenizer(path: str | Path, roles: Mapping[str, Any] | None = None) -> 
     A folder's tokenizer_config.json and special_tokens_map.json say which tokens begin and end a text and pad it.
 
     Args:
-        path: the file or folder.
+        path: the file or folder, or `hf:owner/name[@revision]` on the Hugging Face hub.
         roles: what else is known of them, as for `Tokenizer`. The folder's own files come first; if they name any
             token, only the end of a text is taken from here, since templates test which of the others are named.
 
     Raises:
         RequestError: there is none, or a file is damaged.
+        PolygptError: the hub cannot be reached.
     """
-    path = expand(path)
+    path = hub.fetch(str(path), hub.TOKENIZER_FILES, "tokenizer") if str(path).startswith(hub.PREFIX) else expand(path)
     folder = path if path.is_dir() else path.parent
     beside = _read_roles(folder) if path.is_dir() or path.name == FILE else {}
     if path.is_dir() and not has_tokenizer(path):

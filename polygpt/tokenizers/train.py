@@ -19,14 +19,15 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
     """The tokenizer that `config` describes; the same texts in the same order give the same one.
 
     The ids are the characters in order of code point (`char`), the 256 byte values (`byte`), or the byte alphabet
-    followed by the merges in the order they were learned (`bpe`). Special tokens come last. Kinds `byte` and `file` do
-    not read `texts`.
+    followed by the merges in the order they were learned (`bpe`). Special tokens come last. Only `char` and
+    `bpe` read `texts`.
 
     Raises:
         RequestError: there is no text to train on, or the file is not a tokenizer.
+        PolygptError: the hub cannot be reached.
     """
-    if config.kind == "file":
-        return load_tokenizer(config.path)
+    if config.place is not None:
+        return load_tokenizer(config.place)
     make = {"char": _char, "byte": _byte, "bpe": _bpe}[config.kind]
     made = make(config, texts)
     made.add_special_tokens(list(config.specials))

@@ -1,6 +1,7 @@
 """Training: from a configuration to a run's folder with a verified checkpoint."""
 
 from polygpt.training.config import ExpectedConfig, RunConfig, SamplingConfig, TrainingConfig, differences
+from polygpt.training.devices import ACCELERATORS, Peak, listed, listed_peak
 from polygpt.training.events import (
     Compiled,
     Ended,
@@ -27,6 +28,7 @@ from polygpt.training.run_folder import Run, open_run, read_config
 from polygpt.training.step import Batch, Trainer, TrainState
 
 __all__ = [
+    "ACCELERATORS",
     "Batch",
     "Compiled",
     "Ended",
@@ -39,6 +41,7 @@ __all__ = [
     "Measured",
     "Note",
     "OptimizerConfig",
+    "Peak",
     "Profile",
     "RolledBack",
     "Run",
@@ -57,6 +60,8 @@ __all__ = [
     "TrainingConfig",
     "build_optimizer",
     "differences",
+    "listed",
+    "listed_peak",
     "open_run",
     "read_config",
     "train",

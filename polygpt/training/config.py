@@ -11,6 +11,7 @@ from polygpt.config import Config, Seed, Tuple, slot
 from polygpt.data import DataConfig
 from polygpt.evaluation import EVALUATIONS, EvaluationConfig
 from polygpt.model import ModelConfig
+from polygpt.sharding import MeshSetting
 from polygpt.tokenizers import TokenizerConfig
 from polygpt.training.loss_scale import LossScaleConfig
 from polygpt.training.optimizers import (
@@ -196,13 +197,15 @@ class RunConfig(Config):
     """The whole run, from text to a trained model.
 
     With `training.initial`, model and tokenizer may be left out of a recipe: they are those of the initial model.
-    `expected` is the band of a recipe; a run that changes what is trained has none.
+    `mesh` spreads the run over several devices: how many each axis has (`mesh.fsdp=8`), or `auto`: all devices share
+    the batch, or as many as divide it. `expected` is the band of a recipe; a run that changes what is trained has none.
     """
 
     model: ModelConfig
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig = DataConfig()
     training: TrainingConfig
+    mesh: MeshSetting = None
     expected: ExpectedConfig | None = None
 
     @model_validator(mode="after")

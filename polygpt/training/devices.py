@@ -22,23 +22,43 @@ LARGEST = 8192
 
 
 class Peak(NamedTuple):
-    """Dense peaks in TFLOP/s of the devices whose `device_kind` matches `name`; 0: not native, computed in float32."""
+    """Dense peaks in TFLOP/s of the devices whose `device_kind` matches `name`; 0: not native, computed in float32.
+
+    What planning needs besides is known of the `ACCELERATORS` alone, and 0 for the others.
+
+    Attributes:
+        memory: GB that the device has.
+        bandwidth: TB/s between the device and its memory.
+        link: GB/s that a device sends along one mesh axis while it receives as much, within an island.
+        island: how many devices are joined by such links.
+        network: GB/s that a device sends to other islands.
+    """
 
     name: str
     float32: float
     tfloat32: float
     bfloat16: float
     float16: float
+    memory: float = 0
+    bandwidth: float = 0
+    link: float = 0
+    island: int = 1
+    network: float = 0
 
 
 # From the vendors' data sheets, without sparsity and accumulating in float32: NVIDIA's for each card (for GeForce cards
 # the architecture white papers of Ampere GA102, Ada and Blackwell, appendix A), Google Cloud's "TPU architecture" pages
 # for each version (v3 is per core, which is one device of JAX). An SXM and a PCIe card of one name differ.
+# Memory and links from the same sheets. DGX and HGX H100 and H200: 8 cards by NVLink (900 GB/s, half of it in each
+# direction) and a 400 Gb/s adapter each. TPUs: a ring along one axis of the torus uses two links, each 90 GB/s in each
+# direction ("How to Scale Your Model", chapter 2, measured; the data sheets say 100); slices up to the size of a pod
+# are one island, and a host's network is shared by its chips (6.25 GB/s each, the same chapter).
 PEAKS = (
     Peak(r"NVIDIA A100.*", 19.5, 156, 312, 312),
     Peak(r"NVIDIA H100 PCIe", 51, 378, 756, 756),
     Peak(r"NVIDIA H(100|200) NVL", 60, 417.5, 835, 835),
-    Peak(r"NVIDIA H100 80GB HBM3|NVIDIA H200", 67, 494.5, 989, 989),
+    Peak(r"NVIDIA H100 80GB HBM3", 67, 494.5, 989, 989, 80, 3.35, 450, 8, 50),
+    Peak(r"NVIDIA H200", 67, 494.5, 989, 989, 141, 4.8, 450, 8, 50),
     Peak(r"NVIDIA B200.*", 75, 1100, 2250, 2250),
     Peak(r"NVIDIA L4", 30.3, 60.5, 121, 121),
     Peak(r"NVIDIA L40S", 91.6, 183, 362, 362),
@@ -52,9 +72,17 @@ PEAKS = (
     Peak(r"TPU v3", 61.5 / 6, 61.5, 61.5, 0),
     Peak(r"TPU v4", 275 / 6, 275, 275, 0),
     Peak(r"TPU v5 ?(lite|e)", 197 / 6, 197, 197, 0),
-    Peak(r"TPU v5p?", 459 / 6, 459, 459, 0),
-    Peak(r"TPU v6 ?(lite|e)", 918 / 6, 918, 918, 0),
+    Peak(r"TPU v5p?", 459 / 6, 459, 459, 0, 95, 2.765, 180, 8960, 6.25),
+    Peak(r"TPU v6 ?(lite|e)", 918 / 6, 918, 918, 0, 32, 1.64, 180, 256, 6.25),
 )
+
+# Accelerators that can be planned for, by the name they are asked for: JAX's `device_kind`.
+ACCELERATORS = {"h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200", "v5p": "TPU v5", "v6e": "TPU v6 lite"}
+
+
+def listed(kind: str) -> Peak | None:
+    """The row of the table for the device `kind` (JAX's `device_kind`); None if it is not listed."""
+    return next((peak for peak in PEAKS if re.fullmatch(peak.name, kind)), None)
 
 
 def listed_peak(kind: str, dtype: str, precision: str | None = None) -> float | None:
@@ -63,13 +91,12 @@ def listed_peak(kind: str, dtype: str, precision: str | None = None) -> float | 
     By default float32 products are computed in TF32 on NVIDIA's GPUs and in bfloat16 on TPUs (`tfloat32` in the table);
     with the precision `highest`, in float32 (six bfloat16 products on TPUs), and with `high`, in three products.
     """
-    for peak in PEAKS:
-        if re.fullmatch(peak.name, kind):
-            fast = peak.tfloat32 or peak.float32
-            full = {None: fast, "default": fast, "high": max(fast / 3, peak.float32)}.get(precision, peak.float32)
-            value = full if dtype == "float32" else getattr(peak, dtype) or fast
-            return value * 1e12
-    return None
+    peak = listed(kind)
+    if peak is None:
+        return None
+    fast = peak.tfloat32 or peak.float32
+    full = {None: fast, "default": fast, "high": max(fast / 3, peak.float32)}.get(precision, peak.float32)
+    return 1e12 * (full if dtype == "float32" else getattr(peak, dtype) or fast)
 
 
 @cache

@@ -152,7 +152,10 @@ class Ended:
 
 @dataclass(frozen=True)
 class RunResult:
-    """The result of a run: losses in nats per token; `seconds` is the time from preparing the data to the end."""
+    """The result of a run: losses in nats per token; `seconds` is the time from preparing the data to the end.
+
+    `warning` says that the model is no better than guessing; None for any other.
+    """
 
     run: str
     steps: int
@@ -162,6 +165,7 @@ class RunResult:
     tokens_per_second: float
     seconds: float
     compile_seconds: float
+    warning: str | None = field(default=None, kw_only=True)
 
 
 Event = (

@@ -1,16 +1,22 @@
-"""What a run says about itself when it starts: facts, and warnings of what may not be as the user meant it."""
+"""What a run says about itself: facts and warnings when it starts, and what became of it where that is not well."""
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Any
 
 import jax
 
+from polygpt import checkpoint
+from polygpt.checkpoint import NotFiniteError
 from polygpt.data import Loader, MixedLoader
+from polygpt.loading import CHECKPOINTS
 from polygpt.model import Model
-from polygpt.process import memory_not_kept
+from polygpt.process import command_line, memory_not_kept
 from polygpt.training.config import RunConfig
 from polygpt.training.optimizers import in_steps
+from polygpt.training.run_folder import read_config
 
 
 def facts(config: RunConfig, model: Model, loader: Loader | MixedLoader) -> dict[str, Any]:
@@ -50,3 +56,30 @@ def warnings(config: RunConfig, model: Model, ids: int) -> list[str]:
     if devices[0].platform == "cpu" and (reason := memory_not_kept()):
         found.append(f"freed memory is given back in every step, which makes training slower: {reason}")
     return found + ([model.training_caveat] if model.training_caveat else [])
+
+
+def diverged(error: NotFiniteError, out: Path) -> str:
+    """What happened, what is kept, and the command to go on with."""
+    config = read_config(out)
+    optimizer = config.training.optimizer
+    rate = min(optimizer.learning_rate / 2, type(optimizer).model_fields["learning_rate"].get_default() or math.inf)
+    again = command_line("train", "--resume", "--out", out, f"training.optimizer.learning_rate={rate:g}")
+    half = config.model.compute_dtype != "float32" or config.model.param_dtype != "float32"
+    kept = checkpoint.describe_saved(out / CHECKPOINTS)
+    advice = " (or start a new run in float32)" if half else ""
+    return f"{error}: training diverged ({kept})\ngo on with a lower learning rate: {again}{advice}"
+
+
+def unlearned(val_loss: float, ids: int) -> str | None:
+    """What to say at the end if the model predicts no better than one that takes all `ids` for equally likely.
+
+    A learning rate that is far too high ends there: weights that are finite, and without effect.
+    """
+    uniform = math.log(ids)
+    if val_loss < uniform - 1e-3:
+        return None
+    return (
+        f"the validation loss, {val_loss:.4f}, is no lower than that of guessing among the {ids:,} ids "
+        f"({uniform:.4f}): the model has learned nothing; a lower training.optimizer.learning_rate or more steps may "
+        "help"
+    )

@@ -9,9 +9,9 @@ from polygpt.checkpoint import NotFiniteError, check_finite
 from polygpt.data import open_shards
 from polygpt.errors import RequestError
 from polygpt.interop import StoredModel
-from polygpt.language_model import Origin
 from polygpt.loading import check_shapes, find
 from polygpt.model import Params
+from polygpt.origin import Origin
 from polygpt.tokenizers import Tokenizer
 from polygpt.training.config import RunConfig, differences
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from polygpt import checkpoint
 from polygpt.data import Loader
+from polygpt.errors import PolygptError
 from polygpt.evaluation import EvaluationConfig, Ready
 from polygpt.language_model import LanguageModel
 from polygpt.loading import read_origin
@@ -126,16 +127,19 @@ class Samples:
         self.max_new_tokens = min(self.settings.max_new_tokens, context)
 
     def run(self, state: TrainState, last: bool) -> None:
-        lm = self.lm(state)
+        lm, step = self.lm(state), int(state.step)
         for prompt in self.prompts:
-            text = lm.generate(
-                prompt,
-                max_new_tokens=self.max_new_tokens,
-                temperature=self.settings.temperature,
-                top_p=self.settings.top_p,
-                seed=self.settings.seed,
-            ).text
-            self.emit(Sampled(int(state.step), prompt, text))
+            try:
+                text = lm.generate(
+                    prompt,
+                    max_new_tokens=self.max_new_tokens,
+                    temperature=self.settings.temperature,
+                    top_p=self.settings.top_p,
+                    seed=self.settings.seed,
+                ).text
+            except PolygptError:  # the prompts are in order: the logits are not
+                raise checkpoint.NotFiniteError(f"step {step}: the logits of a sample are not finite") from None
+            self.emit(Sampled(step, prompt, text))
 
 
 def language_models(run: Run, weights: Weights) -> Current:

@@ -15,13 +15,13 @@ from polygpt import checkpoint
 from polygpt.checkpoint import NotFiniteError
 from polygpt.errors import PolygptError, RequestError
 from polygpt.files import expand
-from polygpt.loading import CHECKPOINTS, CONFIG
+from polygpt.folders import CONFIG
+from polygpt.loading import CHECKPOINTS
 from polygpt.model import model_of
-from polygpt.process import command_line
 from polygpt.training.config import RunConfig
 from polygpt.training.devices import Utilization
 from polygpt.training.events import Compiled, Ended, Finished, Listener, Note, RunResult, Started, emitter
-from polygpt.training.facts import facts, warnings
+from polygpt.training.facts import diverged, facts, unlearned, warnings
 from polygpt.training.interrupt import Interrupted, InterruptFlag, Stop
 from polygpt.training.jobs import Evaluation, Job, Samples, Validation, is_due, language_models
 from polygpt.training.listeners import standard_listeners
@@ -31,7 +31,7 @@ from polygpt.training.optimizers import ParameterGroups
 from polygpt.training.profiling import Profile
 from polygpt.training.restoring import Restoring
 from polygpt.training.resume import finished_result, with_changes
-from polygpt.training.run_folder import Run, create_run, naming, open_run, read_config, write_config
+from polygpt.training.run_folder import Run, create_run, naming, open_run, write_config
 from polygpt.training.saving import Saving
 from polygpt.training.step import Batch, Trainer, TrainState
 
@@ -78,7 +78,7 @@ def train(
             checkpoint.remove_partial(out / CHECKPOINTS)
             return _Loop(run, emit, started, profile).run(resume)
     except NotFiniteError as error:
-        raise PolygptError(_diverged(error, out)) from error
+        raise PolygptError(diverged(error, out)) from error
     finally:
         emit(Ended())
 
@@ -90,17 +90,6 @@ def _locked(out: Path, resume: bool) -> Iterator[ExitStack]:
         if resume and (out / CONFIG).is_file():  # whoever opens it says what is wrong otherwise
             stack.enter_context(checkpoint.folder_lock(out))
         yield stack
-
-
-def _diverged(error: NotFiniteError, out: Path) -> str:
-    """What happened, what is kept, and the command to go on with."""
-    config = read_config(out)
-    rate = config.training.optimizer.learning_rate / 2
-    again = command_line("train", "--resume", "--out", out, f"training.optimizer.learning_rate={rate:g}")
-    half = config.model.compute_dtype != "float32" or config.model.param_dtype != "float32"
-    kept = checkpoint.describe_saved(out / CHECKPOINTS)
-    advice = " (or start a new run in float32)" if half else ""
-    return f"{error}: training diverged ({kept})\ngo on with a lower learning rate: {again}{advice}"
 
 
 def _opened(config: RunConfig | None, out: Path, resume: bool, emit: Listener) -> Run:
@@ -200,7 +189,10 @@ class _Loop:
             tokens_per_second=self.meter.tokens_per_second,
             seconds=time.perf_counter() - self.started,
             compile_seconds=compile_seconds,
+            warning=unlearned(self.validation.latest.val_loss, self.vocabulary),
         )
+        if result.warning is not None:
+            self._warn(result.warning)
         if (text := self.saving.overfitting()) is not None:
             self._warn(text)
         self.emit(Finished(result))

@@ -59,7 +59,7 @@ def with_changes(run: Run, config: RunConfig) -> tuple[Run, list[str]]:
 
 def _content(config: RunConfig) -> dict[str, Any]:
     """The settings of data that say which tokens there are."""
-    return config.data.model_copy(update={"workers": 1}).to_dict()
+    return config.data.without_execution().to_dict()
 
 
 def _fixed(config: RunConfig) -> dict[str, Any]:

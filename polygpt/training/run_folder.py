@@ -29,6 +29,7 @@ from polygpt.data import (
     Loader,
     MixedLoader,
     Shards,
+    Stage,
     TokenSplit,
     is_prepared,
     open_shards,
@@ -39,8 +40,9 @@ from polygpt.data import (
 )
 from polygpt.errors import PolygptError, RequestError
 from polygpt.evaluation import EvaluationConfig, Ready
-from polygpt.files import check_checkpoint_path, expand, new_folder, remove_folder, write_text
-from polygpt.loading import CHECKPOINTS, CONFIG, TOKENIZER, write_origin
+from polygpt.files import expand, new_folder, remove_folder, write_text
+from polygpt.folders import CONFIG, check_new_run, check_run
+from polygpt.loading import CHECKPOINTS, TOKENIZER, write_origin
 from polygpt.model import ModelConfig
 from polygpt.process import command_line
 from polygpt.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
@@ -75,7 +77,9 @@ class Run:
         for index, (name, shards) in enumerate(self.shards.sources.items()):
             with naming(f"data.sources.{index}"):
                 loaders[name] = self._loader(shards.train, stride=self.config.data.stride, seed=training.seeds.data)
-        return MixedLoader(loaders, [each.weight for each in sources], [each.epochs for each in sources])
+        return MixedLoader(
+            loaders, [Stage(*stage) for stage in self.config.data.weights()], [each.epochs for each in sources]
+        )
 
     def _loader(self, split: TokenSplit, **options: Any) -> Loader:
         size, context = self.config.training.batch_size, self.config.model.context_length
@@ -122,11 +126,7 @@ def create_run(config: RunConfig, folder: Path, note: Callable[[str], None], che
         RequestError: the folder exists, the data cannot be used, or the parts do not fit together.
         PolygptError: the folder cannot be written.
     """
-    if folder.exists():
-        if (folder / CONFIG).is_file():
-            raise RequestError(f"{folder}: exists already; continue it with --resume, or choose another --out")
-        raise RequestError(f"{folder}: exists and is no run; choose another --out")
-    check_checkpoint_path(folder)
+    check_new_run(folder)
     if config.training.initial is not None:
         check_initial(config)
     with new_folder(folder) as partial:
@@ -200,11 +200,8 @@ def read_config(folder: Path) -> RunConfig:
     Raises:
         RequestError: there is no run in it.
     """
+    check_run(folder)
     path = folder / CONFIG
-    if not path.is_file():
-        new = folder.with_name(f"{folder.name}-run") if folder.exists() else folder
-        start = command_line("train", "RECIPE", "--out", new)
-        raise RequestError(f"{folder}: no run here (it has no {CONFIG}); start one with: {start}")
     return validate(RunConfig, read_yaml(path), str(path))
 
 
@@ -270,7 +267,7 @@ def _tokenizer(config: RunConfig, note: Callable[[str], None]) -> Tokenizer:
     each, wanted = config.data.each().values(), config.tokenizer
     prepared = next((expand(data.paths[0]) for data in each if is_prepared(data)), None)
     if prepared is not None:
-        path = wanted.path if wanted.kind == "file" else prepared / TOKENIZER
+        path = wanted.place or prepared / TOKENIZER
         if wanted.kind == "initial":
             check_prepared(config, prepared)
         note(f"data: prepared shards in {prepared}, with their own tokenizer")
@@ -310,7 +307,7 @@ def _write_source(
     data: DataConfig, tokenizer: Tokenizer, folder: Path, work: Path, name: str, note: Callable[[str], None]
 ) -> Shards:
     source = open_source(data)
-    if data.workers > 1:
+    if data.workers > 1 or data.engine == "ray":
         shards = prepare_in_parallel(source, tokenizer, folder, data, work=work, note=note)
     else:
         shards = prepare(source, tokenizer, folder, data)

@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding
 from jaxtyping import PyTree
 
 from polygpt import checkpoint
@@ -42,8 +43,18 @@ def join_state(trainer: Trainer, params: Params, training: dict[str, PyTree]) ->
 
 
 def abstract_parts(trainer: Trainer) -> tuple[Params, dict[str, PyTree]]:
-    """Shapes and dtypes of what `split_state` gives; allocates nothing."""
-    return jax.eval_shape(lambda state: split_state(trainer, state), trainer.abstract_state())
+    """Shapes and dtypes of what `split_state` gives, and on a mesh where they go; allocates nothing."""
+    params, training = jax.eval_shape(lambda state: split_state(trainer, state), trainer.abstract_state())
+    if trainer.scope is None:
+        return params, training
+    shardings = trainer.state_shardings._asdict()
+
+    def placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(placed, params, trainer.shardings), {
+        name: jax.tree.map(placed, tree, shardings[name]) for name, tree in training.items()
+    }
 
 
 def fingerprints(run: Run) -> dict[str, str]:

@@ -30,6 +30,7 @@ RESULT = {
     "tokens_per_second",
     "seconds",
     "compile_seconds",
+    "warning",
 }
 SLOW = {"jax", "flax", "numpy", "pydantic", "matplotlib", "orbax", "grain", "tokenizers", "ruamel", "rich"}
 
@@ -51,6 +52,61 @@ def test_what_needs_no_work_loads_nothing_slow(words):
     loaded = set(done.stderr.splitlines()[-1].split())
     assert "polygpt" in loaded
     assert not loaded & SLOW
+
+
+REFUSED = """
+import sys
+from polygpt import cli
+from polygpt.cli import settings
+settings._edited = lambda: False  # whether or not this copy of the code is being worked on
+for words in sys.argv[1:]:
+    code = cli._run(words.split(" "), False)
+    print(code, "jax" in sys.modules)
+"""
+
+MISTAKES = [
+    "train demo training.stepz=3 --out run",
+    "train demo training.steps=abc --out run",
+    "train demo training.steps=0 --out run",
+    "train demo model.attention.kind=sofmax --out run",
+    "train demo data.path=missing.txt --out run",
+    "train demo tokenizer.path=missing.json --out run",
+    "train demo --out .",
+    "train dmeo --out run",
+    "train --out run",
+    "train --resume --out missing",
+    "train own_text --out run",
+    "train finetune data.path=FILE training.initial=missing --out run",
+    "demo training.optimizer.learning_rate=fast",
+    "show gpt2 model.num_layer=4",
+    "show gpt2 model.num_layers=four",
+    "show gpt3",
+    "import missing --out model",
+    "generate missing --prompt x",
+    "eval missing --task perplexity",
+    "report missing",
+]
+
+
+def test_a_mistake_is_refused_before_jax_is_imported(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", REFUSED, *MISTAKES], capture_output=True, text=True, timeout=60, cwd=tmp_path
+    )
+    answers = dict(zip(MISTAKES, done.stdout.splitlines(), strict=True))
+    assert answers == dict.fromkeys(MISTAKES, "2 False"), done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_keys_are_computed_where_the_code_is_newer_than_their_file(monkeypatch, tmp_path):
+    from polygpt.cli import settings
+
+    keys = tmp_path / "keys.json"
+    monkeypatch.setattr(settings, "KEYS", keys)
+    assert settings._edited()
+    keys.write_text("{}")
+    assert not settings._edited()
+    os.utime(keys, (0, 0))
+    assert settings._edited()
 
 
 def test_help_lists_every_command(program):

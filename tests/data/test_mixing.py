@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polygpt.data import Loader, MixedLoader
-from polygpt.data.mixing import PERIOD, Mixture, whole_shares
+from polygpt.config import validate
+from polygpt.data import DataConfig, Loader, MixedLoader
+from polygpt.data.mixing import PERIOD, Mixture, Stage, whole_shares
 from polygpt.errors import RequestError
 
 WEIGHTS = st.lists(st.integers(0, 20), min_size=1, max_size=6).filter(any)
@@ -18,7 +19,7 @@ WEIGHTS = st.lists(st.integers(0, 20), min_size=1, max_size=6).filter(any)
 @settings(deadline=None, max_examples=40)
 @given(weights=WEIGHTS)
 def test_every_prefix_holds_each_share_to_within_one_window(weights):
-    mixture, counts = Mixture(weights), [0] * len(weights)
+    mixture, counts = Mixture([Stage(0, weights)]), [0] * len(weights)
     shares = [Fraction(weight, sum(weights)) for weight in weights]
     for n in range(2 * sum(weights) + 5):
         assert mixture.counts(n) == counts
@@ -44,9 +45,9 @@ def test_a_source_at_its_limit_is_left_out_and_the_others_go_on(data, weights):
     limits = [data.draw(st.integers(0, 30) | st.none()) for _ in weights]
     if all(limit == 0 for limit, weight in zip(limits, weights, strict=True) if weight):
         with pytest.raises(RequestError, match="no source may be read"):
-            Mixture(weights, limits)
+            Mixture([Stage(0, weights)], limits)
         return
-    mixture, counts = Mixture(weights, limits), [0] * len(weights)
+    mixture, counts = Mixture([Stage(0, weights)], limits), [0] * len(weights)
     end = 150 if mixture.limit is None else mixture.limit
     for n in range(min(end, 150)):
         assert mixture.counts(n) == counts
@@ -60,9 +61,74 @@ def test_a_source_at_its_limit_is_left_out_and_the_others_go_on(data, weights):
             mixture.locate(end)
 
 
+@settings(deadline=None, max_examples=40)
+@given(data=st.data(), first=WEIGHTS, start=st.integers(1, 60))
+def test_from_a_stage_on_other_weights_hold_and_each_source_goes_on_where_it_was(data, first, start):
+    second = data.draw(st.lists(st.integers(0, 20), min_size=len(first), max_size=len(first)).filter(any))
+    limits = [data.draw(st.integers(1, 40) | st.none()) for _ in first]
+    mixture = Mixture([Stage(0, first), Stage(start, second)], limits)
+    alone, counts = Mixture([Stage(0, first)], limits), [0] * len(first)
+    for n in range(150 if mixture.limit is None else min(mixture.limit, 150)):
+        source, index = mixture.locate(n)
+        assert index == counts[source]
+        assert mixture.counts(n) == counts
+        if n < start:
+            assert (source, index) == alone.locate(n)
+        else:
+            assert second[source] > 0
+        counts[source] += 1
+    if limits == [None] * len(first):
+        since = [a - b for a, b in zip(mixture.counts(start + 90), mixture.counts(start), strict=True)]
+        assert all(abs(n - 90 * w / sum(second)) < 1 for n, w in zip(since, second, strict=True))
+
+
+def test_a_stage_begins_at_its_step_and_is_part_of_what_a_run_reads(mixed):
+    plain, staged = mixed([1, 1, 0]), mixed([1, 1, 0], stages=[Stage(4, [0, 1, 3])])
+    for i in range(4):
+        assert (plain.batch(i)["input"] == staged.batch(i)["input"]).all()
+    assert [staged.mixture.locate(n)[0] for n in range(20, 28)].count(2) == 6
+    others = [mixed([1, 1, 0], stages=[Stage(step, [0, 1, k])]) for step, k in ((4, 3), (5, 3), (4, 2))]
+    assert len({loader.fingerprint for loader in (plain, *others)}) == 4
+    assert others[0].fingerprint == staged.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"stages": [{"from_step": 5, "weights": {"b": 1}}]},
+            "stages: change the weights of sources, and there are none",
+        ),
+        ({"stages": [{"from_step": 5, "weights": {"bb": 1}}]}, "no source is called 'bb'"),
+        ({"stages": [{"from_step": 5, "weights": {"b": 0, "a": 0}}]}, "stages.0.weights: sum to 0"),
+        ({"stages": [{"from_step": 0, "weights": {"b": 1}}]}, "from_step"),
+        ({"stages": [{"from_step": 5, "weights": {"b": -1}}]}, "weights"),
+        (
+            {"stages": [{"from_step": 5, "weights": {"b": 2}}, {"from_step": 5, "weights": {"b": 1}}]},
+            "stages.1.from_step: 5 does not come after 5",
+        ),
+    ],
+)
+def test_stages_that_cannot_be_are_refused(fields, message):
+    sources = {} if "none" in message else {"sources": [{"path": "a.txt"}, {"path": "b.txt"}]}
+    with pytest.raises(RequestError, match=message):
+        validate(DataConfig, {**sources, **fields})
+
+
+def test_a_source_that_is_not_named_keeps_its_weight():
+    config = validate(
+        DataConfig,
+        {
+            "sources": [{"path": "a.txt", "weight": 3}, {"path": "b.txt"}],
+            "stages": [{"from_step": 5, "weights": {"b": 2}}, {"from_step": 9, "weights": {"a": 0}}],
+        },
+    )
+    assert config.weights() == [(0, [3, 1]), (5, [3, 2]), (9, [0, 2])]
+
+
 def test_the_billionth_batch_is_found_in_under_a_second():
     begun = time.perf_counter()
-    mixture = Mixture([0.123456, 0.5, 0.376544, 0.0001])
+    mixture = Mixture([Stage(0, [0.123456, 0.5, 0.376544, 0.0001])])
     source, index = mixture.locate(10**9 * 512)
     assert time.perf_counter() - begun < 1
     assert mixture.counts(10**9 * 512 + 1)[source] == index + 1
@@ -71,7 +137,7 @@ def test_the_billionth_batch_is_found_in_under_a_second():
 @pytest.mark.parametrize("weights", [[0], [0, 0.0]])
 def test_weights_that_sum_to_nothing_are_refused(weights):
     with pytest.raises(RequestError, match="the weights sum to 0"):
-        Mixture(weights)
+        Mixture([Stage(0, weights)])
 
 
 @pytest.fixture
@@ -82,9 +148,10 @@ def mixed(prepared):
         for name, count in (("a", 20), ("b", 60), ("c", 40))
     }
 
-    def make(weights, epochs=None, seed=3, **options):
+    def make(weights, epochs=None, seed=3, stages=(), **options):
         options = {"context_length": 16, "batch_size": 5, "seed": seed, **options}
-        return MixedLoader({name: Loader(s.train, **options) for name, s in shards.items()}, weights, epochs)
+        stages = [Stage(0, weights), *stages]
+        return MixedLoader({name: Loader(s.train, **options) for name, s in shards.items()}, stages, epochs)
 
     return make
 

@@ -1,6 +1,5 @@
 """The engine: the same request gives the same tokens, whatever runs beside it, wherever, and whatever is cached."""
 
-import dataclasses
 import threading
 
 import jax
@@ -11,7 +10,7 @@ import zoo
 
 from polygpt.config import validate
 from polygpt.errors import PolygptError, RequestError
-from polygpt.generation import Engine, Request, Sampler, TextStream, generate_tokens
+from polygpt.generation import Engine, Request, Sampler, TextStream
 from polygpt.generation.reader import PromptReader
 from polygpt.model import Model, ModelConfig
 from polygpt.tokenizers import TokenizerConfig, train_tokenizer
@@ -63,7 +62,7 @@ def outcome(handle):
 
 
 def forget(engine):
-    engine._reader.forget()
+    engine._runner.reader.forget()
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -139,17 +138,6 @@ def test_log_probabilities_are_those_of_a_full_pass(name):
         for row, score in zip(full, handle.logprobs, strict=True):
             assert [token for token, _ in score.top] == np.argsort(-row)[:3].tolist()
             np.testing.assert_allclose([value for _, value in score.top], np.sort(row)[::-1][:3], atol=1e-5)
-
-
-def test_a_static_batch_gives_the_same_ids():
-    engine = engine_of("softmax")
-    requests = [request for request in requests_of(40) if not request.sampler.edits_logits]
-    requests = [dataclasses.replace(request, logprobs=None) for request in requests[:6]]
-    rows = [[] for _ in requests]
-    for chunk in generate_tokens(engine.model, engine.params, requests):
-        for row, piece in zip(rows, chunk.pieces, strict=True):
-            row += piece.tokens
-    assert [engine.submit(request).result().tokens for request in requests] == rows
 
 
 STATES = zoo.evaluated()
@@ -410,7 +398,7 @@ def test_statistics_and_a_closed_engine():
 def test_everything_is_compiled_at_start_if_asked():
     engine = engine_of("softmax")
     engine.compile()
-    programs = engine._programs
+    programs = engine._runner._programs
     before = [program._cache_size() for program in programs]
     forget(engine)
     for request in requests_of(12):

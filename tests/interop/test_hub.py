@@ -11,7 +11,7 @@ import pytest
 from hub_server import Hub, commit_of, serving
 from make_references import REFERENCES
 
-from polygpt.tokenizers import TokenizerConfig, train_tokenizer
+from polygpt.tokenizers import TokenizerConfig, load_tokenizer, train_tokenizer
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .,!?'-\nABCDEFGHIJKLMNOP"  # 50, as the references' ids
 
@@ -54,15 +54,21 @@ def polygpt(program, surroundings, monkeypatch, tmp_path):
     reads the environment once."""
     monkeypatch.chdir(tmp_path)
 
+    def forget():
+        names = [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]
+        return {name: sys.modules.pop(name) for name in names}
+
     def call(*words, **changes):
-        for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
-            del sys.modules[name]
+        forget()
         logging.getLogger("huggingface_hub").handlers.clear()  # they hold the standard error of another test
         with monkeypatch.context() as patched:
             patched.setattr(os, "environ", surroundings | changes)
             return program(*words)
 
-    return call
+    before = forget()
+    yield call
+    forget()
+    sys.modules.update(before)  # other tests patch the library that they have imported
 
 
 def test_a_model_is_imported_and_afterwards_read_without_the_hub(polygpt, process, surroundings, hub, tmp_path):
@@ -102,6 +108,27 @@ def test_a_revision_is_another_model(polygpt, folders):
     for revision in ("v1", commit_of(folders / "first")):
         done = polygpt("import", f"hf:tiny/model@{revision}", "--out", revision[:4], "--json")
         assert json.loads(done.out)["architecture"] == "LlamaForCausalLM"
+
+
+def test_a_tokenizer_by_name_trains_a_model(polygpt, hub, tmp_path):
+    (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 100)
+    small = ["model.context_length=8", "model.embed_dim=8", "model.num_layers=1", "model.attention.num_heads=1"]
+    small += ["model.attention.num_kv_heads=1", "model.feedforward.mlp_dim=8", "training.batch_size=1"]
+    words = ["train", "own_text", "data.path=text.txt", *small, "training.steps=1", "training.eval_batches=1"]
+    done = polygpt(*words, "tokenizer={name: tiny/model}", "--out", "run", "--json")
+    assert done.code == 0, done.err
+    tokenizer = load_tokenizer(tmp_path / "run")
+    assert tokenizer.vocab_size == len(LETTERS)
+    assert not any("model.safetensors" in request for request in hub.requests)  # the weights are not fetched
+    prepared = polygpt(
+        "data", "prepare", "text.txt", "--tokenizer", "hf:tiny/model", "--out", "shards", "--split", "fraction"
+    )
+    assert prepared.code == 0, prepared.err
+    assert load_tokenizer(tmp_path / "shards").encode("cat") == tokenizer.encode("cat")
+    refused = polygpt(*words, "tokenizer={name: tiny/nothing}", "--out", "other")
+    assert (refused.code, len(refused.complaint)) == (2, 1)
+    assert "hf:tiny/nothing: no such tokenizer on the hub" in refused.err
+    assert not (tmp_path / "other").exists()
 
 
 # source, environment, what is served wrongly -> exit code, what the complaint must say

@@ -1,5 +1,6 @@
 """Recipes: each is a run as it stands, opens with its command, and bends to overrides."""
 
+import re
 import shlex
 from importlib import resources
 
@@ -7,12 +8,26 @@ import pytest
 
 from polygpt.errors import RequestError
 from polygpt.presets import preset
-from polygpt.recipes import load_recipe, recipe_names, resume_config
+from polygpt.recipes import load_recipe, recipe_names, resume_config, short_recipes
+from polygpt.summary import summary
 from polygpt.training import Evaluated, Note, Sampled, Stepped, train
 
-RECIPES = ["demo", "own_text", "shakespeare_char_cpu", "shakespeare_char_gpu"]
+PUBLISHED = [
+    "charformer_text",
+    "giant_wikitext2",
+    "gpt2_fineweb_edu",
+    "gpt3_medium_rope",
+    "modular_text",
+    "small_bpe",
+    "smollm_360m",
+    "tiny_large_tinystories",
+    "tiny_moe",
+    "tiny_moe_2",
+    "tiny_moe_3",
+]
+RECIPES = ["demo", "own_text", "shakespeare_char_cpu", "shakespeare_char_gpu", *PUBLISHED]
 FINETUNE = "finetune"  # its model is the one it is given
-REQUIRED = {"own_text": {"data.path": "text.txt"}}  # what a recipe leaves to the user
+REQUIRED = {name: {"data.path": "text.txt"} for name in ("own_text", "small_bpe")}  # what a recipe leaves to the user
 EVERY = pytest.mark.parametrize("name", RECIPES)
 
 
@@ -29,8 +44,68 @@ def opening(name):
 @EVERY
 def test_a_recipe_is_valid_as_it_stands(name):
     config = load_recipe(name, REQUIRED.get(name))
-    assert config.model.vocab_size is None
     assert config.training.steps > 0
+    if config.tokenizer.kind == "bpe":
+        assert config.model.vocab_size is None
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_short_form_reads_what_every_machine_has_and_keeps_what_is_special_about_the_recipe(name):
+    config, short = load_recipe(name, REQUIRED.get(name)), load_recipe(name, short=True)
+    assert short.data.path == "builtin"
+    assert short.tokenizer.kind in ("bpe", "byte")
+    for part in ("attention", "position", "norm", "feedforward"):
+        assert getattr(short.model, part).kind == getattr(config.model, part).kind
+    kinds = [[entry.feedforward and entry.feedforward.kind for entry in run.model.pattern] for run in (short, config)]
+    assert kinds[0] == kinds[1]
+    assert short.training.optimizer.kind == config.training.optimizer.kind
+    assert short.training.schedule.kind == config.training.schedule.kind
+    assert (short.training.accumulation_steps > 1) == (config.training.accumulation_steps > 1)
+    assert load_recipe(name, {"training.steps": 7}, short=True).training.steps == 7
+
+
+def test_only_some_recipes_have_a_short_form():
+    assert short_recipes() == PUBLISHED
+    with pytest.raises(RequestError, match=r"^demo has no short form; these have one: charformer_text, giant"):
+        load_recipe("demo", short=True)
+
+
+# Tokens a step, context, and what the learning rate does: the published runs.
+RUNS = {
+    "giant_wikitext2": (None, 257, ("cosine", 1e-3, 500)),
+    "gpt2_fineweb_edu": (2**19, 1024, ("cosine", 1.8e-3, 715)),
+    "gpt3_medium_rope": (2**19, 1024, ("cosine", 1.8e-3, 3575)),
+    "smollm_360m": (2**18, 2048, ("trapezoid", 3e-3, 5000)),
+    "tiny_moe": (2**19, 2048, ("trapezoid", 6e-4, 2500)),
+    "tiny_moe_2": (2**18, 2048, ("inverse_sqrt", 1e-3, 0.01)),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_recipes_are_the_published_runs(name):
+    config = load_recipe(name)
+    batch, context, (kind, rate, warmup) = RUNS[name]
+    training = config.training
+    assert config.model.context_length == context
+    assert batch in (None, training.batch_size * context)
+    assert (training.schedule.kind, training.schedule.warmup_steps) == (kind, warmup)
+    assert (training.optimizer.learning_rate, training.optimizer.b2) == (rate, 0.95)
+    assert (training.optimizer.weight_decay, training.clip_norm) == (0.1, 1.0)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_cost_that_a_recipe_states_is_that_of_its_model_and_its_tokens(name):
+    config = load_recipe(name, REQUIRED.get(name))
+    vocab = {"giant_wikitext2": 50257, "gpt3_medium_rope": 50304}.get(name, config.tokenizer.vocab_size)
+    model = config.model if config.model.vocab_size else config.model.with_vocab(vocab)
+    tokens = config.training.steps * config.training.batch_size * model.context_length
+    flops = summary(model, config.training)["flops_per_token"] * tokens
+    stated = re.search(
+        r"(\S+) FLOPs: ([\d.,]+) (minute|hour)s? of an H100 at 40 % utilisation", " ".join(opening(name))
+    )
+    assert float(stated[1]) == pytest.approx(flops, rel=0.05)
+    seconds = float(stated[2].replace(",", "")) * {"minute": 60, "hour": 3600}[stated[3]]
+    assert seconds == pytest.approx(max(flops / (0.4 * 989e12), 60), rel=0.3)
 
 
 def test_finetuning_takes_the_model_it_is_given():
@@ -105,7 +180,7 @@ def test_the_recipe_for_a_text_of_ones_own_scales_with_its_steps(tmp_path, monke
     assert [prompt for prompt in prompts if prompt not in held_out or not prompt.startswith("Line ")] == []
 
 
-@pytest.mark.parametrize("name", RECIPES[2:])
+@pytest.mark.parametrize("name", ["shakespeare_char_cpu", "shakespeare_char_gpu"])
 def test_a_published_recipe_states_time_and_score(name):
     text = " ".join(opening(name))
     assert "minute" in text

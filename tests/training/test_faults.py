@@ -7,20 +7,15 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
-from contextlib import suppress
 
 import jax
 import numpy as np
 import pytest
 
 from polygpt import checkpoint
-from polygpt.checkpoint import steps as steps_module
-from polygpt.errors import PolygptError, RequestError
-from polygpt.loading import find, load
+from polygpt.errors import RequestError
 from polygpt.recipes import load_recipe
-from polygpt.training import Evaluated, Interrupted, Note, Saved, Started, Stepped, Trainer, read_config, train
-from polygpt.training.interrupt import InterruptFlag
+from polygpt.training import Evaluated, Interrupted, Note, Started, Stepped, Trainer, read_config, train
 from polygpt.training.listeners import RunFiles
 from polygpt.training.run_folder import read_lines
 from polygpt.training.saving import abstract_parts
@@ -164,87 +159,6 @@ def test_a_stray_an_empty_and_a_half_copied_step_are_passed_over(run, program):
     assert "going on after step 6" in done.err
 
 
-# --- Disks ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("background", [True, False])
-def test_a_save_that_fails_during_training_is_said_and_the_run_goes_on(workdir, monkeypatch, background):
-    """The disk is full while step 4 is saved, and has room again at step 6."""
-    write = steps_module._write_json
-
-    def full(path, value):
-        if value.get("step") == 4:
-            raise OSError(28, os.strerror(28), str(path))
-        write(path, value)
-
-    monkeypatch.setattr(steps_module, "_write_json", full)
-    events = []
-    train(load_recipe("tiny.yaml", {"training.async_saving": background}), "run", listeners=[RunFiles(), events.append])
-    (told,) = warnings_in(events)
-    assert told.endswith("(No space left on device); earlier checkpoints are intact; training goes on")
-    assert "step_00000004" in told
-    assert [event.step for event in events if isinstance(event, Saved)] == [2, 6]
-    assert sorted(p.name for p in (workdir / "run/checkpoints").iterdir()) == ["step_00000002", "step_00000006"]
-
-
-def test_a_final_save_that_fails_is_an_error_of_one_line(run, program, monkeypatch):
-    def full(path, value):
-        raise OSError(30, os.strerror(30), str(path))
-
-    monkeypatch.setattr(steps_module, "_write_json", full)
-    done = program("train", "--resume", "training.steps=8", "--out", run)
-    assert (done.code, len(done.complaint)) == (1, 1)
-    assert "step_00000008: cannot be saved (Read-only file system); earlier checkpoints are intact" in done.complaint[0]
-    assert checkpoint.newest(run / "checkpoints").step == 6
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A disk of 8 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if (
-        os.geteuid()
-        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], check=False).returncode
-    ):
-        pytest.skip("only root can mount a small disk")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
-
-
-def fill_up(path):
-    with suppress(OSError), path.open("wb", buffering=0) as file:
-        while True:
-            file.write(bytes(4096))
-
-
-def test_a_disk_that_fills_up_does_not_end_training_and_a_read_only_one_is_refused(workdir, small_disk):
-    settings = {"training.steps": 12, "training.log_every": 1, "training.async_saving": False}
-    config, events = load_recipe("tiny.yaml", settings), []
-    filler = small_disk / "filler"
-
-    def fill(event):
-        events.append(event)
-        if isinstance(event, Stepped) and event.step == 3:
-            fill_up(filler)
-        if isinstance(event, Stepped) and event.step == 8:
-            filler.unlink()
-
-    train(config, small_disk / "run", listeners=[RunFiles(), fill])
-    told = warnings_in(events)
-    assert any("step_00000004: cannot be saved (No space left on device); earlier" in text for text in told), told
-    assert sum("metrics.jsonl: cannot be written" in text for text in told) <= 1
-    assert checkpoint.newest(small_disk / "run/checkpoints").step == 12
-    steps = [line["step"] for line in numbers(small_disk / "run") if line["event"] == "step"]
-    assert steps == [*range(1, 13)], "lines that could not be written came later"
-
-    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    events.clear()
-    with pytest.raises(PolygptError, match=r"run: cannot be written \(Read-only file system\)"):
-        train(config.replace(**{"training.steps": 16}), small_disk / "run", resume=True, listeners=[events.append])
-    assert len(events) == 1, "only the end: nothing was compiled"
-
-
 # --- Two writers, another run --------------------------------------------------------------------------------
 
 
@@ -308,112 +222,6 @@ def test_another_dtype_is_refused_with_what_to_do(run, program):
     assert done.code == 2
     assert "this run has model.param_dtype=float32, not bfloat16" in done.complaint[0]
     assert "training.initial=run" in done.complaint[0]
-
-
-# --- Signals -------------------------------------------------------------------------------------------------
-
-
-def test_sigterm_while_a_step_is_being_saved_finishes_it(workdir, monkeypatch):
-    write = steps_module._write_json
-
-    def slowly(path, value):
-        if value.get("step") == 2 and path.name == "info.json":
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
-        write(path, value)
-
-    monkeypatch.setattr(steps_module, "_write_json", slowly)
-    with pytest.raises(Interrupted) as error:
-        train(load_recipe("tiny.yaml", {"training.steps": 2000}), "run", listeners=[])
-    assert error.value.exit_code == 143
-    step = int(str(error.value).split()[3].strip(","))
-    assert checkpoint.newest(workdir / "run/checkpoints").step == step >= 2
-    assert not list((workdir / "run/checkpoints").glob(".*"))
-
-
-def test_a_signal_during_the_final_evaluation_stops_it_and_resuming_evaluates(workdir, monkeypatch, program):
-    from polygpt.training import jobs
-
-    nll, calls = jobs.Validation.run, []
-
-    def interrupted(self, state, last):
-        if last and not calls:
-            calls.append(1)
-            signal.raise_signal(signal.SIGTERM)
-            pytest.fail("the evaluation went on")
-        nll(self, state, last)
-
-    monkeypatch.setattr(jobs.Validation, "run", interrupted)
-    with pytest.raises(Interrupted, match="after step 6, which is saved") as error:
-        train(load_recipe("tiny.yaml"), "run", listeners=[RunFiles()])
-    assert error.value.exit_code == 143
-    assert not (workdir / "run/result.json").exists()
-    assert program("train", "--resume", "--out", "run").code == 0
-    assert json.loads((workdir / "run/result.json").read_text())["steps"] == 6
-
-
-def test_a_signal_while_compiling_stops_before_the_first_step(workdir, monkeypatch):
-    compile_step = Trainer.compile_step
-
-    def interrupted(self, *arguments):
-        signal.raise_signal(signal.SIGINT)
-        return compile_step(self, *arguments)
-
-    monkeypatch.setattr(Trainer, "compile_step", interrupted)
-    events = []
-    with pytest.raises(Interrupted, match="before the first step was saved; go on with") as error:
-        train(load_recipe("tiny.yaml"), "run", listeners=[events.append])
-    assert error.value.exit_code == 130
-    assert not any(isinstance(event, Stepped) for event in events)
-
-
-def test_work_that_changes_nothing_is_stopped_at_once():
-    from polygpt.training.interrupt import Stop
-
-    with InterruptFlag() as flag:
-        with pytest.raises(Stop), flag.at_once():
-            signal.raise_signal(signal.SIGTERM)
-        assert flag.number == signal.SIGTERM
-        with pytest.raises(Stop), flag.at_once():
-            pytest.fail("a signal had come before")
-
-
-# --- The best step -------------------------------------------------------------------------------------------
-
-
-def test_the_best_step_is_kept_loaded_by_name_and_named_when_the_run_overfits(workdir, monkeypatch):
-    from polygpt.training import jobs
-
-    losses = iter([3.0, 2.0, 2.5, 2.6])
-    monkeypatch.setattr(jobs, "_mean", lambda sums: next(shown))
-    shown = iter([loss for loss in losses for _ in range(2)])
-    changes = {"training.keep_best": True, "training.keep": 1, "training.save_every": 0, "training.eval_every": 2}
-    events = []
-    train(load_recipe("tiny.yaml", changes | {"training.steps": 8}), "run", listeners=[RunFiles(), events.append])
-    assert sorted(p.name for p in (workdir / "run/checkpoints").glob("step_*")) == ["step_00000004", "step_00000008"]
-    best = load("run/checkpoints/best")
-    later = load("run")
-    assert any((a != b).any() for a, b in zip(jax.tree.leaves(best.params), jax.tree.leaves(later.params), strict=True))
-    same = load("run/checkpoints/step_00000004")
-    assert all((a == b).all() for a, b in zip(jax.tree.leaves(best.params), jax.tree.leaves(same.params), strict=True))
-    (told,) = warnings_in(events)
-    assert "lowest at step 4 (2.0000; 2.6000 at step 8)" in told
-    assert "run/checkpoints/best" in told
-    with pytest.raises(
-        RequestError, match="step_00000005: no such checkpoint; there are: step_00000004, step_00000008"
-    ):
-        find("run/checkpoints/step_00000005")
-
-
-def test_the_best_step_needs_evaluations_to_choose_by(program, workdir, snapshot):
-    before = snapshot(workdir)
-    done = program("train", "tiny.yaml", "training.keep_best=true", "training.eval_every=0", "--out", "run")
-    assert (done.code, snapshot(workdir)) == (2, before)
-    assert "keep_best needs evaluations during training to choose by; give training.eval_every" in done.err
-
-
-def test_a_run_without_a_best_step_says_so(run):
-    with pytest.raises(RequestError, match=r"this run has marked no best step \(training\.keep_best=true does\)"):
-        find("run/checkpoints/best")
 
 
 # --- Runs that are done ---------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Signals: looked at between steps, saved, told how to go on; and a second one is obeyed at once."""
 
+import json
 import os
 import pty
 import re
@@ -12,8 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from polygpt.training import Interrupted
-from polygpt.training.interrupt import InterruptFlag
+from polygpt import checkpoint
+from polygpt.checkpoint import steps as steps_module
+from polygpt.recipes import load_recipe
+from polygpt.training import Interrupted, Stepped, Trainer, train
+from polygpt.training.interrupt import InterruptFlag, Stop
+from polygpt.training.listeners import RunFiles
 from polygpt.training.run_folder import read_lines
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
@@ -136,3 +141,113 @@ def test_a_terminal_gets_its_cursor_back(workdir):
     os.close(master)
     assert seen.rfind(b"\x1b[?25h") > seen.rfind(b"\x1b[?25l") >= 0
     assert b"go on with: polygpt train --resume --out run" in seen
+
+
+def test_sigterm_while_a_step_is_being_saved_finishes_it(workdir, monkeypatch):
+    write = steps_module._write_json
+
+    def slowly(path, value):
+        if value.get("step") == 2 and path.name == "info.json":
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+        write(path, value)
+
+    monkeypatch.setattr(steps_module, "_write_json", slowly)
+    with pytest.raises(Interrupted) as error:
+        train(load_recipe("tiny.yaml", {"training.steps": 2000}), "run", listeners=[])
+    assert error.value.exit_code == 143
+    step = int(str(error.value).split()[3].strip(","))
+    assert checkpoint.newest(workdir / "run/checkpoints").step == step >= 2
+    assert not list((workdir / "run/checkpoints").glob(".*"))
+
+
+def test_a_signal_during_the_final_evaluation_stops_it_and_resuming_evaluates(workdir, monkeypatch, program):
+    from polygpt.training import jobs
+
+    nll, calls = jobs.Validation.run, []
+
+    def interrupted(self, state, last):
+        if last and not calls:
+            calls.append(1)
+            signal.raise_signal(signal.SIGTERM)
+            pytest.fail("the evaluation went on")
+        nll(self, state, last)
+
+    monkeypatch.setattr(jobs.Validation, "run", interrupted)
+    with pytest.raises(Interrupted, match="after step 6, which is saved") as error:
+        train(load_recipe("tiny.yaml"), "run", listeners=[RunFiles()])
+    assert error.value.exit_code == 143
+    assert not (workdir / "run/result.json").exists()
+    assert program("train", "--resume", "--out", "run").code == 0
+    assert json.loads((workdir / "run/result.json").read_text())["steps"] == 6
+
+
+def test_a_signal_while_compiling_stops_before_the_first_step(workdir, monkeypatch):
+    compile_step = Trainer.compile_step
+
+    def interrupted(self, *arguments):
+        signal.raise_signal(signal.SIGINT)
+        return compile_step(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "compile_step", interrupted)
+    events = []
+    with pytest.raises(Interrupted, match="before the first step was saved; go on with") as error:
+        train(load_recipe("tiny.yaml"), "run", listeners=[events.append])
+    assert error.value.exit_code == 130
+    assert not any(isinstance(event, Stepped) for event in events)
+
+
+def test_work_that_changes_nothing_is_stopped_at_once():
+    with InterruptFlag() as flag:
+        with pytest.raises(Stop), flag.at_once():
+            signal.raise_signal(signal.SIGTERM)
+        assert flag.number == signal.SIGTERM
+        with pytest.raises(Stop), flag.at_once():
+            pytest.fail("a signal had come before")
+
+
+# Two interruptions while the background thread writes step 4: the second comes once the first has been noticed.
+TWICE = """
+import os, signal, threading, time
+from polygpt import cli
+from polygpt.checkpoint import steps
+from polygpt.training.interrupt import InterruptFlag
+
+write, handle, noticed = steps._write_json, InterruptFlag._handle, threading.Event()
+
+
+def handle_and_note(*arguments):
+    handle(*arguments)
+    noticed.set()
+
+
+def interrupt_twice():
+    os.kill(os.getpid(), signal.SIGINT)
+    noticed.wait()
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def slowly(path, value):
+    if value.get("step") == 4 and path.name == "info.json":
+        assert threading.current_thread() is not threading.main_thread()
+        threading.Thread(target=interrupt_twice, daemon=True).start()
+        time.sleep(300)
+    write(path, value)
+
+
+steps._write_json, InterruptFlag._handle = slowly, handle_and_note
+cli.main(["train", "tiny.yaml", "training.steps=1000000", "--out", "run"])
+"""
+
+
+def test_a_second_ctrl_c_does_not_wait_for_a_step_that_is_being_saved(workdir):
+    done = subprocess.run([sys.executable, "-c", TWICE], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (130, "polygpt: interrupted")
+    assert checkpoint.newest(workdir / "run/checkpoints").step == 2
+    with pytest.raises(Interrupted, match="after step 3, which is saved"):
+        train(None, workdir / "run", resume=True, listeners=[interrupt_after_a_step])
+    assert not list((workdir / "run/checkpoints").glob(".*")), "what was half written is gone"
+
+
+def interrupt_after_a_step(event):
+    if isinstance(event, Stepped):
+        signal.raise_signal(signal.SIGINT)

@@ -30,7 +30,7 @@ def test_a_run_without_one_finite_step_fails_and_saves_nothing(workdir, program,
     assert what.startswith(f"step {min(steps, 10)}: ")
     assert what.endswith("training diverged (no checkpoint has been saved)")
     assert advice == (
-        "go on with a lower learning rate: polygpt train --resume --out run training.optimizer.learning_rate=500"
+        "go on with a lower learning rate: polygpt train --resume --out run training.optimizer.learning_rate=0.0003"
     )
     assert not (workdir / "run/result.json").exists()
     assert not list((workdir / "run/checkpoints").glob("*"))
@@ -110,3 +110,28 @@ def test_a_checkpoint_that_is_not_finite_is_not_loaded(run, monkeypatch):
     spoil(run, monkeypatch)
     with pytest.raises(PolygptError, match=r"step_00000006/params: \S+ holds values that are not finite"):
         load("run")
+
+
+def test_a_model_that_is_finite_but_has_learned_nothing_is_not_reported_as_done(workdir, program):
+    settings = ["training.steps=3", "training.eval_every=0", "training.optimizer.learning_rate=1e4"]
+    done = program("train", "tiny.yaml", *settings, "--out", "run", "--json")
+    result = json.loads(done.out)
+    assert done.code == 0
+    assert "the model has learned nothing; a lower training.optimizer.learning_rate" in result["warning"]
+    assert f"warning: {result['warning']}" in done.err
+    assert "ended without learning anything: 3 steps" in done.err
+    assert "done:" not in done.err
+    assert json.loads((workdir / "run/result.json").read_text())["warning"] == result["warning"]
+
+
+def test_a_model_that_has_learned_something_is_reported_without_a_warning(run):
+    assert json.loads((run / "result.json").read_text())["warning"] is None
+
+
+def test_a_sample_whose_logits_are_not_finite_is_a_run_that_diverged(workdir):
+    settings = {"training.steps": 2, "training.eval_every": 0, "training.samples.every": 1}
+    with pytest.raises(
+        PolygptError, match=r"^step 1: the logits of a sample are not finite: training diverged"
+    ) as error:
+        train(load_recipe("tiny.yaml", MUCH_TOO_FAST | settings), "run", listeners=[])
+    assert "go on with a lower learning rate: " in str(error.value)

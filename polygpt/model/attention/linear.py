@@ -14,9 +14,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 from pydantic import Field, PositiveInt, model_validator
 
+from polygpt.kernels import on_own_heads
 from polygpt.model.attention.projections import HeadsConfig, Projections
 from polygpt.model.parts import Context, Initializer, Scope
-from polygpt.model.rope import rotate
+from polygpt.model.rope import Rotation, rotate
 
 if TYPE_CHECKING:
     from polygpt.model.config import ModelConfig
@@ -92,20 +93,30 @@ class LinearAttention(Projections):
         self, x: Float[Array, "B T D"], context: Context, state: LinearState | None = None
     ) -> tuple[Float[Array, "B T D"], LinearState | None]:
         q, k, v = self.project(x)
-        features = [jax.nn.elu(part.astype(jnp.float32)) + 1 for part in (q, k)]
-        rotation = context.rotations.get(q.shape[-1])
-        streams = _Streams(*features, *(rotate(part, rotation) for part in features), v.astype(jnp.float32))
-        batch, _, heads, size = k.shape
-        before = state
-        if state is None:
-            before = LinearState(jnp.zeros((batch, heads, size, size)), jnp.zeros((batch, heads, size)))
         # log γ of each key head. By log1p, because 1 - 2^(-5-k) is rounded to 1 for large k.
-        decay = np.log1p(-(2.0 ** (-5 - np.arange(heads)))) * self.config.decay
+        decay = np.log1p(-(2.0 ** (-5 - np.arange(k.shape[2])))) * self.config.decay
         decay = jnp.asarray(decay, jnp.float32)
+        rows = _Rows(context.rotations.get(q.shape[-1]), context.valid, context.segment_ids)
         if state is None or context.fresh:
-            context.record("attention", lambda: _weights(streams, context, decay, self.config.eps))
-        mixed, after = _mix(streams, before, context, decay, self.config)
-        return self.merge(mixed.astype(x.dtype)), None if state is None else after
+            context.record("attention", lambda: _weights(_streams(q, k, v, rows), context, decay, self.config.eps))
+        if state is not None:
+            mixed, after = _mix(q, k, v, rows, decay, state, self.config)
+            return self.merge(mixed.astype(x.dtype)), after
+
+        def own(q: Array, k: Array, v: Array, rows: _Rows, _: None, decay: Array, key: None) -> Array:
+            batch, _, heads, size = k.shape
+            start = LinearState(jnp.zeros((batch, heads, size, size)), jnp.zeros((batch, heads, size)))
+            return _mix(q, k, v, rows, decay, start, self.config)[0]
+
+        return self.merge(on_own_heads(own, q, k, v, rows, kv_heads=decay).astype(x.dtype)), None
+
+
+class _Rows(NamedTuple):
+    """What else there is for each token."""
+
+    rotation: Rotation | None
+    valid: Bool[Array, "B T"] | None
+    segment_ids: Int[Array, "B T"] | None
 
 
 class _Streams(NamedTuple):
@@ -118,6 +129,14 @@ class _Streams(NamedTuple):
     v: Float[Array, "B T K H"]
 
 
+def _streams(
+    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], rows: _Rows
+) -> _Streams:
+    """elu(x) + 1 of queries and keys, and the rest of the streams."""
+    features = [jax.nn.elu(part.astype(jnp.float32)) + 1 for part in (q, k)]
+    return _Streams(*features, *(rotate(part, rows.rotation) for part in features), v.astype(jnp.float32))
+
+
 class _Chunk(NamedTuple):
     """`chunk` tokens. `ages` is Σ log γ over the chunk's tokens up to each one, padding left out."""
 
@@ -128,14 +147,21 @@ class _Chunk(NamedTuple):
 
 
 def _mix(
-    streams: _Streams, state: LinearState, context: Context, decay: Float[Array, " K"], config: LinearAttentionConfig
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    rows: _Rows,
+    decay: Float[Array, " K"],
+    state: LinearState,
+    config: LinearAttentionConfig,
 ) -> tuple[Float[Array, "B T N H"], LinearState]:
     """Outputs of all tokens, chunk by chunk, and the state after the last one that is not padding."""
+    streams = _streams(q, k, v, rows)
     batch, length, heads = streams.k.shape[:3]
     size = min(config.chunk, length)
     padding = -length % size
-    real = jnp.ones((batch, length), bool) if context.valid is None else context.valid
-    segments = jnp.zeros((batch, length), jnp.int32) if context.segment_ids is None else context.segment_ids
+    real = jnp.ones((batch, length), bool) if rows.valid is None else rows.valid
+    segments = jnp.zeros((batch, length), jnp.int32) if rows.segment_ids is None else rows.segment_ids
 
     def chunked(x: Shaped[Array, "B T *X"], mode: str = "constant") -> Shaped[Array, "chunks B C *X"]:
         padded = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2), mode=mode)

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 from pydantic import Field, PositiveInt
 
-from polygpt.kernels import expert_matmul
+from polygpt.kernels import expert_matmul, send_back, send_to_experts
 from polygpt.model.feedforward.activations import ACTIVATIONS, Activation
 from polygpt.model.parts import FeedForwardConfig, Initializer
 
@@ -35,6 +35,8 @@ class ExpertsConfig(FeedForwardConfig):
 class Experts(nnx.Module):
     """The weights of E experts; base of the parts that have experts."""
 
+    per_expert = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
+
     def __init__(self, config: ExpertsConfig, width: int, init: Initializer, active: Fraction = Fraction(1)):
         experts, hidden = config.num_experts, config.mlp_dim
         self.activation = ACTIVATIONS[config.activation]
@@ -54,7 +56,7 @@ class Experts(nnx.Module):
         self.down_bias = bias(width, "embed")
 
     def transform(self, rows: Float[Array, "J R D"], expert: Int[Array, " J"] | None = None) -> Float[Array, "J R D"]:
-        """Each block of rows through its expert: `expert[j]` (ascending), or j itself."""
+        """Each block of rows through its expert: `expert[j]` (ascending), one of the device's own, or j itself."""
 
         def product(x: Array, weight: nnx.Param, bias: nnx.Param | None) -> Array:
             y = expert_matmul(x, weight[...], expert)
@@ -63,9 +65,11 @@ class Experts(nnx.Module):
             own = bias[...] if expert is None else bias[...][expert]
             return y + own[:, None].astype(x.dtype)
 
+        rows = send_to_experts(rows) if expert is None else rows
         hidden = product(rows, self.up, self.up_bias)
         if self.gate is None:
             hidden = self.activation(hidden)
         else:
             hidden = self.activation(product(rows, self.gate, self.gate_bias)) * hidden
-        return product(hidden, self.down, self.down_bias)
+        served = product(hidden, self.down, self.down_bias)
+        return send_back(served) if expert is None else served

@@ -12,10 +12,11 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 from pydantic import Field, PositiveInt
 
-from polygpt.kernels import take_rows
+from polygpt.kernels import first_own_expert, from_peers, mean_over_devices, take_rows, to_peers
 from polygpt.model.feedforward.experts import Experts, ExpertsConfig
 from polygpt.model.feedforward.glu import GLUConfig
 from polygpt.model.feedforward.mlp import MLPConfig
+from polygpt.model.own_rows import on_own_rows
 from polygpt.model.parts import NO_EFFECTS, Context, Effects, FeedForwardConfig, Initializer, Scope
 
 if TYPE_CHECKING:
@@ -118,28 +119,40 @@ class MoE(Experts):
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, state: None = None
     ) -> tuple[Float[Array, "B T D"], None, Effects]:
+        y, effects = on_own_rows(MoE._routed, self, x, context, self._noise(x, context))
+        if self.shared is not None:
+            y = y + self.shared(x, context)[0]
+        return y, None, effects
+
+    def _routed(
+        self, x: Float[Array, "B T D"], context: Context, noise: Float[Array, "B T D"] | None
+    ) -> tuple[Float[Array, "B T D"], Effects]:
+        """The outputs of the routed experts."""
         config = self.config
-        logits, choices, weights = self._route(x, context)
+        logits, choices, weights = self._route(x, noise)
         context.record("experts", lambda: _shares(choices, weights, config.num_experts))
+        flat, weights = x.reshape(-1, x.shape[-1]), weights.reshape(-1, config.top_k)
         if context.training and config.dispatch == "capacity":
             confidence = jax.nn.softmax(logits).max(-1)
             routing = _with_capacity(choices, confidence, config, config.capacity(x.shape[1]))
+            y, dropped = self._serve(flat, weights, routing), (routing.slot_of >= routing.pair_of.size).mean()
         else:
-            routing = _dropless(choices.reshape(-1, config.top_k), config.num_experts)
-        flat = x.reshape(-1, x.shape[-1])
-        y = self._serve(flat, weights.reshape(-1, config.top_k), routing).reshape(x.shape)
-        if self.shared is not None:
-            y = y + self.shared(x, context)[0]
-        return y, None, self._effects(logits, choices, routing, context) if context.training else NO_EFFECTS
+            y, dropped = self._serve_all(flat, weights, choices.reshape(-1, config.top_k)), jnp.zeros(())
+        return y.reshape(x.shape), self._effects(logits, choices, dropped, context) if context.training else NO_EFFECTS
+
+    def _noise(self, x: Float[Array, "B T D"], context: Context) -> Float[Array, "B T D"] | None:
+        """What the router's input is multiplied by."""
+        noise = self.config.router_noise
+        if not (context.training and noise) or context.key is None:
+            return None
+        return jax.random.uniform(context.key, x.shape, minval=1 - noise, maxval=1 + noise)
 
     def _route(
-        self, x: Float[Array, "B T D"], context: Context
+        self, x: Float[Array, "B T D"], noise: Float[Array, "B T D"] | None
     ) -> tuple[Float[Array, "B T E"], Int[Array, "B T k"], Float[Array, "B T k"]]:
         """The router's logits, each token's experts from its first choice on, and their weights; all float32."""
         seen = x.astype(jnp.float32)
-        if context.training and context.key is not None and self.config.router_noise:
-            noise = self.config.router_noise
-            seen = seen * jax.random.uniform(context.key, seen.shape, minval=1 - noise, maxval=1 + noise)
+        seen = seen if noise is None else seen * noise
         # At full precision: a GPU would multiply float32 in TF32, and prefill and decoding might choose differently.
         logits = jnp.einsum("btd,de->bte", seen, self.router[...].astype(jnp.float32), precision=lax.Precision.HIGHEST)
         probabilities = jax.nn.softmax(logits)
@@ -160,21 +173,37 @@ class MoE(Experts):
         picked = take_rows(served, routing.slot_of.reshape(-1), routing.pair_of[:, None])
         return (picked.reshape(*weights.shape, width) * weights[..., None].astype(x.dtype)).sum(1)
 
+    def _serve_all(
+        self, x: Float[Array, "M D"], weights: Float[Array, "M k"], choices: Int[Array, "M k"]
+    ) -> Float[Array, "M D"]:
+        """`_serve` without dropping any. Devices that share the experts serve all of their tokens, each by its own."""
+        own = self.up[...].shape[0]
+        if own == self.config.num_experts:
+            return self._serve(x, weights, _dropless(choices, own))
+        x, weights, choices = from_peers((x, weights, choices))
+        mine = choices - first_own_expert(own)
+        mine = jnp.where((mine >= 0) & (mine < own), mine, own)
+        return to_peers(self._serve(x, weights, _dropless_among(mine, own, self.config.num_experts // own)))
+
     def _effects(
-        self, logits: Float[Array, "B T E"], choices: Int[Array, "B T k"], routing: _Routing, context: Context
+        self,
+        logits: Float[Array, "B T E"],
+        choices: Int[Array, "B T k"],
+        dropped_share: Float[Array, ""],
+        context: Context,
     ) -> Effects:
         config = self.config
-        own = jnp.bincount(choices.reshape(-1), length=config.num_experts) / choices.size
+        own = mean_over_devices(jnp.bincount(choices.reshape(-1), length=config.num_experts) / choices.size)
         load = own if context.loads is None else context.loads["load"]  # f_e
         losses = {}
         if config.load_balance_loss:
-            importance = jax.nn.softmax(logits).mean((0, 1))  # P_e
+            importance = mean_over_devices(jax.nn.softmax(logits).mean((0, 1)))  # P_e
             losses["load_balance"] = config.load_balance_loss * config.num_experts * (load * importance).sum()
         if config.z_loss:
-            losses["z_loss"] = config.z_loss * jnp.square(jax.nn.logsumexp(logits, -1)).mean()
+            losses["z_loss"] = config.z_loss * mean_over_devices(jnp.square(jax.nn.logsumexp(logits, -1)).mean())
         metrics = {
             "expert_load_max": load.max() * config.num_experts,  # 1 is even
-            "dropped_share": (routing.slot_of >= routing.pair_of.size).mean(),
+            "dropped_share": mean_over_devices(dropped_share),
         }
         return Effects(losses, metrics, {"load": own})
 
@@ -239,14 +268,26 @@ def _dropless(choices: Int[Array, "M k"], num_experts: int) -> _Routing:
         order = jnp.argsort(choices.reshape(-1))
         slot_of = jnp.argsort(order).reshape(choices.shape)
         return _Routing.of(slot_of, choices.reshape(-1)[order], (pairs, 1))
-    size = _block_rows(pairs, num_experts)
+    return _dropless_among(choices, num_experts)
+
+
+def _dropless_among(choices: Int[Array, "M k"], num_experts: int, parts: int = 1) -> _Routing:
+    """`_dropless` in blocks of several rows. Where experts are in `parts`, choice E is an expert of another part.
+
+    Blocks that are left over are of expert E.
+    """
+    pairs = choices.size
+    size = _block_rows(pairs // parts, num_experts)
     expert = choices.reshape(1, -1)
     count = jnp.bincount(expert[0], length=num_experts)
     last = jnp.cumsum(-(-count // size))  # the block after each expert's last one
     first = last - -(-count // size)
     slot_of = (first[expert] * size + _rank(expert, num_experts)).reshape(choices.shape)
     blocks = pairs // size + num_experts  # an upper bound: each expert has at most one block that is not full
-    expert_of = jnp.searchsorted(last, jnp.arange(blocks), side="right").clip(max=num_experts - 1)
+    expert_of = jnp.searchsorted(last, jnp.arange(blocks), side="right")
+    if parts == 1:
+        return _Routing.of(slot_of, expert_of.clip(max=num_experts - 1), (blocks, size))
+    slot_of = jnp.where(choices < num_experts, slot_of, blocks * size)
     return _Routing.of(slot_of, expert_of, (blocks, size))
 
 

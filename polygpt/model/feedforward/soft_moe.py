@@ -13,6 +13,7 @@ from pydantic import PositiveInt
 from polygpt.errors import RequestError
 from polygpt.model.feedforward.experts import Experts, ExpertsConfig
 from polygpt.model.feedforward.pool import Pool, Token
+from polygpt.model.own_rows import on_own_rows
 from polygpt.model.parts import NO_EFFECTS, Context, Effects, Initializer
 
 if TYPE_CHECKING:
@@ -62,17 +63,27 @@ class SoftMoE(Experts):
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, state: Pool | None = None
     ) -> tuple[Float[Array, "B T D"], Pool | None, Effects]:
-        logits = self._logits(x)
-        context.record("experts", lambda: _shares(logits))
-        if not context.training:
+        if not context.training and state is not None:
+            logits = self._logits(x)
+            context.record("experts", lambda: _shares(logits))
             return (*self._prefix_by_prefix(x, logits, context, state), NO_EFFECTS)
-        if context.segment_ids is not None:
+        if context.training and context.segment_ids is not None:
             raise RequestError(
                 "feedforward.kind=soft_moe mixes all tokens of a sequence in training and cannot keep packed documents "
                 "(segment_ids) apart; use causal_soft_moe or moe"
             )
+        y, effects = on_own_rows(SoftMoE._stateless, self, x, context)
+        return y, None, effects
+
+    def _stateless(
+        self, x: Float[Array, "B T D"], context: Context, rows: None
+    ) -> tuple[Float[Array, "B T D"], Effects]:
+        logits = self._logits(x)
+        context.record("experts", lambda: _shares(logits))
+        if not context.training:
+            return self._prefix_by_prefix(x, logits, context, None)[0], NO_EFFECTS
         slots = jnp.einsum("btes,btd->besd", jax.nn.softmax(logits, axis=1).astype(x.dtype), x)
-        return self._combine(logits, self._served(slots)), None, NO_EFFECTS
+        return self._combine(logits, self._served(slots)), NO_EFFECTS
 
     def _logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T E S"]:
         """X·Φ in float32."""
@@ -165,11 +176,21 @@ class CausalSoftMoE(SoftMoE):
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, state: _Blocks | None = None
     ) -> tuple[Float[Array, "B T D"], _Blocks | None, Effects]:
+        if state is None:
+            y, effects = on_own_rows(CausalSoftMoE._stateless, self, x, context)
+            return y, None, effects
         logits = self._logits(x)
         context.record("experts", lambda: _shares(logits))
-        if state is not None and not context.fresh:
+        if not context.fresh:
             return (*self._token_by_token(x, logits, context, state), NO_EFFECTS)
         return (*self._block_by_block(x, logits, context, state), NO_EFFECTS)
+
+    def _stateless(
+        self, x: Float[Array, "B T D"], context: Context, rows: None
+    ) -> tuple[Float[Array, "B T D"], Effects]:
+        logits = self._logits(x)
+        context.record("experts", lambda: _shares(logits))
+        return self._block_by_block(x, logits, context, None)[0], NO_EFFECTS
 
     def _learned(self, batch: int, dtype: jnp.dtype) -> Float[Array, "B E S D"]:
         """The experts' outputs for the learned slots."""

@@ -29,7 +29,9 @@ async def chat(request: Request) -> Any:
     _check(body, served, state.settings)
     tools, forced = _choose_tools(body, served)
     style = format_of(served.lm.origin.chat_template or "") if tools else None
-    prompt = await served.chat_ids(read_messages(body.messages), [tool.model_dump(exclude_unset=True) for tool in tools])
+    prompt = await served.chat_ids(
+        read_messages(body.messages), [tool.model_dump(exclude_unset=True) for tool in tools]
+    )
     grammar = forced_grammar(tools, style) if forced else body.grammar
     constraint = await constraint_of(served, schema=_schema(body), regex=body.regex, grammar=grammar)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None

@@ -65,7 +65,8 @@ def describe(event: Event) -> str | None:
         case Saved(step=step, folder=folder):
             return f"[dim]step {step}: saved {escape(str(folder))}[/dim]"
         case Finished(result=result):
-            return f"done: {result.steps} steps, {result.tokens_per_second:,.0f} tokens/s, {result.seconds:.0f} s"
+            ended = "done" if result.warning is None else "[yellow]ended without learning anything[/yellow]"
+            return f"{ended}: {result.steps} steps, {result.tokens_per_second:,.0f} tokens/s, {result.seconds:.0f} s"
     return None
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from polygpt.config import read_yaml, to_yaml
 from polygpt.files import write_text
-from polygpt.loading import CONFIG
+from polygpt.folders import CONFIG
 from polygpt.model import model_of
 from polygpt.training.events import Stepped
 from polygpt.training.listeners.figures import BLUE, GREY, ORANGE, RED, new_figure, panels, smooth, svg, template
