@@ -50,12 +50,14 @@ def with_changes(run: Run, config: RunConfig) -> tuple[Run, list[str]]:
                 f"{run.folder}: this run has {key}={had}, not {asked}; "
                 "resume without changing it, or start a new run with another --out"
             )
-    update = {"model": model, "data": config.data, "training": config.training, "expected": config.expected}
+    update = {"model": model, "data": config.data, "training": config.training}
+    update |= {"mesh": config.mesh, "expected": config.expected}
     changed = dataclasses.replace(run, config=own.model_copy(update=update))
     check_prompts(config.training.samples, run.tokenizer, model.context_length)
     found = [*differences(own.model.to_dict(), model.to_dict(), "model")]
     found += differences(own.data.to_dict(), config.data.to_dict(), "data")
     found += differences(own.training.to_dict(), config.training.to_dict(), "training")
+    found += differences(own.to_dict()["mesh"], config.to_dict()["mesh"], "mesh")
     return changed, [f"{key} {had} → {asked}" for key, had, asked in found]
 
 
