@@ -70,7 +70,7 @@ def test_each_device_holds_its_share(measured):
     found = measured["dense:fsdp=8,accumulation_steps=2,ema_decay=0.9"]
     for own, whole in (("params", "whole_params"), ("optimizer", "whole_optimizer"), ("average", "whole_params")):
         assert len(found[own]) == 8
-        assert max(found[own]) / (found[whole] / 8) < 1.02, own
+        assert max(found[own]) / (found[whole] / 8) < 1.06, own  # biases of hidden units stay whole
 
 
 def test_bytes_follow_all_axes_of_a_mesh(measured):
