@@ -133,7 +133,7 @@ def polygpt_tasks(arguments: argparse.Namespace) -> dict[str, Callable[[], objec
     import jax.numpy as jnp
 
     import polygpt
-    from polygpt.generation import Request, Sampler, generate_tokens
+    from polygpt.generation import Request, Sampler, engine_for, run_all
 
     def load() -> None:
         jax.block_until_ready(polygpt.load(arguments.folder, dtype=arguments.dtype, weights=weights).params)
@@ -144,8 +144,7 @@ def polygpt_tasks(arguments: argparse.Namespace) -> dict[str, Callable[[], objec
 
     def decode(rows: int) -> None:
         requests = [Request(prompt, NEW, Sampler(temperature=0)) for prompt in prompts(rows, PROMPT).tolist()]
-        for _ in generate_tokens(lm.model, lm.params, requests):
-            pass
+        run_all(engine_for(lm.model, lm.params, requests), requests)
 
     def hellaswag() -> None:
         from polygpt.evaluation import choose_endings, encode_questions, read_questions

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +14,15 @@ from jaxtyping import Array, Float, Int
 from polygpt.config import validate
 from polygpt.errors import PolygptError, RequestError
 from polygpt.generation import (
-    Beam,
     BeamSettings,
     Constraint,
-    Continuation,
+    Draft,
     Generation,
     Prompt,
     Request,
     Sampler,
     ScoredGeneration,
+    Speculation,
     TextStream,
     Vocabulary,
     as_grammar,
@@ -33,13 +31,15 @@ from polygpt.generation import (
     as_samples,
     as_seeds,
     as_stop_strings,
-    continue_all,
+    engine_for,
     refuse_with_beams,
+    run_all,
     search_beams,
     windowed,
 )
 from polygpt.kernels import WEIGHT_TYPES, WeightType
 from polygpt.model import Model, ModelConfig, Params, model_of
+from polygpt.origin import Origin
 from polygpt.sharding import Scope, use_mesh
 from polygpt.tokenizers import Messages, Tokenizer, Tools, chat_tokens
 
@@ -48,37 +48,6 @@ NOT_FINITE_CAUSES = "its weights are damaged, or its numbers exceed the range of
 BEAM_SETTINGS = ("length_penalty", "early_stopping", "beam_groups", "diversity_penalty")
 CONSTRAINTS = ("schema", "regex", "choices", "grammar")
 NO_TOKENIZER = "this model has no tokenizer: a preset has none, nor has a folder without tokenizer.json"
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What came with an imported model.
-
-    Attributes:
-        stop_tokens: ids at which generation ends, beside the tokenizer's own.
-        chat_template: Jinja, for `LanguageModel.chat_prompt`.
-        facts: format, architecture, name.
-    """
-
-    stop_tokens: tuple[int, ...] = ()
-    chat_template: str | None = None
-    facts: Mapping[str, Any] = field(default_factory=dict)
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1, ensure_ascii=False)
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any], where: str) -> Origin:
-        """What `to_json` wrote, parsed.
-
-        Raises:
-            RequestError: it is something else; `where` is named.
-        """
-        try:
-            origin = cls(tuple(map(int, values["stop_tokens"])), values["chat_template"], dict(values["facts"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise RequestError(f"{where}: not what an import writes ({type(error).__name__}: {error})") from None
-        return origin
 
 
 class LanguageModel:
@@ -262,6 +231,7 @@ class LanguageModel:
         chat: bool = False,
         on_text: Callable[[str], None] | None = None,
         beams: int | None = None,
+        draft: LanguageModel | Literal["lookup"] | None = None,
         past_context: bool = False,
         **settings: Any,
     ) -> Generation | list[Generation] | list[list[Generation]]:
@@ -280,6 +250,8 @@ class LanguageModel:
             on_text: called with each new piece of text as soon as it can no longer change; for a single prompt.
             beams: search for the likeliest continuation, keeping so many at every step, instead of sampling. Gives
                 `ScoredGeneration`s; with n, the n best of each prompt.
+            draft: guess tokens, by `lookup` of what followed the last few earlier in the sequence or by a smaller model
+                with the same tokenizer, and check several in one pass: the same text, sooner.
             past_context: go on past the context length: attention then sees a sliding window (`windowed`).
             settings: of a `Sampler`: temperature (0 is greedy), top_k, top_p, min_p, repetition_penalty,
                 presence_penalty, frequency_penalty, no_repeat_ngram, min_new_tokens, logit_bias; with beams
@@ -305,7 +277,7 @@ class LanguageModel:
         ends = tuple(dict.fromkeys([*self.stop_tokens, *as_ids(stop_tokens, "stop_tokens")]))
         model = windowed(self.config) if past_context else self.model
         if beams is not None:
-            given = {"stop": stops, "on_text": on_text, "seed": any(seeds), "constraint": constraint}
+            given = {"stop": stops, "on_text": on_text, "seed": any(seeds), "constraint": constraint, "draft": draft}
             refuse_with_beams(given | {"logprobs": logprobs is not None}, sampler)
             requests = [Request(self._ids_of(each, chat), max_new_tokens, stop_tokens=ends) for each in prompts]
             found = self._search(model, requests, BeamSettings(beams, **search, n=samples))
@@ -318,13 +290,28 @@ class LanguageModel:
         rows = zip(ids, seeds, strict=True)
         requests = [Request(row, max_new_tokens, sampler, own, ends, logprobs, constraint) for row, own in rows]
         streams = [TextStream(self.tokenizer.decode_after, row, stops) if self.has_tokenizer else None for row in ids]
-        continuations = list(map(Continuation, requests, streams))
         vocab_size = self.tokenizer.vocab_size if self.has_tokenizer else None
+        speculation = self.speculation(draft)
         with use_mesh(self.scope):
-            continue_all(model, self.params, continuations, on_text, vocab_size=vocab_size)
-        found = list(map(Generation.of, continuations))
+            engine = engine_for(model, self.params, requests, vocab_size=vocab_size, draft=speculation)
+            found = list(map(Generation.of, run_all(engine, requests, streams, on_text)))
         results = found if n is None else [found[start : start + n] for start in range(0, len(found), n)]
         return results[0] if single else results
+
+    def speculation(self, draft: LanguageModel | Literal["lookup"] | None) -> Speculation | None:
+        """What an `Engine` takes as its `draft`.
+
+        Raises:
+            RequestError: it is no model with the tokenizer of this one.
+        """
+        if draft is None or draft == "lookup":
+            return draft
+        if not isinstance(draft, LanguageModel):
+            raise RequestError(f"draft must be 'lookup' or a model, not {draft!r:.40}")
+        own, other = (lm.tokenizer.fingerprint if lm.has_tokenizer else None for lm in (self, draft))
+        if own != other:
+            raise RequestError("the draft has another tokenizer: its tokens would mean other text")
+        return Draft(draft.model, draft.params)
 
     def constraint(
         self,
@@ -347,18 +334,12 @@ class LanguageModel:
         special = tuple(tokenizer.special_tokens.values())
         return Vocabulary(tokenizer.vocabulary_bytes(), special, tokenizer.end_of_text, tokenizer.encode)
 
-    def _search(
-        self, model: Model, requests: Sequence[Request], settings: BeamSettings
-    ) -> list[list[ScoredGeneration]]:
+    def _search(self, model: Model, requests: Sequence[Request], settings: BeamSettings) -> list[list[Generation]]:
         with use_mesh(self.scope):
             found = search_beams(model, self.params, requests, settings)
-        return [
-            [self._scored(request.prompt, beam) for beam in best] for request, best in zip(requests, found, strict=True)
-        ]
-
-    def _scored(self, prompt: Sequence[int], beam: Beam) -> ScoredGeneration:
-        text = self.tokenizer.decode_after(prompt, beam.tokens) if self.has_tokenizer else None
-        return ScoredGeneration(text, beam.tokens, beam.finish_reason, None, score=beam.score)
+        decode = self.tokenizer.decode_after if self.has_tokenizer else None
+        pairs = zip(requests, found, strict=True)
+        return [[ScoredGeneration.of_beam(request.prompt, beam, decode) for beam in best] for request, best in pairs]
 
     def _ids_of(self, prompt: Prompt, chat: bool) -> list[int]:
         if isinstance(prompt, str):

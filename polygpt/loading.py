@@ -25,8 +25,9 @@ from polygpt.folders import CONFIG
 from polygpt.hub import PREFIX as HUB
 from polygpt.interop import StoredModel, fetch, is_huggingface, open_huggingface
 from polygpt.kernels import WeightType
-from polygpt.language_model import NO_TOKENIZER, LanguageModel, Origin
+from polygpt.language_model import NO_TOKENIZER, LanguageModel
 from polygpt.model import ModelConfig, ParameterInfo, Params, model_of
+from polygpt.origin import Origin
 from polygpt.presets import PRESET_VOCAB, check_model_name, models_in, preset
 from polygpt.process import command_line
 from polygpt.settings import read_json

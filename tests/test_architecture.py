@@ -34,6 +34,7 @@ ROOMS = [
     "interop",
     "data",
     "generation",
+    "origin",
     "language_model",
     "loading",
     "evaluation",

@@ -16,28 +16,27 @@ import click
 from polygpt.config import validate
 from polygpt.errors import PolygptError, RequestError, suggest
 from polygpt.generation import (
-    Engine,
     Handle,
     Request,
     Sampler,
+    Speculation,
     TextStream,
     as_ids,
     as_prompts,
     as_stop_strings,
     check_requests,
+    engine_for,
 )
 
 if TYPE_CHECKING:
     from polygpt.language_model import LanguageModel
 
-SLOTS = 16
-# The engine's length is a multiple of this many tokens.
-LENGTHS = 128
 # Tokens decoded between two looks at what has ended.
 STEPS = 16
 # Seconds between two lines of progress where standard error is not a terminal.
 EVERY = 10.0
-_OWN = {"prompt", "id", "max_new_tokens", "seed", "stop", "stop_tokens", "logprobs", "chat"}
+_CONSTRAINTS = {"schema", "regex", "choices", "grammar"}
+_OWN = {"prompt", "id", "max_new_tokens", "seed", "stop", "stop_tokens", "logprobs", "chat", *_CONSTRAINTS}
 # Wrong lines that are named; the others are counted.
 _NAMED = 2
 
@@ -67,7 +66,14 @@ class Outcome(NamedTuple):
     tokens: int
 
 
-def run_batch(lm: LanguageModel, name: str, prompts: Path, out: Path, settings: Mapping[str, Any]) -> Outcome:
+def run_batch(
+    lm: LanguageModel,
+    name: str,
+    prompts: Path,
+    out: Path,
+    settings: Mapping[str, Any],
+    draft: Speculation | None = None,
+) -> Outcome:
     """Continues every prompt of a file, and appends a line to `out` for each, in the order of the input.
 
     Args:
@@ -76,6 +82,8 @@ def run_batch(lm: LanguageModel, name: str, prompts: Path, out: Path, settings: 
         prompts: a line of JSON for each prompt.
         out: lines that are there already are kept, and only the others are generated.
         settings: of every prompt that does not have its own.
+
+        draft: for speculation; texts do not depend on it.
 
     Raises:
         RequestError: a line of the input is wrong, or `out` does not belong to the input; nothing has been generated.
@@ -91,7 +99,7 @@ def run_batch(lm: LanguageModel, name: str, prompts: Path, out: Path, settings: 
         out.parent.mkdir(parents=True, exist_ok=True)
         with out.open("ab") as file:
             file.truncate(length)
-            for done, (job, handle) in enumerate(_generate(lm, jobs, kept), start=kept + 1):
+            for done, (job, handle) in enumerate(_generate(lm, jobs, kept, draft), start=kept + 1):
                 _append(file, _line(job, handle))
                 tokens += len(handle.tokens)
                 progress(done, tokens)
@@ -147,7 +155,8 @@ def _job(lm: LanguageModel, name: str, line: bytes, settings: Mapping[str, Any])
     if not isinstance(shown.get("id", ""), str | int) or isinstance(shown.get("id"), bool):
         raise RequestError(f"id is text or a whole number, not {shown['id']!r:.40}")
     # null is the default, as in Python.
-    asked = dict(settings) | {key: value for key, value in own.items() if key not in shown and value is not None}
+    ours = {key: value for key, value in settings.items() if key not in _CONSTRAINTS or not own.keys() & _CONSTRAINTS}
+    asked = ours | {key: value for key, value in own.items() if key not in shown and value is not None}
     stops = as_stop_strings(asked.pop("stop", ()))
     request = _request(lm, own["prompt"], asked)
     check_requests(lm.config, [request])
@@ -182,16 +191,19 @@ def _request(lm: LanguageModel, prompt: Any, asked: dict[str, Any]) -> Request:
         ids = prompts[0]
     ends = tuple(dict.fromkeys([*lm.stop_tokens, *as_ids(asked.pop("stop_tokens", ()), "stop_tokens")]))
     most, seed, logprobs = asked.pop("max_new_tokens", 100), asked.pop("seed", 0), asked.pop("logprobs", None)
+    constraint = lm.constraint(**{name: asked.pop(name) for name in _CONSTRAINTS if name in asked})
     bias = asked.get("logit_bias")
     if isinstance(bias, dict):  # JSON has only text as keys
         asked["logit_bias"] = {int(token) if token.isdecimal() else token: value for token, value in bias.items()}
-    return Request(ids, most, validate(Sampler, asked), seed, ends, logprobs)
+    return Request(ids, most, validate(Sampler, asked), seed, ends, logprobs, constraint)
 
 
 def _key(name: str, request: Request, stops: Sequence[str]) -> str:
     sampler = request.sampler.model_dump(mode="json")
     parts = [name, list(request.prompt), request.max_new_tokens, sampler, request.seed]
     parts += [request.stop_tokens, request.logprobs, stops]
+    if request.constraint is not None:
+        parts.append(request.constraint.grammar)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -252,20 +264,15 @@ def _json(value: Mapping[str, Any]) -> bytes:
 # --- In between ---------------------------------------------------------------------------------------------------
 
 
-def _generate(lm: LanguageModel, jobs: Sequence[Job], start: int) -> Iterator[tuple[Job, Handle]]:
+def _generate(
+    lm: LanguageModel, jobs: Sequence[Job], start: int, draft: Speculation | None
+) -> Iterator[tuple[Job, Handle]]:
     """Every job from `start` on with its finished request, in order."""
     if start == len(jobs):
         return
     # Its shape follows from all jobs, those that are done included: a job that was interrupted ends as it would have.
-    most = max(len(job.request.prompt) + job.request.max_new_tokens for job in jobs)
-    engine = Engine(
-        lm.model,
-        lm.params,
-        slots=min(SLOTS, len(jobs)),
-        length=max(min(-(-most // LENGTHS) * LENGTHS, lm.model.longest_sequence), 2),
-        queue=len(jobs),
-        vocab_size=lm.tokenizer.vocab_size if lm.has_tokenizer else None,
-    )
+    vocab_size = lm.tokenizer.vocab_size if lm.has_tokenizer else None
+    engine = engine_for(lm.model, lm.params, [job.request for job in jobs], vocab_size=vocab_size, draft=draft)
     handles = [engine.submit(job.request, _stream(lm, job)) for job in jobs[start:]]
     for job, handle in zip(jobs[start:], handles, strict=True):
         while not handle.ended:

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 
 SAMPLING = ("temperature", "top_p", "min_p", "seed")
-NOT_IN_A_BATCH = ("n", "beams", "length_penalty", "schema", "regex", "past_context")
+ASKED_FOR = ("logprobs", "top_logprobs", "acceptance")
+NOT_IN_A_BATCH = ("n", "beams", "length_penalty", "past_context")
 
 
 @click.command()
@@ -64,6 +65,11 @@ NOT_IN_A_BATCH = ("n", "beams", "length_penalty", "schema", "regex", "past_conte
 @click.option("--schema", type=click.File(encoding="utf-8"), help="A file with a JSON schema that the text must fit.")
 @click.option("--regex", help="A regular expression that the whole text must match.")
 @click.option(
+    "--draft",
+    metavar="MODEL|lookup",
+    help="Guess tokens by a smaller MODEL or from the text itself, check several at once: the same text, sooner.",
+)
+@click.option(
     "--past-context", is_flag=True, help="Go on past the context length; attention then sees a sliding window."
 )
 @click.option("--chat", is_flag=True, help="The prompt is a message: lay it out by the model's chat template.")
@@ -101,6 +107,8 @@ def generate(
     texts = [_standard_input() if text == "-" else _checked(text) for text in texts]
     rows = max(len(texts), 1) * settings.get("n", 1)
     lm = reading(model, dtype, {}, weights=weights or "auto", for_text=True, mesh=mesh_of(mesh, rows))
+    if settings.get("draft", "lookup") != "lookup":
+        settings["draft"] = reading(settings["draft"], dtype, {}, weights=weights or "auto", for_text=True)
     if prompts is not None:
         _batch(lm, f"{model} {dtype} {weights}", prompts, out, settings, as_json)
     elif len(texts) == 1 and not as_json and not settings.keys() & {"n", "beams"}:
@@ -129,7 +137,8 @@ def _check_options(texts: Sequence[str], prompts: Path | None, out: Path | None,
 def _batch(lm: LanguageModel, name: str, prompts: Path, out: Path, settings: dict, as_json: bool) -> None:
     from polygpt.cli.batch import run_batch
 
-    kept, added, tokens = run_batch(lm, name, prompts, out, settings)
+    draft = lm.speculation(settings.pop("draft", None))
+    kept, added, tokens = run_batch(lm, name, prompts, out, settings, draft)
     if as_json:
         print_json({"out": str(out), "kept": kept, "added": added, "tokens": tokens})
     else:
@@ -152,9 +161,9 @@ def _show_all(lm: LanguageModel, texts: Sequence[str], settings: dict, as_json: 
 
 
 def _fields(result: Generation) -> dict:
-    """What JSON shows: log probabilities only if they were asked for."""
+    """What JSON shows: log probabilities and acceptance only if they were asked for."""
     fields = dataclasses.asdict(result)
-    return {key: value for key, value in fields.items() if value is not None or "logprobs" not in key}
+    return {key: value for key, value in fields.items() if value is not None or key not in ASKED_FOR}
 
 
 def _chosen(settings: dict) -> dict:
@@ -188,9 +197,10 @@ def _stream(lm: LanguageModel, prompt: str, settings: dict) -> None:
 def _report(lm: LanguageModel, prompt: str, result: Generation, chat: bool) -> None:
     speed = "" if result.tokens_per_second is None else f" {result.tokens_per_second:,.0f} tokens/s,"
     whole, context = len(lm.prompt_tokens(prompt, chat)) + len(result.tokens), lm.config.context_length
+    guessed = "" if result.acceptance is None else f" {result.acceptance:.0%} of the guesses right,"
     past = f"; {whole - context} of them past the context_length of {context}" if whole > context else ""
     count = f"{len(result.tokens)} token" + ("" if len(result.tokens) == 1 else "s")
-    click.echo(f"{count},{speed} finished: {result.finish_reason}{past}", err=True)
+    click.echo(f"{count},{speed}{guessed} finished: {result.finish_reason}{past}", err=True)
 
 
 def _checked(prompt: str) -> str:

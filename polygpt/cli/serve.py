@@ -31,12 +31,14 @@ SHORTEST_KEY = 16  # characters; a shorter one could be guessed
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="A file of API keys, one a line, one of which every request must bring.",
 )
+@click.option("--draft", help="Guess tokens: 'lookup' in the text so far, or a smaller MODEL with the same tokenizer.")
 @click.option("--served-name", "public", multiple=True, help="The name clients use; one for each MODEL, in order.")
 @click.option("--origin", "origins", multiple=True, help="A web origin whose pages may call the API (CORS).")
 @click.option("--deadline", "deadline_seconds", type=float, default=600.0, show_default=True, help="Seconds a request.")
 @click.option(
     "--shutdown-seconds", type=float, default=30.0, show_default=True, help="Given to running requests at SIGTERM."
 )
+@click.option("--limit", "limits", multiple=True, metavar="NAME=VALUE", help="Any other limit, such as max_n=4.")
 @dtype_option
 @weights_option
 @json_option
@@ -44,6 +46,8 @@ def serve(
     names: tuple[str, ...],
     api_key_file: Path | None,
     public: tuple[str, ...],
+    limits: tuple[str, ...],
+    draft: str | None,
     dtype: str | None,
     weights: str | None,
     as_json: bool,
@@ -63,15 +67,18 @@ def serve(
         import uvicorn  # noqa: F401
     except ImportError:
         raise click.ClickException(MISSING) from None
-    from polygpt.config import validate
+    from polygpt.config import parse_overrides, validate
     from polygpt.server import Served, ServerSettings, listen
 
-    chosen = validate(ServerSettings, {name: value for name, value in settings.items() if value is not None})
+    given = {name: value for name, value in settings.items() if value is not None}
+    chosen = validate(ServerSettings, given | parse_overrides(limits))
     chosen.check(keys)
     names_of = _public_names(names, public)
     listening = listen(chosen)
+    how = {"weights": weights or "auto", "for_text": True}
+    drafting = draft if draft in (None, "lookup") else reading(draft, dtype, {}, **how)
     models = [
-        Served(name, reading(model, dtype, {}, weights=weights or "auto", for_text=True), chosen)
+        Served(name, reading(model, dtype, {}, **how), chosen, drafting)
         for model, name in zip(names, names_of, strict=True)
     ]
     _run(models, chosen, keys, listening, as_json)

@@ -17,7 +17,7 @@ from polygpt.config import validate
 from polygpt.errors import RequestError
 from polygpt.evaluation.pairs import check_continuation
 from polygpt.evaluation.scoring import ProgressCallback, no_progress, row_of, score_continuations, score_rows
-from polygpt.generation import Continuation, Request, Sampler, TextStream, continue_all
+from polygpt.generation import Request, Sampler, TextStream, engine_for, run_all
 from polygpt.language_model import LanguageModel
 
 # Settings of generation that a task may give; any other is refused rather than ignored.
@@ -98,14 +98,14 @@ class HarnessLM(TemplateLM):
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """The continuation of each context, up to the first of its stop strings."""
-        continuations = [self._continuation(*request.args, seed) for seed, request in enumerate(requests)]
-        continue_all(self.lm.model, self.lm.params, continuations, progress=self._progress)
-        texts = [continuation.stream.text for continuation in continuations]
+        asked, streams = zip(*(self._asked(*request.args, seed) for seed, request in enumerate(requests)), strict=True)
+        engine = engine_for(self.lm.model, self.lm.params, asked, vocab_size=self.lm.tokenizer.vocab_size)
+        texts = [handle.text for handle in run_all(engine, asked, streams, progress=self._progress)]
         for request, text in zip(requests, texts, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, text)
         return texts
 
-    def _continuation(self, context: str, asked: dict[str, Any], seed: int) -> Continuation:
+    def _asked(self, context: str, asked: dict[str, Any], seed: int) -> tuple[Request, TextStream]:
         settings = normalize_gen_kwargs(asked, self.max_gen_toks)
         new_tokens = settings.pop("max_gen_toks")
         tokenizer = self.lm.tokenizer
@@ -113,7 +113,7 @@ class HarnessLM(TemplateLM):
         stop = [word for word in handle_stop_sequences(settings.pop("until", None), end) if word]
         prompt = self._prompt(context, new_tokens)
         request = Request(prompt, new_tokens, _sampler(settings), seed, self.lm.stop_tokens)
-        return Continuation(request, TextStream(self._decode, stop=stop))
+        return request, TextStream(self._decode, stop=stop)
 
     def _prompt(self, text: str, new_tokens: int) -> list[int]:
         """The ids of a context, cut from the left to leave room for `new_tokens`."""

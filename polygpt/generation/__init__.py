@@ -1,23 +1,24 @@
-"""Generation: how tokens are sampled, the compiled loop that decodes them, and the stream from ids to text."""
+"""Generation: how tokens are sampled, the engine that decodes them, and the stream from ids to text."""
 
 from polygpt.generation.beams import Beam, BeamSettings, EarlyStopping, refuse_with_beams, search_beams
 from polygpt.generation.constraints import Constraint, Vocabulary, as_grammar
-from polygpt.generation.continuation import Continuation, continue_all
-from polygpt.generation.engine import Chunk, FinishReason, Piece, Request, check_requests, generate_tokens
+from polygpt.generation.engine import Engine
 from polygpt.generation.handle import Handle, Listener, Logprob, Part
 from polygpt.generation.past_context import windowed
 from polygpt.generation.prompts import Prompt, as_ids, as_prompts, as_samples, as_seeds, as_stop_strings
+from polygpt.generation.requests import FinishReason, Request, check_requests
 from polygpt.generation.results import Generation, ScoredGeneration
+from polygpt.generation.running import engine_for, run_all
 from polygpt.generation.sampling import Sampler
-from polygpt.generation.serving import Engine, Statistics
+from polygpt.generation.speculation import Draft, Speculation
+from polygpt.generation.statistics import Statistics
 from polygpt.generation.text import TextStream
 
 __all__ = [
     "Beam",
     "BeamSettings",
-    "Chunk",
     "Constraint",
-    "Continuation",
+    "Draft",
     "EarlyStopping",
     "Engine",
     "FinishReason",
@@ -26,11 +27,11 @@ __all__ = [
     "Listener",
     "Logprob",
     "Part",
-    "Piece",
     "Prompt",
     "Request",
     "Sampler",
     "ScoredGeneration",
+    "Speculation",
     "Statistics",
     "TextStream",
     "Vocabulary",
@@ -41,9 +42,9 @@ __all__ = [
     "as_seeds",
     "as_stop_strings",
     "check_requests",
-    "continue_all",
-    "generate_tokens",
+    "engine_for",
     "refuse_with_beams",
+    "run_all",
     "search_beams",
     "windowed",
 ]

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Array, Int, UInt32
 
-from polygpt.generation.engine import Request
 from polygpt.generation.penalties import Penalties, stack_penalties
+from polygpt.generation.requests import Request
 from polygpt.generation.sampling import NOT_FINITE, Sampler, Sampling, stack_samplers
 
 # Stop tokens a row has room for; more double it, and each such width is compiled.

@@ -17,7 +17,7 @@ import numpy as np
 
 from polygpt.errors import PolygptError, RequestError
 from polygpt.generation.beam_programs import EARLY, Rules, Search, beam_programs
-from polygpt.generation.engine import FinishReason, Request, check_requests
+from polygpt.generation.requests import FinishReason, Request, check_requests
 from polygpt.generation.sampling import Sampler
 from polygpt.model import Model, Params
 

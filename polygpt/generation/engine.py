@@ -1,207 +1,340 @@
-"""Generation: prompts are read in one pass, then continued token by token with a preallocated decoding state.
+"""The engine: a fixed number of slots, through which requests come and go. Knows token ids and streams of text.
 
-Knows token ids and a model; nothing of text.
+The same request gives the same tokens alone or among others, in any slot, with a cold or a warm prefix cache: each
+row's arithmetic is that of the same programs, whatever the other rows hold.
 """
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable
+from functools import partial
 from numbers import Integral
-from typing import Literal, NamedTuple
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from polygpt.errors import PolygptError, RequestError
-from polygpt.generation.constraints import Constraint
-from polygpt.generation.programs import CHUNK, Progress, Settings, programs_of
-from polygpt.generation.sampling import NOT_FINITE, Sampler, stack_samplers
-from polygpt.model import Model, ModelConfig, Params
+from polygpt.generation.guessing import guess_next, learn
+from polygpt.generation.handle import Handle, Listener, Part, forced_tokens, scores_of
+from polygpt.generation.prefix_cache import PrefixCache
+from polygpt.generation.requests import Request, check_requests
+from polygpt.generation.runner import SlotRunner
+from polygpt.generation.slots import CHUNK, Decoded
+from polygpt.generation.speculation import Draft, Guesses, Lookup, Speculation, check_draft
+from polygpt.generation.statistics import Statistics
+from polygpt.generation.text import TextStream
+from polygpt.model import Model, Params
 
-FinishReason = Literal["length", "stop", "context_length"]
-# Stop tokens a row has room for; more double it, and each such width is compiled.
-STOP_TOKENS = 8
-# The likeliest tokens of which log probabilities are given at most.
-MOST_LOGPROBS = 20
+# Decoding goes on without looking at arrivals for about this long, or for one step.
+SECONDS = 0.01
 
 
-@dataclass(frozen=True)
-class Request:
-    """One sequence to be continued.
+class Engine:
+    """Runs requests through `slots` slots of `length` tokens each.
 
-    Attributes:
-        prompt: its ids so far.
-        max_new_tokens: how many are added at most.
-        sampler: how each is chosen.
-        seed: of its random numbers, 0 to 2^32 - 1. The key of a token is a function of the seed and of the token's
-            position in the sequence alone, so a request's text does not depend on those it is decoded with.
-        stop_tokens: ids that end it.
-        logprobs: None for no log probabilities; otherwise those of the chosen tokens are given, and of this many of the
-            likeliest.
-        constraint: what the continuation must match.
+    `submit` and `cancel` may be called from any thread. `step` may be too: one call runs at a time, the others wait.
     """
 
-    prompt: Sequence[int]
-    max_new_tokens: int
-    sampler: Sampler = field(default_factory=Sampler)
-    seed: int = 0
-    stop_tokens: tuple[int, ...] = ()
-    logprobs: int | None = None
-    constraint: Constraint | None = None
+    def __init__(
+        self,
+        model: Model,
+        params: Params,
+        *,
+        slots: int = 8,
+        length: int | None = None,
+        queue: int = 256,
+        chunk: int = 64,
+        cache_bytes: int = 2**28,
+        vocab_size: int | None = None,
+        draft: Speculation | None = None,
+    ):
+        """An engine with all slots free.
+
+        Args:
+            model: the decoder.
+            params: its weights, which may be packed.
+            slots: sequences that are decoded together.
+            length: tokens of a sequence at most, prompt included; None is the model's context.
+            queue: requests that may wait for a slot.
+            chunk: tokens of a prompt that are read at once between steps of decoding, and a block of the prefix cache.
+            cache_bytes: of the prefix cache; 0 keeps nothing.
+            vocab_size: ids from here on are never sampled (the tokenizer's, where the model's is larger).
+            draft: guess tokens and check several in one pass, by `lookup` in the sequence itself or by a draft model;
+                requests with constraints do without.
+
+        Raises:
+            RequestError: a number is out of its range, or speculation is not possible with one of the models.
+        """
+        longest = model.longest_sequence
+        length = min(model.config.context_length, longest) if length is None else length
+        for name, value, least in (
+            ("slots", slots, 1),
+            ("length", length, 2),
+            ("queue", queue, 0),
+            ("chunk", chunk, 1),
+        ):
+            if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+                raise RequestError(f"{name} must be a whole number of at least {least}, not {value!r:.40}")
+        if length > longest:
+            raise RequestError(f"length={length} exceeds the model's longest sequence of {longest} tokens")
+        vocab_size = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
+        self.model, self.params = model, params
+        self.slots, self.length, self.queue = slots, length, queue
+        self.prefixes = PrefixCache(cache_bytes, min(chunk, length))
+        if draft is not None:
+            check_draft(model, draft, length, vocab_size)
+        self._draft = draft
+        self._runner = SlotRunner(
+            model,
+            params,
+            slots=slots,
+            length=length,
+            prefixes=self.prefixes,
+            vocab_size=vocab_size,
+            draft=draft if isinstance(draft, Draft) else None,
+        )
+        self._lock, self._stepping = threading.RLock(), threading.RLock()
+        self._work = threading.Condition(self._lock)
+        self._closed = False
+        self._waiting: deque[Handle] = deque()
+        self._running: list[Handle | None] = [None] * slots
+        self._reading: Handle | None = None
+        self._step_seconds = SECONDS
+        self._counts = dict.fromkeys(Statistics._fields[3:], 0)
+
+    # --- What any thread may call -----------------------------------------------------------------------------
+
+    def submit(self, request: Request, stream: TextStream | None = None, listener: Listener | None = None) -> Handle:
+        """Takes a request in; it runs as the engine is stepped.
+
+        A constraint's grammar is compiled here, which may take a second for a large one.
+
+        Args:
+            request: what is continued, and how.
+            stream: its text; None leaves it at tokens.
+            listener: called with the handle and each part as it comes, and with None if the request fails, by the
+                thread that steps or cancels; it must return at once. If it raises, its request ends.
+
+        Raises:
+            RequestError: the request is impossible, the queue is full, or the engine is closed.
+        """
+        check_requests(self.model.config, [request])
+        if len(request.prompt) > self.length:
+            raise RequestError(f"the prompt has {len(request.prompt)} tokens, the engine's length is {self.length}")
+        limit = min(len(request.prompt) + request.max_new_tokens, self.length)
+        handle = Handle(self, request, stream, limit - len(request.prompt), listener)
+        with self._lock:
+            if self._closed:
+                raise RequestError("the engine is closed")
+            free = sum(other is None or other.ended for other in self._running) - (self._reading is not None)
+            if len(self._waiting) >= self.queue + free:
+                raise RequestError(f"the queue is full: {self.queue} requests wait already; try again later")
+            self._counts["requests"] += 1
+            if handle.room and not handle.complete:
+                self._waiting.append(handle)
+                self._work.notify_all()
+            else:
+                handle.receive([], [])
+        return handle
+
+    def cancel(self, handle: Handle) -> None:
+        """Ends a request; does nothing if it has ended."""
+        with self._lock:
+            if not handle.ended:
+                if handle in self._waiting:
+                    self._waiting.remove(handle)
+                handle.end("cancelled")
+
+    def close(self, error: Exception | None = None) -> None:
+        """Ends every request, those that wait included, and takes no more; with an error they fail."""
+        with self._lock:
+            self._closed = True
+            for handle in [*self._running, self._reading, *self._waiting]:
+                if handle is not None and not handle.ended:
+                    handle.end("cancelled") if error is None else handle.fail(error)
+            self._waiting.clear()
+            self._work.notify_all()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Waits until there is something to do, or the engine is closed; whether there is something to do."""
+        with self._work:
+            self._work.wait_for(lambda: self._closed or not self.idle, timeout)
+            return not self.idle
 
     @property
-    def stops(self) -> list[int]:
-        """The stop tokens that can be sampled; no token has any other number."""
-        return [token for token in self.stop_tokens if 0 <= token < 2**31]
+    def idle(self) -> bool:
+        """Whether there is nothing to do."""
+        with self._lock:
+            held = [*self._running, self._reading]
+            return not self._waiting and all(handle is None or handle.ended for handle in held)
 
+    @property
+    def statistics(self) -> Statistics:
+        """Counts so far; cheap."""
+        with self._lock:
+            used = sum(handle is not None and not handle.ended for handle in [*self._running, self._reading])
+            return Statistics(self.slots, min(used, self.slots), len(self._waiting), **self._counts)
 
-class Piece(NamedTuple):
-    """The new tokens of one row, and why it ended, if it did; the stop token that ends a row is left out."""
+    def step(self, most: int | None = None, waiting: Handle | None = None) -> list[tuple[Handle, Part]]:
+        """Reads a chunk of prompts, then decodes some tokens of every running request.
 
-    tokens: list[int]
-    finish_reason: FinishReason | None
+        Args:
+            most: tokens decoded at most; None chooses by time, so that new requests are seen soon.
+            waiting: return at once if this request has parts or has ended by now, in another thread's step.
 
+        Returns:
+            What was decoded, each part with its request; parts are also kept for whoever iterates over the handle.
 
-class Chunk(NamedTuple):
-    """A piece for each row, and the seconds that decoding them took; None for the first tokens, which prefill gives."""
+        Raises:
+            Exception: whatever went wrong in a program; all requests that were running fail with it.
+        """
+        with self._stepping:
+            if waiting is not None and (waiting._parts or waiting.ended):
+                return []
+            try:
+                return self._step(most)
+            except BaseException as error:
+                self._fail(error)
+                raise
 
-    pieces: list[Piece]
-    seconds: float | None
+    def compile(self) -> None:
+        """Compiles every program now instead of at first use; only while the engine is idle."""
+        with self._stepping:
+            self._runner.compile(speculate=self._draft is not None)
 
+    # --- Within a step ------------------------------------------------------------------------------------------
 
-def generate_tokens(model: Model, params: Params, requests: Sequence[Request]) -> Iterator[Chunk]:
-    """Continues the prompts of all requests together, a chunk of tokens at a time.
+    def _step(self, most: int | None) -> list[tuple[Handle, Part]]:
+        with self._lock:
+            for slot, handle in enumerate(self._running):
+                if handle is not None and handle.ended:
+                    self._running[slot] = None
+            running = self.slots - self._running.count(None)
+            reads = min(self._running.count(None), len(self._waiting) + (self._reading is not None))
+        for _ in range(max(reads // max(running, 1), min(reads, 1))):
+            self._read()
+        parts: list[tuple[Handle, Part]] = []
+        masks = self._follow_constraints(parts)
+        active = np.array([handle is not None and not handle.ended for handle in self._running])
+        if not active.any():
+            return parts
+        began = time.perf_counter()
+        guesses = None if self._draft is None else guess_next(self._draft, self._runner, self._running, active)
+        if guesses is not None and guesses.counts.any():
+            decoded = self._runner.verify(active, guesses, masks)
+        else:
+            decoded = self._runner.decode(active, self._limit(active, most), bool(self._waiting), masks)
+        self._distribute(decoded, active, began, guesses, parts)
+        return parts
 
-    Raises:
-        RequestError: a prompt is empty or longer than the context, or a number is out of its range.
-        PolygptError: logits are not finite numbers.
-        ValueError: a request asks for penalties, a bias or log probabilities, which only `Engine` has.
-    """
-    check_requests(model.config, requests)
-    if any(r.sampler.edits_logits or r.logprobs is not None or r.constraint is not None for r in requests):
-        raise ValueError("penalties, logit_bias, logprobs and constraints need an Engine")
-    longest = model.longest_sequence
-    rows = [_Row(request, longest) for request in requests]
-    if not any(row.budget for row in rows):
-        yield Chunk([row.take([]) for row in rows], None)
-        return
-    programs, settings = programs_of(model.config), settings_of(requests, longest)
-    progress = _prefill(model, params, requests, settings)
-    yield Chunk([row.take([token]) for row, token in zip(rows, progress.token.tolist(), strict=True)], None)
-    if all(row.ended for row in rows):
-        return
-    # Compiled before the clock starts; does nothing if it was compiled for these shapes before.
-    programs.decode.lower(params, progress, settings).compile()
-    while not all(row.ended for row in rows):
-        started = time.perf_counter()
-        progress, tokens = programs.decode(params, progress, settings)
-        new = np.asarray(tokens).tolist()
-        seconds = time.perf_counter() - started
-        yield Chunk([row.take(tokens) for row, tokens in zip(rows, new, strict=True)], seconds)
+    def _limit(self, active: np.ndarray, most: int | None) -> int:
+        """Tokens that are decoded before the host looks at them."""
+        if self._reading is not None or (self._waiting and not active.all()):
+            return 1
+        pauses = [handle.lookup.pause for handle in self._running if handle is not None and handle.lookup is not None]
+        limit = most or int(SECONDS / self._step_seconds)
+        return max(1, min(limit, CHUNK, *pauses))
 
+    def _follow_constraints(self, parts: list[tuple[Handle, Part]]) -> np.ndarray | None:
+        """Appends what constraints force; gives the masks of the next token, None if no running request has any."""
+        masks: np.ndarray | None = None
+        for slot, handle in enumerate(self._running):
+            if handle is None or handle.ended or handle.matcher is None:
+                continue
+            try:
+                forced = forced_tokens(handle)
+                if forced:
+                    self._runner.append(slot, forced)
+                    self._give(handle, partial(handle.receive_forced, forced), slot, parts)
+                if handle.ended:
+                    continue
+                masks = self._runner.all_allowed() if masks is None else masks
+                masks[slot] = handle.matcher.allowed(masks.shape[1])
+            except RequestError as error:
+                with self._lock:
+                    handle.fail(error)
+        return masks
 
-class _Row:
-    """What the host knows of one sequence: how many tokens may still come, and whether it has ended."""
+    def _distribute(
+        self,
+        decoded: Decoded,
+        active: np.ndarray,
+        began: float,
+        guesses: Guesses | None,
+        parts: list[tuple[Handle, Part]],
+    ) -> None:
+        wanted = any(handle is not None and handle.request.logprobs is not None for handle in self._running)
+        decoded = jax.device_get(decoded if wanted else decoded[:3])
+        steps, seconds = int(decoded[0]), time.perf_counter() - began
+        self._step_seconds = seconds / max(steps, 1)
+        verified = guesses is not None and bool(guesses.counts.any())
+        self._counts["steps"] += 1 if verified else steps
+        for slot in np.flatnonzero(active):
+            handle, count = self._running[slot], decoded[1][slot]
+            tokens = decoded[2][slot, :count].tolist()
+            scores = [] if handle.request.logprobs is None else scores_of(decoded, slot, handle.request.logprobs)
+            if guesses is not None:
+                guessed, right = learn(handle, tokens, int(guesses.counts[slot]), steps)
+                self._counts["drafted"] += guessed
+                self._counts["accepted"] += right
+            before = handle.room
+            self._give(handle, partial(handle.receive, tokens, scores), slot, parts)
+            handle.decoded += before - handle.room
+            handle.seconds += seconds
 
-    def __init__(self, request: Request, longest: int):
-        self.request = request
-        self.budget = _limit(request, longest) - len(request.prompt)
-        self.taken, self.ended = 0, False
+    def _give(
+        self, handle: Handle, receive: Callable[[], Part | None], slot: int, parts: list[tuple[Handle, Part]]
+    ) -> None:
+        """Gives a request its tokens, unless it was cancelled meanwhile."""
+        with self._lock:
+            if handle.ended:
+                return
+            before = handle.room
+            try:
+                part = receive()
+            except PolygptError as error:
+                handle.fail(error)
+                if not isinstance(error, RequestError):
+                    self._clear(slot)
+                return
+            self._counts["tokens"] += before - handle.room
+        if part is not None:
+            parts.append((handle, part))
 
-    def take(self, tokens: list[int]) -> Piece:
-        """What belongs to the row of the tokens that were decoded for it."""
-        if self.ended:
-            return Piece([], None)
-        tokens = tokens[: self.budget - self.taken]
-        at = next((i for i, token in enumerate(tokens) if token in self.request.stops), None)
-        if at is not None:
-            self.ended = True
-            return Piece(tokens[:at], "stop")
-        if NOT_FINITE in tokens:
-            raise PolygptError(
-                "the model's logits are not finite numbers (NaN or infinity), so no token can be chosen: "
-                "its weights are damaged, or its numbers exceed the range of compute_dtype"
-            )
-        self.taken += len(tokens)
-        self.ended = self.taken == self.budget
-        reason = "length" if self.budget == self.request.max_new_tokens else "context_length"
-        return Piece(tokens, reason if self.ended else None)
+    def _read(self) -> None:
+        """Reads one chunk of the prompt whose turn it is, and gives it a slot if that was the last."""
+        if self._reading is None or self._reading.ended:
+            self._reading = None
+            with self._lock:
+                if not self._waiting:
+                    return
+                self._reading = self._waiting.popleft()
+            self._runner.begin(self._reading.request.prompt)
+            self._reading.cached_tokens = self._runner.reader.cached
+        if not self._runner.read():
+            return
+        handle, slot = self._reading, self._running.index(None)
+        self._runner.admit(handle.request, slot)
+        if self._draft == "lookup":
+            handle.lookup = Lookup(handle.request.prompt, self.length)
+        self._running[slot], self._reading = handle, None
+        self._counts["prompt_tokens"] += len(handle.request.prompt)
+        self._counts["cached_tokens"] += handle.cached_tokens
 
+    def _clear(self, slot: int) -> None:
+        self._runner.clear(slot)
+        if self._reading is not None:
+            self._runner.begin(self._reading.request.prompt)
 
-def settings_of(requests: Sequence[Request], longest: int) -> Settings:
-    """What the requests ask for, as arrays; sequences end at `longest` tokens."""
-    width = _power_of_two(max(len(request.stops) for request in requests), STOP_TOKENS)
-    stops = np.full((len(requests), width), NOT_FINITE)
-    for row, request in zip(stops, requests, strict=True):
-        row[: len(request.stops)] = request.stops
-    return Settings(
-        stack_samplers([request.sampler for request in requests]),
-        np.array([request.seed for request in requests], np.uint32),
-        np.array([_limit(request, longest) for request in requests], np.int32),
-        stops.astype(np.int32),
-    )
-
-
-def _limit(request: Request, longest: int) -> int:
-    return min(len(request.prompt) + request.max_new_tokens, longest)
-
-
-def _prefill(model: Model, params: Params, requests: Sequence[Request], settings: Settings) -> Progress:
-    context = model.config.context_length
-    prompts = [request.prompt for request in requests]
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    tokens = np.zeros((len(prompts), min(_power_of_two(int(lengths.max()), CHUNK), context)), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    # Of new tokens the last one is never read.
-    most = max(lengths.max(), settings.limit.max() - 1)
-    state = model.init_state(len(prompts), _slots(int(most), model.longest_sequence))
-    return programs_of(model.config).prefill(params, tokens, jnp.asarray(lengths), settings, state)
-
-
-def _power_of_two(count: int, least: int) -> int:
-    """`least` doubled until it holds `count`: few shapes, so few programs to compile."""
-    while least < count:
-        least *= 2
-    return least
-
-
-def _slots(length: int, context: int) -> int:
-    """The slots of a decoding state that holds `length` tokens: rounded up to a quarter of a power of two, since each
-    token attends over all slots, empty or not."""
-    quarter = max(_power_of_two(length, CHUNK) // 8, CHUNK)
-    return min(-(-length // quarter) * quarter, context)
-
-
-def check_requests(config: ModelConfig, requests: Sequence[Request]) -> None:
-    """Refuses requests that the model cannot continue.
-
-    Raises:
-        RequestError: a prompt is empty, longer than the context or not in the vocabulary, or a number is out of its
-            range.
-    """
-    for request in requests:
-        prompt, most = request.prompt, request.max_new_tokens
-        if isinstance(most, bool) or not isinstance(most, Integral) or most < 1:
-            raise RequestError(f"max_new_tokens must be a whole number of at least 1, not {most!r:.40}")
-        if not isinstance(request.seed, Integral) or not 0 <= request.seed < 2**32:
-            raise RequestError(f"seed must be a whole number in 0..{2**32 - 1}, not {request.seed!r:.40}")
-        wanted = request.logprobs
-        if wanted is not None and (
-            isinstance(wanted, bool) or not isinstance(wanted, Integral) or not 0 <= wanted <= MOST_LOGPROBS
-        ):
-            raise RequestError(f"logprobs must be a whole number in 0..{MOST_LOGPROBS} or None, not {wanted!r:.40}")
-        bias = next((token for token in request.sampler.logit_bias if not 0 <= token < config.vocab_size), None)
-        if bias is not None:
-            raise RequestError(f"logit_bias.{bias}: the model's ids are 0..{config.vocab_size - 1}")
-        if not len(prompt):
-            raise RequestError("the prompt is empty and the tokenizer has no end-of-text token to start from")
-        if len(prompt) > config.context_length:
-            raise RequestError(
-                f"the prompt has {len(prompt)} tokens, model.context_length is {config.context_length}: shorten it"
-            )
-        bad = next((token for token in prompt if not 0 <= token < config.vocab_size), None)
-        if bad is not None:
-            raise RequestError(f"token {bad} is outside the model's vocabulary of {config.vocab_size}")
+    def _fail(self, error: BaseException) -> None:
+        """Ends all that were running: a program that was interrupted has given up the memory of its arguments."""
+        failed = error if isinstance(error, Exception) else PolygptError("interrupted")
+        with self._lock:
+            for handle in [*self._running, self._reading]:
+                if handle is not None and not handle.ended:
+                    handle.fail(failed)
+            self._running, self._reading = [None] * self.slots, None
+        self._runner.reset()

@@ -9,16 +9,21 @@ from typing import TYPE_CHECKING, NamedTuple
 from polygpt.errors import PolygptError
 from polygpt.generation.constraints import Matcher
 from polygpt.generation.sampling import NOT_FINITE
+from polygpt.generation.slots import Decoded
+from polygpt.generation.speculation import Lookup
 from polygpt.generation.text import TextStream
 
 if TYPE_CHECKING:
-    from polygpt.generation.engine import Request
-    from polygpt.generation.serving import Engine
+    from polygpt.generation.engine import Engine
+    from polygpt.generation.requests import Request
 
 DAMAGED = (
     "the model's logits are not finite numbers (NaN or infinity), so no token can be chosen: "
     "its weights are damaged, or its numbers exceed the range of compute_dtype"
 )
+
+# From so many on, tokens that a constraint leaves no choice of are read at once; fewer cost no more one by one.
+FEWEST_FORCED = 4
 
 
 class Logprob(NamedTuple):
@@ -57,6 +62,8 @@ class Handle:
         ended: no more parts come.
         cached_tokens: tokens of the prompt that did not have to be read; None until it is read.
         decoded, seconds: tokens that were decoded for it and the time this took, that of its neighbours included.
+        drafted, accepted: tokens that speculation proposed, and those that turned out right.
+        lookup: proposes them, if the engine looks them up.
     """
 
     def __init__(
@@ -76,6 +83,8 @@ class Handle:
         self.ended = False
         self.cached_tokens: int | None = None
         self.decoded, self.seconds = 0, 0.0
+        self.drafted = self.accepted = 0
+        self.lookup: Lookup | None = None
         self.matcher = None if request.constraint is None else Matcher(request.constraint)
         self._stops = set(request.stops) | ({self.matcher.end} if self.matcher is not None else set())
         self._engine, self._budget, self._listener = engine, budget, listener
@@ -191,3 +200,27 @@ class Handle:
         if len(tokens) < self.room:
             return tokens, None
         return tokens, "length" if self._budget == self.request.max_new_tokens else "context_length"
+
+
+def forced_tokens(handle: Handle) -> list[int]:
+    """The next tokens if its constraint leaves no choice, which the matcher then has taken; none where they are few.
+
+    Log probabilities take a step for each token, so with them nothing is forced.
+    """
+    if handle.request.logprobs is not None:
+        return []
+    forced = handle.matcher.forced()[: handle.room]
+    if len(forced) < FEWEST_FORCED:
+        return []
+    handle.matcher.take(forced)
+    return forced
+
+
+def scores_of(decoded: Decoded, slot: int, count: int) -> list[Logprob]:
+    """The log probabilities of a slot's tokens, and of `count` of the likeliest at each."""
+    steps = int(decoded.counts[slot])
+    tops = zip(decoded.top_tokens[slot, :steps, :count], decoded.top_logprobs[slot, :steps, :count], strict=True)
+    return [
+        Logprob(float(own), tuple(zip(tokens.tolist(), values.tolist(), strict=True)))
+        for own, (tokens, values) in zip(decoded.logprobs[slot, :steps], tops, strict=True)
+    ]

@@ -1,6 +1,7 @@
-"""The two compiled functions of generation: `prefill` reads the prompts, `decode` continues them token by token.
+"""The compiled functions of the engine: prompts are read a chunk at a time, slots are decoded together.
 
-Whatever differs between requests is an argument, so programs are compiled per model and per shape only.
+Whatever differs between requests is an argument, so there is one program for each shape. A prompt is read in a state of
+its own, one row, and then inserted into a slot; its last token is left for decoding, which samples all tokens.
 """
 
 from __future__ import annotations
@@ -11,103 +12,207 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
+from jaxtyping import Array, PyTree
 
-from polygpt.generation.sampling import NOT_FINITE, Sampling, sample, token_keys
-from polygpt.model import Decoder, ModelConfig, Params, model_of
+from polygpt.generation import states
+from polygpt.generation.asking import Asked
+from polygpt.generation.penalties import History
+from polygpt.generation.sampling import NOT_FINITE
+from polygpt.generation.slots import Decoded, Masks, Slots, append_token, extend, next_token, nothing_decoded
+from polygpt.model import Model, ModelConfig, Params, model_of
 
-# Tokens decoded before the host looks at them (for streaming and stop strings).
-CHUNK = 16
+# Tokens that are appended to a sequence at once.
+FORCED = 16
 
 
-class Settings(NamedTuple):
-    """What each of B rows asks for.
+class SlotPrograms(NamedTuple):
+    """The compiled functions of one configuration, length and vocabulary.
 
-    Attributes:
-        sampling: how its tokens are chosen.
-        seed: of its random numbers.
-        limit: tokens in the sequence, prompt included, at which it ends.
-        stop_tokens: ids that end it; filled up with ids that no token has.
+    restart(row) -> row: for a new sequence.
+    prefill(params, row, tokens [1, T], start, count, fresh) -> row: after `count` more tokens, the first of their
+        sequence if `fresh`, which is static.
+    take(row, start) -> block; put(row, block, start) -> row: see `states`.
+    insert(slots, row, tokens [L], length, slot, bias [V]) -> slots: with a prompt read up to its last token in a slot.
+    insert_state(state, row, length, slot) -> state: the same for a decoding state alone.
+    append(params, slots, slot, tokens [FORCED], count) -> slots: with tokens at the end of a sequence that were not
+        sampled; the model reads all but the last.
+    decode(params, slots, asked, active [B], most, until_free, masks) -> (slots, Decoded): up to `most` tokens a row;
+        fewer if all rows are done, or one of them and `until_free`. `masks` hold for one token.
+    verify(params, slots, asked, active [B], drafts [B, K], counts [B], masks) -> (slots, Decoded): as many of a row's
+        drafted tokens as would have been sampled, and one more, in one pass.
+    draft(params, state, slots, asked, active [B], steps) -> (state, drafts [B, steps]): what this model would sample,
+        whose decoding state follows the sequences of another's `slots`; `steps` is static.
     """
 
-    sampling: Sampling
-    seed: UInt32[Array, "B"]
-    limit: Int[Array, "B"]
-    stop_tokens: Int[Array, "B S"]
-
-
-class Progress(NamedTuple):
-    """Where B sequences stand.
-
-    Attributes:
-        token: the last token of each row, which the model has not seen yet; `NOT_FINITE` if its logits were not finite.
-        position: the index of that token in its sequence.
-        state: the decoding state after everything before it.
-        done: the row has reached its limit or a stop token, or failed; its token and position stay as they are.
-    """
-
-    token: Int[Array, "B"]
-    position: Int[Array, "B"]
-    state: PyTree
-    done: Bool[Array, "B"]
-
-
-class Programs(NamedTuple):
-    """The compiled functions of one model.
-
-    prefill(params, tokens [B, T], lengths [B], settings, state) -> Progress: reads prompts, padded on the right, and
-        samples the first new token of each.
-    decode(params, progress, settings) -> (Progress, tokens [B, CHUNK]): up to `CHUNK` tokens more; fewer once every row
-        is done.
-
-    Both reuse the memory of the state they are given.
-    """
-
+    restart: jax.stages.Wrapped
     prefill: jax.stages.Wrapped
+    take: jax.stages.Wrapped
+    put: jax.stages.Wrapped
+    insert: jax.stages.Wrapped
+    insert_state: jax.stages.Wrapped
+    append: jax.stages.Wrapped
     decode: jax.stages.Wrapped
+    verify: jax.stages.Wrapped
+    draft: jax.stages.Wrapped
 
 
 @lru_cache(maxsize=16)
-def programs_of(config: ModelConfig) -> Programs:
-    """The compiled functions of one configuration, shared by all models that have it."""
+def slot_programs(config: ModelConfig, length: int, chunk: int, vocab: int) -> SlotPrograms:
+    """The programs for sequences of `length` tokens; ids from `vocab` on are never sampled."""
     model = model_of(config)
 
-    @partial(jax.jit, donate_argnums=4)
-    def prefill(params: Params, tokens: Array, lengths: Array, settings: Settings, state: PyTree) -> Progress:
-        decoder = model.module(params)
-        valid = jnp.arange(tokens.shape[1]) < lengths[:, None]
-        output = decoder(tokens, state=state, valid=valid, fresh=True)
-        last = jnp.take_along_axis(output.hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        token, done = _next_token(decoder, last, lengths, settings)
-        return Progress(token, lengths, output.state, done)
+    @partial(jax.jit, donate_argnums=0)
+    def restart(row: PyTree) -> PyTree:
+        return states.restart(row, model.init_state(1, length), length)
 
+    @partial(jax.jit, donate_argnums=1, static_argnames="fresh")
+    def prefill(params: Params, row: PyTree, tokens: Array, start: Array, count: Array, *, fresh: bool) -> PyTree:
+        index = jnp.arange(tokens.shape[1])[None]
+        valid = index < count
+        return model.hidden(params, tokens, positions=start + index, valid=valid, state=row, fresh=fresh).state
+
+    @jax.jit
+    def take(row: PyTree, start: Array) -> list[Array]:
+        return states.take_block(row, start, chunk, length)
+
+    @partial(jax.jit, donate_argnums=0)
+    def put(row: PyTree, block: list[Array], start: Array) -> PyTree:
+        return states.put_block(row, block, start, length)
+
+    @partial(jax.jit, donate_argnums=0)
+    def insert(slots: Slots, row: PyTree, tokens: Array, count: Array, slot: Array, bias: Array) -> Slots:
+        history = History(
+            slots.history.tokens.at[slot].set(tokens),
+            slots.history.length.at[slot].set(count),
+            slots.history.prompt.at[slot].set(count),
+        )
+        state = states.insert(slots.state, row, slot, count - 1, chunk, length)
+        return Slots(history, slots.done.at[slot].set(False), state, slots.bias.at[slot].set(bias))
+
+    @partial(jax.jit, donate_argnums=0)
+    def insert_state(state: PyTree, row: PyTree, count: Array, slot: Array) -> PyTree:
+        return states.insert(state, row, slot, count - 1, chunk, length)
+
+    decoding = _append(model, length), _decode(model, vocab), _verify(model, vocab), _draft(model, length, vocab)
+    return SlotPrograms(restart, prefill, take, put, insert, insert_state, *decoding)
+
+
+def _append(model: Model, length: int) -> jax.stages.Wrapped:
     @partial(jax.jit, donate_argnums=1)
-    def decode(params: Params, progress: Progress, settings: Settings) -> tuple[Progress, Array]:
+    def append(params: Params, slots: Slots, slot: Array, tokens: Array, count: Array) -> Slots:
+        history, length_before = slots.history, slots.history.length[slot]
+        index = jnp.arange(FORCED)
+        last = history.tokens[slot, length_before - 1]
+        read = jnp.concatenate([last[None], tokens[:-1]])[None]
+        positions = (length_before - 1 + index)[None]
+        row = states.row_of(slots.state, slot)
+        row = model.hidden(params, read, positions=positions, valid=(index < count)[None], state=row).state
+        places = jnp.where(index < count, length_before + index, length)
+        history = history._replace(
+            tokens=history.tokens.at[slot, places].set(tokens, mode="drop"),
+            length=history.length.at[slot].add(count),
+        )
+        return slots._replace(history=history, state=states.with_row(slots.state, row, slot))
+
+    return append
+
+
+def _decode(model: Model, vocab: int) -> jax.stages.Wrapped:
+    @partial(jax.jit, donate_argnums=1)
+    def decode(
+        params: Params, slots: Slots, asked: Asked, active: Array, most: Array, until_free: Array, masks: Masks
+    ) -> tuple[Slots, Decoded]:
         decoder = model.module(params)
-        tokens = jnp.zeros((len(progress.token), CHUNK), jnp.int32)
+        slots = slots._replace(done=slots.done | ~active)
+        before = slots.done
 
-        def unfinished(carry: tuple[Array, Array, Progress]) -> Array:
-            index, _, progress = carry
-            return (index < CHUNK) & ~progress.done.all()
+        def unfinished(carry: tuple[Slots, Decoded]) -> Array:
+            slots, decoded = carry
+            freed = until_free & (slots.done & ~before).any()
+            return (decoded.steps < most) & ~slots.done.all() & ~freed
 
-        def step(carry: tuple[Array, Array, Progress]) -> tuple[Array, Array, Progress]:
-            index, tokens, (token, position, state, done) = carry
-            output = decoder(token[:, None], positions=position[:, None], state=state)
-            new, ends = _next_token(decoder, output.hidden[:, 0], position + 1, settings)
-            token, position = jnp.where(done, token, new), jnp.where(done, position, position + 1)
-            progress = Progress(token, position, output.state, done | ends)
-            return index + 1, tokens.at[:, index].set(token), progress
+        def step(carry: tuple[Slots, Decoded]) -> tuple[Slots, Decoded]:
+            slots, decoded = carry
+            last = jnp.maximum(slots.history.length - 1, 0)[:, None]
+            newest = jnp.take_along_axis(slots.history.tokens, last, axis=1)
+            output = decoder(newest, positions=last, state=slots.state)
+            logits = decoder.logits(output.hidden[:, 0])
+            slots, decoded, _ = extend(slots, decoded, logits, asked, masks, ~slots.done, vocab)
+            return slots._replace(state=output.state), decoded
 
-        _, tokens, progress = lax.while_loop(unfinished, step, (jnp.int32(0), tokens, progress))
-        return progress, tokens
+        return lax.while_loop(unfinished, step, (slots, nothing_decoded(*slots.bias.shape)))
 
-    return Programs(prefill, decode)
+    return decode
 
 
-def _next_token(
-    decoder: Decoder, hidden: Float[Array, "B D"], position: Int[Array, "B"], settings: Settings
-) -> tuple[Int[Array, "B"], Bool[Array, "B"]]:
-    """The token sampled for `position` of each row, and whether the row ends with it."""
-    token = sample(decoder.logits(hidden), settings.sampling, token_keys(settings.seed, position))
-    stops = (token[:, None] == settings.stop_tokens).any(axis=1)
-    return token, stops | (token == NOT_FINITE) | (position + 1 >= settings.limit)
+def _verify(model: Model, vocab: int) -> jax.stages.Wrapped:
+    @partial(jax.jit, donate_argnums=1)
+    def verify(
+        params: Params, slots: Slots, asked: Asked, active: Array, drafts: Array, counts: Array, masks: Masks
+    ) -> tuple[Slots, Decoded]:
+        decoder = model.module(params)
+        slots = slots._replace(done=slots.done | ~active)
+        last = jnp.maximum(slots.history.length - 1, 0)[:, None]
+        newest = jnp.take_along_axis(slots.history.tokens, last, axis=1)
+        index = jnp.arange(drafts.shape[1] + 1)
+        output = decoder(
+            jnp.concatenate([newest, drafts], axis=1),
+            positions=last + index,
+            valid=index <= counts[:, None],
+            state=slots.state,
+        )
+        logits = decoder.logits(output.hidden)
+        ahead = jnp.pad(drafts, ((0, 0), (0, 1)), constant_values=NOT_FINITE)
+
+        def unfinished(carry: tuple[Slots, Decoded, Array]) -> Array:
+            return carry[2].any()
+
+        def step(carry: tuple[Slots, Decoded, Array]) -> tuple[Slots, Decoded, Array]:
+            slots, decoded, agrees = carry
+            at = decoded.steps
+            slots, decoded, token = extend(slots, decoded, logits[:, at], asked, masks, agrees, vocab)
+            return slots, decoded, agrees & ~slots.done & (at < counts) & (token == ahead[:, at])
+
+        begin = slots._replace(state=None), nothing_decoded(*slots.bias.shape), ~slots.done
+        after, decoded, _ = lax.while_loop(unfinished, step, begin)
+        return after._replace(state=output.state), decoded
+
+    return verify
+
+
+def _draft(model: Model, length: int, vocab: int) -> jax.stages.Wrapped:
+    @partial(jax.jit, donate_argnums=1, static_argnames="steps")
+    def draft(
+        params: Params, state: PyTree, slots: Slots, asked: Asked, active: Array, *, steps: int
+    ) -> tuple[PyTree, Array]:
+        decoder = model.module(params)
+        slots = slots._replace(done=slots.done | ~active, state=None)
+        masks, wide = Masks.none(*slots.bias.shape), slots.bias.shape[1]
+
+        def sample(slots: Slots, hidden: Array) -> tuple[Slots, Array]:
+            logits = decoder.logits(hidden)[:, :wide]
+            short = wide - logits.shape[1]  # either model may have more ids than the tokenizer that they share
+            logits = jnp.pad(logits, ((0, 0), (0, short)), constant_values=-jnp.inf)
+            token = next_token(logits, asked, slots.history, slots.bias, masks, vocab)
+            return slots._replace(history=append_token(slots.history, token, ~slots.done)), jnp.maximum(token, 0)
+
+        # The last two tokens are read: of the last round the model may have seen all but these.
+        begin = jnp.maximum(slots.history.length - 2, 0)[:, None]
+        places = begin + jnp.arange(2)
+        tokens = jnp.take_along_axis(slots.history.tokens, places, axis=1)
+        valid = places < slots.history.length[:, None]
+        output = decoder(tokens, positions=places, valid=valid, state=state)
+        newest = jnp.maximum(valid.sum(1) - 1, 0)
+        slots, first = sample(slots, jnp.take_along_axis(output.hidden, newest[:, None, None], axis=1)[:, 0])
+
+        def step(carry: tuple[PyTree, Slots, Array], _: None) -> tuple[tuple[PyTree, Slots, Array], Array]:
+            state, slots, token = carry
+            position = jnp.clip(slots.history.length - 1, 0, length - 1)[:, None]
+            output = decoder(token[:, None], positions=position, state=state)
+            slots, token = sample(slots, output.hidden[:, 0])
+            return (output.state, slots, token), token
+
+        (state, _, _), rest = lax.scan(step, (output.state, slots, first), length=steps - 1)
+        return state, jnp.concatenate([first[:, None], rest.T], axis=1)
+
+    return draft

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import jax
@@ -10,11 +11,12 @@ import numpy as np
 from jaxtyping import PyTree
 
 from polygpt.generation.prefix_cache import PrefixCache
-from polygpt.generation.slots import SlotPrograms
+from polygpt.generation.programs import SlotPrograms
 from polygpt.model import Model, Params
 
-# Tokens of a prompt's last chunks, so that a short prompt is read about as fast as one step of decoding.
-SMALL = 16
+# Tokens of a prompt's last chunks, so that a short prompt is read about as fast as one step of decoding. Each larger
+# size is this many times the one before.
+SMALL, FACTOR = 16, 4
 
 
 class PromptReader:
@@ -30,7 +32,9 @@ class PromptReader:
         self, model: Model, params: Params, programs: SlotPrograms, length: int, chunk: int, prefixes: PrefixCache
     ):
         self.params, self.prefixes = params, prefixes
-        self.sizes = tuple(sorted({min(SMALL, chunk), chunk}))
+        self._sizes = [chunk]  # the largest first
+        while self._sizes[-1] > SMALL:
+            self._sizes.append(max(self._sizes[-1] // FACTOR, SMALL))
         self._model, self._programs, self._length = model, programs, length
         self.reset()
 
@@ -73,13 +77,14 @@ class PromptReader:
 
     def _read_chunk(self, left: int) -> None:
         """The size of a chunk follows from the position alone, so that a state does not depend on the cache."""
-        small, chunk = self.sizes[0], self.sizes[-1]
-        size = chunk if left > chunk - small else small
+        smaller = zip(self._sizes, [*self._sizes[1:], self._sizes[-1]], strict=True)
+        size = next((size for size, next_size in smaller if left > size - next_size), self._sizes[-1])
         count = min(left, size)
         tokens = np.zeros((1, size), np.int32)
         tokens[0, :count] = self._tokens[self.position : self.position + count]
-        start = np.int32(self.position)
-        self.row = self._programs.prefill(self.params, self.row, tokens, start, np.int32(count))
+        start, chunk = np.int32(self.position), self._sizes[0]
+        fresh = self.position == 0
+        self.row = self._programs.prefill(self.params, self.row, tokens, start, np.int32(count), fresh=fresh)
         self.position += count
         done, rest = divmod(self.position, chunk)
         if not rest and size == chunk and self.prefixes.wants(self._keys[done - 1]):
@@ -87,9 +92,9 @@ class PromptReader:
 
     def compile(self) -> None:
         """Compiles every program that reads prompts."""
-        for size in self.sizes:
+        for size, fresh in itertools.product(self._sizes, (True, False)):
             tokens = np.zeros((1, size), np.int32)
-            self.row = self._programs.prefill(self.params, self.row, tokens, np.int32(0), np.int32(1))
+            self.row = self._programs.prefill(self.params, self.row, tokens, np.int32(0), np.int32(1), fresh=fresh)
         if self.prefixes.limit:
             block = self._programs.take(self.row, np.int32(0))
             self.row = self._programs.put(self.row, block, np.int32(0))

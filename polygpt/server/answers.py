@@ -87,8 +87,8 @@ class Answer:
             ApiError: the job was refused, or failed.
         """
         runner, deadline = self.served.runner, self.settings.deadline_seconds
-        job, metrics = Job(works), state_of(self.request).metrics
-        job.on_end.append(lambda: metrics.count(self.served.name, job, self.prompts))
+        job = Job(works)
+        job.on_end.append(lambda: self._count(job))
         runner.submit(job)
         if self.body.stream:
             return EventStream(job, runner, self._events(job), deadline)
@@ -155,6 +155,11 @@ class Answer:
     def _chunk(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
         usage = {"usage": None} if self.body.wants_usage else {}
         return event({"object": self.form.chunk, **self.head, "choices": choices, **usage, **more})
+
+    def _count(self, job: Job) -> None:
+        """Tells the metrics and the log of a job that has ended, whatever ended it."""
+        state_of(self.request).metrics.count(self.served.name, job, self.prompts)
+        self._usage_of(job)
 
     def _usage_of(self, job: Job) -> dict[str, Any]:
         """The numbers of a job's tokens; a prompt of several samples counts once."""

@@ -14,7 +14,7 @@ from polygpt.generation import Handle, Part, Request, TextStream
 
 @dataclass
 class Work:
-    """One sequence: what the engine is asked for, and its stream of text."""
+    """One sequence: the request to the engine, and its stream of text."""
 
     request: Request
     stream: TextStream | None = None
@@ -86,6 +86,10 @@ class Job:
         """How many tokens of its `prompts` prompts the engine had read before; several samples count once."""
         samples = len(self.works) // prompts or 1
         return sum(handle.cached_tokens or 0 for handle in self.handles[::samples])
+
+    def finish(self) -> None:
+        """Ends a job that has no sequences."""
+        self._end()
 
     async def next(self, seconds: float | None = None) -> list[tuple[int, Part]]:
         """The parts that have come since, in order; empty when the job has ended or after so many seconds.

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from polygpt.server.jobs import Job
 
@@ -74,7 +74,7 @@ class _Gauges:
         self.models = models
 
     def collect(self) -> Iterator[Metric]:
-        """Queue, slots and health of each model."""
+        """Queue, slots, health and speculation of each model."""
         told = {
             "polygpt_queue_length": "Sequences that wait for a slot.",
             "polygpt_slots_in_use": "Sequences that are being decoded.",
@@ -82,11 +82,16 @@ class _Gauges:
             "polygpt_engine_up": "Whether the engine works.",
             "polygpt_engine_restarts": "How often the engine was made anew.",
         }
-        families = {name: GaugeMetricFamily(name, text, labels=("model",)) for name, text in told.items()}
+        counted = {
+            "polygpt_drafted_tokens": "Tokens that speculation proposed.",
+            "polygpt_accepted_tokens": "Tokens that speculation proposed and that turned out right.",
+        }
+        families = [GaugeMetricFamily(name, text, labels=("model",)) for name, text in told.items()]
+        families += [CounterMetricFamily(name, text, labels=("model",)) for name, text in counted.items()]
         for served in self.models:
-            runner = served.runner
-            used, waiting = runner.load
-            values = (waiting, used, runner.slots, int(runner.healthy), runner.restarts)
-            for family, value in zip(families.values(), values, strict=True):
+            runner, engine = served.runner, served.runner.statistics
+            values = [engine.queued, engine.slots_in_use, runner.slots, int(runner.healthy), runner.restarts]
+            values += [engine.drafted, engine.accepted]
+            for family, value in zip(families, values, strict=True):
                 family.add_metric((served.name,), value)
-        yield from families.values()
+        yield from families

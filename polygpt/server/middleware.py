@@ -69,9 +69,9 @@ class Observe:
             facts.outcome = "disconnected"
             told["status"] = told["status"] or CLIENT_GONE
         except Exception as error:
-            facts.outcome = "failed"
+            facts.outcome, answer = "failed", as_api_error(error)
             if not told["status"]:
-                await _refuse(as_api_error(error), scope, receive, sending)
+                await _refuse(answer, scope, receive, sending)
         finally:
             self.state.active -= 1
             self._tell(scope, facts, told, time.perf_counter() - began)

@@ -15,13 +15,14 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from polygpt.errors import RequestError
-from polygpt.generation import Engine, Handle, Part, Request, Sampler
+from polygpt.generation import Engine, Handle, Part, Request, Sampler, Statistics
 from polygpt.server.errors import ApiError, as_api_error, invalid, unavailable
 from polygpt.server.jobs import Job
 
 logger = logging.getLogger("polygpt.server")
 # Seconds before an engine that failed is tried again; doubled each time up to the last.
 FIRST_PAUSE, LAST_PAUSE = 0.1, 30.0
+_NOTHING = Statistics(*[0] * len(Statistics._fields))
 _PROBE = Request((0,), 1, Sampler(temperature=0.0))
 
 
@@ -93,7 +94,10 @@ class Runner:
         self.in_flight += count
         self.jobs.add(job)
         job.on_end.append(lambda: self._ended(job))
-        self._send(self._submit, job)
+        if count:
+            self._send(self._submit, job)
+        else:
+            job.finish()
 
     def abort(self, job: Job, error: Exception) -> None:
         """Ends a job with an error; its slots are free from the engine's next step on."""
@@ -111,20 +115,23 @@ class Runner:
         self._engine.compile()
 
     @property
+    def statistics(self) -> Statistics:
+        """The engine's, all zeros while there is none."""
+        engine = self._engine
+        return _NOTHING if engine is None else engine.statistics
+
+    @property
     def load(self) -> tuple[int, int]:
         """Sequences in slots, and sequences that wait for one."""
-        engine = self._engine
-        if engine is None:
-            return 0, 0
-        statistics = engine.statistics
+        statistics = self.statistics
         return statistics.slots_in_use, statistics.queued
 
     def _ended(self, job: Job) -> None:
         self.in_flight -= len(job.works)
         self.jobs.discard(job)
-        if job.error is None:
-            taken = max(timing.last or 0.0 for timing in job.times) - job.arrived
-            self._seconds += 0.1 * (max(taken, 0.0) - self._seconds)
+        last = max((timing.last or 0.0 for timing in job.times), default=0.0)
+        if job.error is None and last:
+            self._seconds += 0.1 * (last - job.arrived - self._seconds)
 
     def _send(self, command: Callable[[Job], None], job: Job) -> None:
         with self._wake:
@@ -143,10 +150,11 @@ class Runner:
     def _run(self) -> None:
         while self._take():
             try:
-                parts = self._engine.step()
-                self._tell(self._events(parts))
+                self._tell(self._events(self._engine.step()))
+                continue
             except Exception as error:
-                self._restart(error)
+                logger.error("the engine of %s failed; it is restarted", self.name, exc_info=error)
+            self._restart()  # here nothing refers to the error any more, nor through its traceback to the old engine
 
     def _take(self) -> bool:
         """Waits for something to do and takes the commands in; False when the thread is to end."""
@@ -198,9 +206,8 @@ class Runner:
         except RuntimeError:  # the loop has ended, and with it whoever would listen
             self._closing = True
 
-    def _restart(self, error: Exception) -> None:
+    def _restart(self) -> None:
         """Ends every job and makes a new engine; tries again until one works."""
-        logger.error("the engine of %s failed; it is restarted", self.name, exc_info=error)
         self.healthy, self._engine = False, None
         pause = FIRST_PAUSE
         while not self._closing:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Literal
 
 from polygpt.errors import RequestError
 from polygpt.generation import Engine, Logprob, ScoredGeneration
+from polygpt.inspection import score_tokens
 from polygpt.language_model import LanguageModel
 from polygpt.server.aside import Aside
 from polygpt.server.errors import invalid, too_long
 from polygpt.server.runner import Runner
-from polygpt.server.scoring import score_prompt
+from polygpt.server.schemas import MOST_LOGPROBS
 from polygpt.server.settings import ServerSettings
 
 # Characters of a text from which on its tokens are found in a thread.
@@ -31,14 +32,20 @@ class Served:
         length: tokens of a sequence at most, prompt included.
     """
 
-    def __init__(self, name: str, lm: LanguageModel, settings: ServerSettings):
-        """Makes the engine.
+    def __init__(
+        self,
+        name: str,
+        lm: LanguageModel,
+        settings: ServerSettings,
+        draft: LanguageModel | Literal["lookup"] | None = None,
+    ):
+        """Makes the engine, which guesses tokens with `draft` (`LanguageModel.generate`).
 
         Raises:
-            RequestError: the model has no tokenizer, or a setting does not fit it.
+            RequestError: the model has no tokenizer, or a setting or the draft does not fit it.
         """
         self.name, self.lm = name, lm
-        tokenizer = lm.tokenizer
+        tokenizer, speculation = lm.tokenizer, lm.speculation(draft)
         self.length = settings.length or min(lm.config.context_length, lm.model.longest_sequence)
 
         def make_engine() -> Engine:
@@ -50,6 +57,7 @@ class Served:
                 queue=settings.queue + settings.slots,
                 cache_bytes=settings.cache_bytes,
                 vocab_size=tokenizer.vocab_size,
+                draft=speculation,
             )
 
         self.runner = Runner(make_engine, name, settings.slots, settings.queue)
@@ -74,8 +82,11 @@ class Served:
         }
 
     async def score(self, tokens: list[int], top: int) -> list[Logprob | None]:
-        """The log probabilities of a prompt's tokens (`score_prompt`)."""
-        return await self.aside.run(score_prompt, self.lm, tokens, top)
+        """The log probability of each token after those before it, and of the `top` likeliest; None for the first."""
+        scores = await self.aside.run(score_tokens, self.lm.model, self.lm.params, tokens, MOST_LOGPROBS)
+        own, ids = scores.logprobs.tolist(), scores.top_tokens[:, :top].tolist()
+        best = [tuple(zip(*pair, strict=True)) for pair in zip(ids, scores.top_logprobs[:, :top].tolist(), strict=True)]
+        return [None, *map(Logprob, own, best)]
 
     async def beams(self, tokens: list[int], beams: int, n: int, max_tokens: int) -> list[ScoredGeneration]:
         """The `n` likeliest continuations that `beams` beams find."""

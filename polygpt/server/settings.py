@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from polygpt.config import Config, Tuple
+from polygpt.config import Config
 from polygpt.errors import RequestError
 
 Seconds = Annotated[float, Field(gt=0)]
@@ -45,7 +45,7 @@ class ServerSettings(Config):
     queue: NonNegativeInt = 64
     length: PositiveInt | None = None
     cache_bytes: NonNegativeInt = 2**28
-    origins: Tuple[str] = ()
+    origins: Annotated[tuple[str, ...], Field(strict=False)] = ()
     body_limit: PositiveInt = 2**22
     max_connections: PositiveInt = 1024
     max_n: PositiveInt = 16

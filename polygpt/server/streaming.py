@@ -20,7 +20,7 @@ COMMENT = b": waiting\n\n"
 
 
 class Disconnected(Exception):
-    """The client went away: nobody is left to be told."""
+    """The client closed the connection; nobody is left to answer."""
 
 
 def event(value: Any) -> bytes:
@@ -35,8 +35,7 @@ def dump(value: Any) -> bytes:
 
 @contextmanager
 def watched(job: Job, runner: Runner, receive: Receive, deadline: float) -> Iterator[None]:
-    """While inside, the job ends when its client goes away, or `deadline` seconds after it arrived; on the way out
-    at the latest."""
+    """Ends the job if its client disconnects or after `deadline` seconds, and in any case on leaving the block."""
     loop = asyncio.get_running_loop()
 
     async def watch() -> None:

@@ -27,7 +27,8 @@ from polygpt.training.events import Evaluated, Listener, Measured, Sampled
 from polygpt.training.optimizers import in_steps
 from polygpt.training.prompts import prompts_of
 from polygpt.training.run_folder import Run
-from polygpt.training.step import Batch, TrainState, nll_sums
+from polygpt.training.state import Batch, TrainState
+from polygpt.training.step import nll_sums
 
 Weights = Callable[[TrainState], Params]
 """Which weights of the state are evaluated: `Trainer.evaluated`."""
@@ -118,7 +119,9 @@ class Evaluation:
         self.every, self.title, self.ready, self.lm, self.emit = config.every, config.title, ready, lm, emit
 
     def run(self, state: TrainState, last: bool) -> None:
-        outcome = self.ready(self.lm(state), lambda done, total: None)
+        lm = self.lm(state)
+        with use_mesh(lm.scope):
+            outcome = self.ready(lm, lambda done, total: None)
         metrics = {f"{self.title}/{name}": value for name, value in outcome.metrics.items()}
         self.emit(Measured(int(state.step), metrics))
 

@@ -12,7 +12,8 @@ from polygpt.training.meter import Meter
 from polygpt.training.resume import restored
 from polygpt.training.run_folder import Run
 from polygpt.training.saving import Saving
-from polygpt.training.step import Trainer, TrainState
+from polygpt.training.state import TrainState
+from polygpt.training.step import Trainer
 
 
 class Restoring:
@@ -28,7 +29,8 @@ class Restoring:
             return self.trainer.init()
         changes = initial_changes(self.run.config)
         self.emit(Note(f"weights: from {self.training.initial}" + (f", with {', '.join(changes)}" if changes else "")))
-        return self.trainer.init(initial_params(self.run.config))
+        shardings = None if self.trainer.scope is None else self.trainer.shardings
+        return self.trainer.init(initial_params(self.run.config, shardings))
 
     def newest(self) -> TrainState:
         """The state of the newest checkpoint; the first state if there is none."""

@@ -22,7 +22,8 @@ from polygpt.training.events import Listener, Note, Saved
 from polygpt.training.meter import Meter
 from polygpt.training.optimizers import in_steps
 from polygpt.training.run_folder import Run
-from polygpt.training.step import Trainer, TrainState
+from polygpt.training.state import TrainState
+from polygpt.training.step import Trainer
 
 
 def split_state(trainer: Trainer, state: TrainState) -> tuple[Params, dict[str, PyTree]]:

@@ -1,4 +1,4 @@
-"""The decode loop against decoding without a cache; what it depends on, and what is compiled for it."""
+"""Decoding with a state against whole passes without one; what a text depends on, and what is compiled for it."""
 
 import itertools
 
@@ -9,9 +9,8 @@ import pytest
 
 from polygpt.config import validate
 from polygpt.errors import PolygptError, RequestError
-from polygpt.generation import Request, Sampler, engine, generate_tokens
-from polygpt.generation.engine import _slots
-from polygpt.generation.programs import CHUNK, programs_of
+from polygpt.generation import Engine, Request, Sampler, engine_for, run_all
+from polygpt.generation.slots import CHUNK
 from polygpt.model import Model, ModelConfig
 
 FIELDS = {
@@ -47,13 +46,14 @@ def run(model, params, prompts, sampler=GREEDY, **settings):
 
 
 def run_requests(model, params, requests):
-    rows, reasons = [[] for _ in requests], [None] * len(requests)
-    for chunk in generate_tokens(model, params, requests):
-        for i, (tokens, reason) in enumerate(chunk.pieces):
-            assert reasons[i] is None or not tokens, "tokens after the end"
-            rows[i] += tokens
-            reasons[i] = reason or reasons[i]
-    return rows, reasons
+    handles = run_all(engine_of(model, params), requests, [None] * len(requests))
+    return [handle.tokens for handle in handles], [handle.finish_reason for handle in handles]
+
+
+def engine_of(model, params):
+    """Every engine of a configuration has one shape: its programs are compiled once."""
+    length = min(model.longest_sequence, 128)
+    return Engine(model, params, slots=4, length=length, queue=100, chunk=16, cache_bytes=0)
 
 
 @pytest.fixture(scope="module")
@@ -121,38 +121,24 @@ def test_the_stop_token_ends_a_row_and_is_not_given(model, params, uncached):
     assert reasons == ["stop"]
 
 
-def test_the_slots_of_a_state_follow_from_the_longest_sequence(model, params):
-    for length, slots in ((33, 32), (34, 48)):
-        requests = [Request([1, 2, 3], length - 3)]
-        progress = engine._prefill(model, params, requests, engine.settings_of(requests, 48))
-        assert progress.state[0].attention.slots == slots
+def test_the_last_tokens_of_a_full_context_are_right(model, params, uncached):
+    """A state has as many slots as tokens are read: the last one is sampled and never read."""
+    for length in (46, 47):
+        rows, reasons = run(model, params, [[3] * length], max_new_tokens=9)
+        assert rows == [uncached([3] * length, 48 - length)]
+        assert reasons == ["context_length"]
 
 
-@pytest.mark.parametrize("count", [2, 3])
-def test_a_state_has_as_many_slots_as_tokens_are_read(model, params, count):
-    """The last of 17 tokens is never read, so 16 slots hold everything, and each of them is needed; 18 need more."""
-    assert (_slots(16, 48), _slots(17, 48), _slots(33, 48)) == (16, 32, 48)
-    prompts = np.random.default_rng(0).integers(0, 29, (64, 15))
-    rows, _ = run(model, params, prompts.tolist(), max_new_tokens=count)
-    seen = jnp.asarray(np.concatenate([prompts, np.array(rows)[:, :-1]], axis=1), jnp.int32)
-    assert [row[-1] for row in rows] == model.logits(params, seen)[:, -1].argmax(-1).tolist()
-
-
-def test_rows_are_decoded_up_to_their_limit(model, params):
-    """And stand still there, while others go on."""
-    requests = [Request([1], 3, GREEDY), Request([1, 2], 9, GREEDY)]
-    settings = engine.settings_of(requests, 48)
-    progress = engine._prefill(model, params, requests, settings)
-    progress, tokens = programs_of(model.config).decode(params, progress, settings)
-    assert progress.done.all()
-    assert progress.position.tolist() == [3, 10]
-    assert not tokens[:, 8:].any()
-
-
-def test_a_prompt_may_be_padded_to_more_than_the_state_holds(model, params, uncached):
-    prompts = [list(range(17)), [3] * 47]  # read as 32 and 48 tokens
-    assert run(model, params, prompts[:1], max_new_tokens=1)[0] == [uncached(prompts[0], 1)]
-    assert run(model, params, prompts, max_new_tokens=1)[0] == [uncached(prompt, 1) for prompt in prompts]
+def test_the_shape_of_an_engine_follows_from_its_requests(model, params):
+    requests = [Request([1, 2, 3], 9), Request([1], 30)]
+    engine = engine_for(model, params, requests)
+    assert (engine.slots, engine.length) == (2, 48)
+    with pytest.raises(RequestError, match="empty"):
+        engine_for(model, params, [*requests, Request([], 3)])
+    done = []
+    run_all(engine, requests, [None, None], progress=lambda *counts: done.append(counts))
+    assert done[-1] == (2, 2)
+    assert [handle.finish_reason for handle in run_all(engine, requests[:1], [None])] == ["length"]
 
 
 MIXED = [
@@ -198,13 +184,13 @@ def test_every_token_has_a_random_key_of_its_own():
 
 def test_settings_are_data(model, params):
     """No new setting, seed, stop token or limit compiles anything."""
-    run_requests(model, params, MIXED[:1])
-    programs = programs_of(model.config)
-    compiled = programs.prefill._cache_size(), programs.decode._cache_size()
+    engine = engine_of(model, params)
+    engine.compile()
+    compiled = [program._cache_size() for program in engine._runner._programs]
     for sampler in (GREEDY, Sampler(temperature=0.31), Sampler(top_k=7), Sampler(top_p=0.5, min_p=0.02)):
         for stops, seed, count in (((), 0, 24), ((5,), 1, 23), ((1, 2, 3), 2, 20)):
-            run_requests(model, params, [Request([3, 2, 1], count, sampler, seed, stops)])
-    assert (programs.prefill._cache_size(), programs.decode._cache_size()) == compiled
+            run_all(engine, [Request([3, 2, 1], count, sampler, seed, stops)], [None])
+    assert [program._cache_size() for program in engine._runner._programs] == compiled
 
 
 def test_more_stop_tokens_than_there_is_room_for(model, params, uncached):
@@ -223,11 +209,10 @@ def test_numbers_that_are_not_finite_are_an_error(model, params, row):
         run(model, broken, [[1, 3]], max_new_tokens=4)
 
 
-def test_decoding_is_timed_and_prefill_is_not(model, params):
-    chunks = list(generate_tokens(model, params, [Request([1], CHUNK + 5, GREEDY)]))
-    assert [len(chunk.pieces[0].tokens) for chunk in chunks] == [1, CHUNK, 4]
-    assert chunks[0].seconds is None
-    assert all(chunk.seconds > 0 for chunk in chunks[1:])
+def test_decoding_is_timed_and_reading_the_prompt_is_not(model, params):
+    (handle,) = run_all(engine_of(model, params), [Request([1] * 9, CHUNK + 5, GREEDY)], [None])
+    assert handle.decoded == CHUNK + 5
+    assert 0 < handle.seconds < 5
 
 
 @pytest.mark.parametrize(

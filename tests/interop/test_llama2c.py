@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polygpt.errors import RequestError
-from polygpt.generation import Request, Sampler, generate_tokens
+from polygpt.generation import Request, Sampler, engine_for, run_all
 from polygpt.interop.llama2c import open_llama2c
 from polygpt.model import Model
 
@@ -78,8 +78,9 @@ def test_a_published_model_gives_its_ids_and_its_story(stories):
     assert ids == [1, 403, 407, 261, 378]
     assert (tokenizer.end_of_text, stories.stop_tokens, stories.config.head) == (2, (2,), "tied")
     params = stories.read(stories.config, int)
-    chunks = generate_tokens(Model(stories.config), params, [Request(ids, 70, Sampler(temperature=0.0))])
-    assert tokenizer.decode(ids[1:] + [token for chunk in chunks for token in chunk.pieces[0].tokens]).startswith(STORY)
+    requests = [Request(ids, 70, Sampler(temperature=0.0))]
+    (handle,) = run_all(engine_for(Model(stories.config), params, requests), requests)
+    assert tokenizer.decode(ids[1:] + handle.tokens).startswith(STORY)
 
 
 def merge_best(text: str, scores: dict[str, float], ids: dict[str, int]) -> list[int]:

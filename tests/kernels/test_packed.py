@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import polygpt
 from polygpt.config import merge, validate
 from polygpt.errors import RequestError
-from polygpt.generation import Request, Sampler, engine, generate_tokens, programs
+from polygpt.generation import Request, Sampler, engine_for, run_all
 from polygpt.kernels import WEIGHT_TYPES, layer_view, pack, packed
 from polygpt.language_model import LanguageModel
 from polygpt.loading import save
@@ -67,7 +67,7 @@ def test_float32_computes_the_same(name):
 def test_the_same_text(name, rows):
     def text(lm):
         requests = [Request(prompt, 8, Sampler(temperature=0)) for prompt in tokens(rows).tolist()]
-        return [piece for chunk in generate_tokens(lm.model, lm.params, requests) for piece in chunk.pieces]
+        return [handle.tokens for handle in run_all(engine_for(lm.model, lm.params, requests), requests)]
 
     plain, own = both(tiny(name), "float32")
     assert text(own) == text(plain)
@@ -149,12 +149,11 @@ def test_no_weights_are_converted_in_memory_while_decoding_a_row(dtype):
     config = tiny("plain").replace(num_layers=12, embed_dim=64, vocab_size=5000, feedforward=wide)
     model = Model(config)
     params = model.pack(model.init(0), dtype)
-    state = model.init_state(1, 16)
-    row = jnp.zeros(1, jnp.int32)
-    progress = programs.Progress(row, row, state, jnp.zeros(1, bool))
-    settings = engine.settings_of([Request([1], 8, Sampler(temperature=0))], 16)
-    decode = programs.programs_of(config).decode
-    compiled = decode.lower(params, progress, settings).compile(compiler_options=xla.OPTIMIZED)
+    runner = engine_for(model, params, [Request([1], 8, Sampler(temperature=0))])._runner
+    lowered = runner._programs.decode.lower(
+        params, runner._state, runner._arrays(), np.array([True]), np.int32(8), np.False_, runner._no_masks
+    )
+    compiled = lowered.compile(compiler_options=xla.OPTIMIZED)
     one_matrix = 4 * 64 * wide["mlp_dim"]  # bytes in 32 bits, of a layer; the head has a few more
     assert compiled.memory_analysis().temp_size_in_bytes < one_matrix / 4
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from gguf_zoo import MODELS, TEXT, lively, model, tokenizer
 
-from polygpt.generation import Request, Sampler, generate_tokens
+from polygpt.generation import Request, Sampler, engine_for, run_all
 from polygpt.interop import export_gguf, open_gguf, open_llama2c
 from polygpt.model import Model
 
@@ -60,6 +60,12 @@ def opened(tmp_path):
         engine.close()
 
 
+def continued(config, params, ids, count):
+    requests = [Request(ids, count, Sampler(temperature=0.0))]
+    (handle,) = run_all(engine_for(Model(config), params, requests), requests)
+    return handle.tokens
+
+
 def logits_of(engine, ids) -> np.ndarray:
     engine.reset()
     engine.eval(ids)
@@ -78,8 +84,7 @@ def test_logits_and_greedy_text_are_ours(opened, name):
     error = np.abs(ours - theirs).max() / np.abs(ours).max()
     print(f"{name}: {error:.1e}")
     assert error < (1e-3 if config.feedforward.kind == "mlp" else 1e-4)  # its table of GELU is in 16 bits
-    chunks = generate_tokens(Model(config), params, [Request(ids[:8], 24, Sampler(temperature=0.0))])
-    text = [token for chunk in chunks for token in chunk.pieces[0].tokens]
+    text = continued(config, params, ids[:8], 24)
     found = []
     for token in engine.generate(ids[:8], temp=0.0, top_k=1, reset=True):
         found.append(int(token))
@@ -121,7 +126,6 @@ def test_a_published_model_tells_the_same_story(opened, shared_data):
     for text in [*TEXTS, "Once upon a time"]:
         ids = engine.tokenize(text.encode(), add_bos=True, special=False)
         assert ids == [*found.tokenizer.start, *found.tokenizer.encode(text)], repr(text)
-    chunks = generate_tokens(Model(found.config), params, [Request(ids, 56, Sampler(temperature=0.0))])
-    story = found.tokenizer.decode(ids[1:] + [token for chunk in chunks for token in chunk.pieces[0].tokens])
+    story = found.tokenizer.decode(ids[1:] + continued(found.config, params, ids, 56))
     out = engine.create_completion("Once upon a time", max_tokens=56, temperature=0.0)
     assert "Once upon a time" + out["choices"][0]["text"] == story

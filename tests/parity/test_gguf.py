@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from polygpt.generation import Request, Sampler, generate_tokens
+from polygpt.generation import Request, Sampler, engine_for, run_all
 from polygpt.interop import open_gguf
 from polygpt.model import Model
 
@@ -96,11 +96,8 @@ def test_greedy_text_is_that_of_transformers(ours, theirs):
 
     found, params = ours
     prompts = [found.tokenizer.encode(text) for text in PROMPTS]
-    rows: list[list[int]] = [[] for _ in prompts]
     requests = [Request(prompt, 64, Sampler(temperature=0.0)) for prompt in prompts]
-    for chunk in generate_tokens(Model(found.config), params, requests):
-        for row, piece in zip(rows, chunk.pieces, strict=True):
-            row += piece.tokens
+    rows = [handle.tokens for handle in run_all(engine_for(Model(found.config), params, requests), requests)]
     assert found.tokenizer.decode(rows[0]).startswith(" Paris.")
     for prompt, row in zip(prompts, rows, strict=True):
         out = theirs[0].generate(

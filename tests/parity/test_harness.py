@@ -190,3 +190,43 @@ def test_without_the_package_the_mend_is_named(folder, tmp_path, process):
     done = process("eval", tmp_path / "model", "--task", "arc_easy", cwd=tmp_path)
     assert (done.code, done.out) == (2, "")
     assert 'pip install "polygpt[eval]"' in done.err
+
+
+def test_the_harness_gets_the_same_from_the_server(folder):
+    """Its `local-completions`, over a socket, beside `polygpt eval`'s own adapter in this process."""
+    pytest.importorskip("tenacity", reason="local-completions needs lm_eval[api]")
+    serving = pytest.importorskip("serving", reason="the server's packages are not installed")
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    from polygpt.evaluation.harness_lm import HarnessLM
+
+    lm = load(folder)
+    pairs = [
+        *(("The cat sat on", f" {ending}") for ending in ("the mat", "a dog", "it")),
+        ("The cat", "s"),
+        ("é 漢", " ü"),
+        ("the cat sat on a mat and then it ran, " * 12, " what was there"),
+    ]
+    generations = [("The cat sat", {"until": [], "max_gen_toks": 12}), ("O yes", {"until": ["a"], "max_gen_toks": 12})]
+    with serving.running({"served": lm}, slots=2) as live:
+        theirs = LocalCompletionsAPI(
+            base_url=f"{live.url}/v1/completions",
+            model="served",
+            tokenizer_backend="huggingface",
+            tokenizer=str(folder),
+            max_length=lm.config.context_length,
+            num_concurrent=1,
+            batch_size=2,
+        )
+        found = theirs.loglikelihood(instances("loglikelihood", *pairs), disable_tqdm=True)
+        texts = theirs.generate_until(instances("generate_until", *generations), disable_tqdm=True)
+        rolling = theirs.loglikelihood_rolling(instances("loglikelihood_rolling", ("The cat sat on a mat.",)))
+    ours = HarnessLM(lm)
+    expected = ours.loglikelihood(instances("loglikelihood", *pairs))
+    for pair, (log_p, is_greedy), (own_log_p, own_greedy) in zip(pairs, found, expected, strict=True):
+        assert log_p == pytest.approx(own_log_p, rel=1e-4, abs=1e-3), pair
+        assert is_greedy == own_greedy, pair
+    assert texts == ours.generate_until(instances("generate_until", *generations))
+    assert rolling == pytest.approx(
+        ours.loglikelihood_rolling(instances("loglikelihood_rolling", ("The cat sat on a mat.",))), rel=1e-4
+    )

@@ -98,6 +98,9 @@ def test_an_echoed_prompt_has_the_log_probabilities_of_the_model(client, lm):
     assert alone.choices[0].text == PROMPT
     assert alone.choices[0].finish_reason == "length"
     assert alone.choices[0].logprobs.token_logprobs == scores.token_logprobs[: len(ids)]
+    assert alone.usage.prompt_tokens == alone.usage.total_tokens == len(ids)
+    stream = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=0, echo=True, stream=True)
+    assert [(chunk.choices[0].text, chunk.choices[0].finish_reason) for chunk in stream] == [(PROMPT, "length")]
     stream = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=2, seed=0, echo=True, stream=True)
     assert "".join(chunk.choices[0].text for chunk in stream) == found.choices[0].text
 

@@ -9,7 +9,7 @@ import os
 import sys
 from typing import Any
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 
 import jax
 import numpy as np
@@ -18,7 +18,8 @@ from polygpt.config import merge, validate
 from polygpt.model import Model, ModelConfig
 from polygpt.sharding import MESH_AXES, MeshConfig, Scope, collectives
 from polygpt.training.config import TrainingConfig
-from polygpt.training.step import Batch, Trainer, TrainState
+from polygpt.training.state import Batch, TrainState
+from polygpt.training.step import Trainer
 
 STEPS, ROWS, LENGTH, VOCAB = 20, 16, 12, 48
 DENSE: dict[str, Any] = {

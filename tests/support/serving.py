@@ -7,7 +7,6 @@ import threading
 import time
 from contextlib import contextmanager, suppress
 
-import openai
 import tokenizers as hf
 import uvicorn
 import zoo
@@ -62,6 +61,8 @@ class Live:
         return host, int(port)
 
     def client(self, **options):
+        import openai
+
         key = self.keys[0] if self.keys else "none"
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60, **options)
 
@@ -125,10 +126,10 @@ def post(path, body, key=None, kind="application/json"):
 
 
 @contextmanager
-def running(models, keys=(), **settings):
+def running(models, keys=(), draft=None, **settings):
     """A server of `models`, a mapping from names, while inside."""
-    chosen = ServerSettings(port=0, **settings)
-    served = [Served(name, lm, chosen) for name, lm in models.items()]
+    chosen = ServerSettings(**{"port": 0, **settings})
+    served = [Served(name, lm, chosen, draft) for name, lm in models.items()]
     app, listening = create_app(served, chosen, keys), listen(chosen)
     server = uvicorn.Server(uvicorn_config(app, chosen))
     thread = threading.Thread(target=asyncio.run, args=(server.serve([listening]),), daemon=True)

@@ -6,7 +6,8 @@ import pytest
 import tokenizers as hf
 
 from polygpt.errors import RequestError
-from polygpt.language_model import LanguageModel, Origin
+from polygpt.language_model import LanguageModel
+from polygpt.origin import Origin
 from polygpt.tokenizers import Tokenizer, chat_tokens, render_chat
 from polygpt.tokenizers.typed import mark_tokens, unmark
 

@@ -1,4 +1,5 @@
 // The server's API. An error that the server words is an ApiError; a server that does not answer is Offline.
+// Where the server asks for a key, the browser does so (Basic) and sends it along with what the page asks for.
 
 import { events } from "./sse.js";
 
@@ -15,13 +16,10 @@ export class Offline extends Error {
   }
 }
 
-const KEY = "polygpt-api-key";
 let offline = () => {};
 
 /** `listener` is called whenever the server does not answer. */
 export const onOffline = (listener) => (offline = listener);
-export const apiKey = () => sessionStorage.getItem(KEY) ?? "";
-export const setApiKey = (key) => (key ? sessionStorage.setItem(KEY, key) : sessionStorage.removeItem(KEY));
 
 function gone(error) {
   if (error.name === "AbortError") return error;
@@ -30,10 +28,8 @@ function gone(error) {
 }
 
 async function request(path, { body, signal } = {}) {
-  const headers = apiKey() ? { authorization: `Bearer ${apiKey()}` } : {};
-  const options = { headers, signal };
-  if (body !== undefined) Object.assign(options, { method: "POST", body: JSON.stringify(body) });
-  if (body !== undefined) headers["content-type"] = "application/json";
+  const options = { signal };
+  if (body !== undefined) Object.assign(options, { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(body) });
   let response;
   try {
     response = await fetch(path, options);

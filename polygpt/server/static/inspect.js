@@ -83,6 +83,7 @@ export function show() {
     title.textContent = `${number(subject.ids.length)} tokens in ${model}${cut ? " (the last ones: earlier ones exceed the limit)" : ""}. Point at a token or move with the arrow keys; click it for its alternatives.`;
     view = new TokenView({ name: "The text that is looked into", onPoint: point, hovering: false });
     view.add(found.tokens);
+    view.finish();
     strip.replaceChildren(view.element);
     drawTabs();
     load();

@@ -44,9 +44,7 @@ async function meetServer() {
   try {
     visit.server = await serverSettings();
   } catch (error) {
-    if (error.status === 401) settings.askForKey();
-    banner(error.status === 401 ? "This server asks for an API key: enter it in the settings." : error.message);
-    return;
+    return banner(error.message);
   }
   const names = visit.server.models.map((model) => model.name);
   const known = (name, other) => (names.includes(name) ? name : other);
@@ -62,6 +60,7 @@ async function meetServer() {
   banner(null);
   showView();
   document.body.dataset.ready = "";
+  performance.mark("ready");
 }
 
 function banner(message) {
@@ -113,7 +112,6 @@ function start() {
   for (const name of ["completion", "chat"]) $(`#mode-${name}`).addEventListener("click", () => update({ mode: name }));
   $("#model").addEventListener("change", (event) => update({ model: event.target.value }));
   $("#share").addEventListener("click", share);
-  addEventListener("api-key", meetServer);
   addEventListener("hashchange", () => location.reload());
   onOffline(lost);
   setInterval(async () => !document.hidden && !waiting && !(await healthy()) && lost(), 5000);

@@ -1,6 +1,5 @@
 // The side panel: every setting with a line that says what it does.
 
-import { apiKey, setApiKey } from "./api.js";
 import { $, h } from "./dom.js";
 import { DEFAULTS, state, subscribe, update } from "./state.js";
 
@@ -86,19 +85,12 @@ function build() {
     const open = index === 0 || fields.some(({ name }) => state[name] !== DEFAULTS[name]);
     return h("details", { open }, h("summary", {}, title), ...fields.map(field));
   });
-  const key = h("input", { type: "password", id: "api-key", value: apiKey(), autocomplete: "off", "aria-describedby": "api-key-help", onchange: (event) => keyChanged(event.target.value) });
   panel.replaceChildren(
     h("div", { class: "settings-head" }, h("h2", {}, "Settings"), h("button", { class: "quiet small", onclick: reset }, "Reset"), h("button", { class: "quiet small", onclick: () => open(false), "aria-label": "Close settings" }, "Close")),
     ...groups,
-    h("details", {}, h("summary", {}, "Server"), h("div", { class: "setting" }, h("label", { for: "api-key" }, "API key"), key, h("p", { class: "help", id: "api-key-help" }, "If this server asks for one. Kept until you close the tab, never in a link."))),
     h("p", { class: "help shortcuts-hint" }, "Press ", h("kbd", {}, "?"), " for the keyboard shortcuts."),
   );
   checkSchema();
-}
-
-function keyChanged(value) {
-  setApiKey(value.trim());
-  dispatchEvent(new Event("api-key"));
 }
 
 function reset() {
@@ -113,12 +105,6 @@ export function open(wanted = panel.hidden) {
   document.body.classList.toggle("with-settings", wanted);
   if (wanted) panel.querySelector("input")?.focus({ preventScroll: true });
   else opener.focus();
-}
-
-export function askForKey() {
-  open(true);
-  $("#api-key").closest("details").open = true;
-  $("#api-key").focus();
 }
 
 export function start() {

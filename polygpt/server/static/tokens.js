@@ -42,7 +42,7 @@ export class TokenView {
     this.spans = [];
     this.onAlternative = onAlternative;
     this.onPoint = onPoint;
-    this.decoder = new TextDecoder();
+    this.decoder = new TextDecoder("utf-8", { ignoreBOM: true });
     this.element = h("div", { class: "tokens", role: "group", "aria-label": name, "data-tint": state.tint });
     this.element.addEventListener("pointerover", (event) => this.#hover(event));
     this.element.addEventListener("pointerleave", () => alternatives.leave());
@@ -63,14 +63,29 @@ export class TokenView {
   truncate(count) {
     for (const span of this.spans.splice(count)) span.remove();
     this.tokens.length = Math.min(this.tokens.length, count);
-    this.decoder = new TextDecoder();
+    this.decoder = new TextDecoder("utf-8", { ignoreBOM: true });
+  }
+
+  /** Nothing more comes: bytes that wait for the rest of their character are shown as a replacement. */
+  finish() {
+    const rest = this.decoder.decode();
+    this.decoder = new TextDecoder("utf-8", { ignoreBOM: true });
+    if (rest) this.spans.at(-1).append(rest);
+  }
+
+  /** Cuts the text from token `from` on to `length` characters: a stop string may end within a token. */
+  cut(from, length) {
+    for (const span of this.spans.slice(from)) {
+      if (span.textContent.length > length) span.textContent = span.textContent.slice(0, Math.max(length, 0));
+      length -= span.textContent.length;
+    }
   }
 
   /** Appends tokens: {id, logprob, top, entropy}, and text or bytes. */
   add(tokens, className = "") {
     const added = document.createDocumentFragment();
     for (const token of tokens) {
-      const text = this.decoder.decode(bytesOf(token), { stream: true }).replaceAll("\r", "");
+      const text = this.decoder.decode(bytesOf(token), { stream: true });
       const span = h("span", { class: `token ${className}`, role: "button", tabindex: this.spans.length ? -1 : 0 }, text);
       span.dataset.index = this.tokens.length;
       if (text && /^\s*\n\s*$/.test(text)) span.classList.add("newline");

@@ -82,19 +82,37 @@ export function complete() {
     const make = (_, index) => new Sequence({ model, promptIds: ids, run, actions, chart: n === 1, name: n > 1 ? `Sample ${index + 1}` : undefined });
     show(Array.from({ length: n }, make));
     writeFragment();
-    await write("/v1/completions", body, shown, signal);
+    try {
+      await write("/v1/completions", body, shown, signal);
+    } finally {
+      if (shown.every((sequence) => !sequence.finish && !sequence.view.tokens.length)) results.replaceChildren();
+    }
   });
+}
+
+/** The scores of a text, or of as much of it as the server scores. */
+async function scores(model, text, signal) {
+  try {
+    return { found: await inspect({ model, text, what: ["scores"] }, signal), heading: "Your text, as the model sees it" };
+  } catch (error) {
+    if (error.code !== "inspection_too_long") throw error;
+  }
+  const ids = await tokenize({ model, prompt: text }, signal);
+  const most = modelFacts(model).inspect.tokens;
+  const found = await inspect({ model, tokens: ids.slice(0, most), what: ["scores"] }, signal);
+  return { found, heading: `The first ${number(most)} of ${number(ids.length)} tokens, as the model sees them` };
 }
 
 /** Shows the prompt itself as the model sees it, without generating. */
 export function score() {
   return run(async (signal) => {
     const { model } = state;
-    const found = await inspect({ model, text: prompt.value, what: ["scores"] }, signal);
+    const { found, heading } = await scores(model, prompt.value, signal);
     const ids = found.tokens.map((token) => token.id);
     const sequence = new Sequence({ model, promptIds: async () => [], run, actions: actions.filter(([name]) => name !== "Keep and write on"), name: "Your text" });
-    show([sequence], { heading: "Your text, as the model sees it" });
+    show([sequence], { heading });
     sequence.view.add(found.tokens);
+    sequence.view.finish();
     sequence.chart.element.hidden = false;
     sequence.chart.set(sequence.view.tokens);
     sequence.meta.textContent = `${number(ids.length)} tokens`;

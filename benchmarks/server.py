@@ -1,0 +1,155 @@
+"""What the HTTP server costs beside its engine: tokens per second of many streams, and the fixed cost of a request.
+
+    python benchmarks/server.py [--model FILE] [--streams 32] [--rounds 3]
+
+The same requests (prompts of 32 tokens, --new tokens each) run once by stepping an engine, and once as streams over
+loopback sockets, read by a process of its own; rounds alternate, and the ratio of medians counts. The fixed cost is the
+median time of a request for one token, one after the other, beyond what the engine takes for it. The client's work is
+part of both figures, since it shares the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import uvicorn
+
+import polygpt
+from polygpt.generation import Engine, Request, Sampler, TextStream
+from polygpt.server import Served, ServerSettings, address_of, create_app, listen
+from polygpt.server.launch import uvicorn_config
+
+PROMPT = 32
+
+
+def prompts_of(count: int, vocab: int) -> list[list[int]]:
+    random = np.random.default_rng(0)
+    return random.integers(100, vocab, (count, PROMPT)).tolist()
+
+
+def body_of(prompt: list[int], new: int, bias: dict[str, float]) -> dict:
+    return {"model": "m", "prompt": prompt, "max_tokens": new, "seed": 1, "logit_bias": bias, "stream": True}
+
+
+# --- The client's process -------------------------------------------------------------------------------------
+
+
+async def ask(host: str, port: int, body: dict) -> float:
+    """Seconds of one stream."""
+    data = json.dumps(body).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
+    began = time.perf_counter()
+    reader, writer = await asyncio.open_connection(host, port)
+    writer.write(f"{head}content-length: {len(data)}\r\nconnection: close\r\n\r\n".encode() + data)
+    received = b""
+    while piece := await reader.read(65536):
+        received = received[-64:] + piece
+    writer.close()
+    assert b"[DONE]" in received, received
+    return time.perf_counter() - began
+
+
+async def client() -> None:
+    """Reads tasks from standard input, one a line: {host, port, bodies, together}; answers with seconds."""
+    for line in sys.stdin:
+        task = json.loads(line)
+        began = time.perf_counter()
+        asked = [ask(task["host"], task["port"], body) for body in task["bodies"]]
+        if task["together"]:
+            await asyncio.gather(*asked)
+            print(json.dumps([time.perf_counter() - began]), flush=True)
+        else:
+            print(json.dumps([await each for each in asked]), flush=True)
+
+
+class Client:
+    """The other process."""
+
+    def __init__(self, address: str):
+        self.host, _, port = address.removeprefix("http://").partition(":")
+        self.port = int(port)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen([sys.executable, __file__, "--client"], **pipes)
+
+    def run(self, bodies: list[dict], together: bool) -> list[float]:
+        task = {"host": self.host, "port": self.port, "bodies": bodies, "together": together}
+        self.process.stdin.write(json.dumps(task) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+
+# --- The engine alone -----------------------------------------------------------------------------------------
+
+
+def engine_seconds(lm: polygpt.LanguageModel, engine: Engine, prompts: list[list[int]], new: int, bias: dict) -> float:
+    sampler = Sampler(logit_bias={int(token): value for token, value in bias.items()})
+    began = time.perf_counter()
+    for prompt in prompts:
+        request = Request(prompt, new, sampler, 1, lm.stop_tokens)
+        engine.submit(request, TextStream(lm.tokenizer.decode_after, prompt))
+    while not engine.idle:
+        engine.step()
+    return time.perf_counter() - began
+
+
+def measure(arguments: argparse.Namespace) -> dict:
+    lm = polygpt.load(arguments.model, weights=arguments.weights)
+    settings = ServerSettings(port=0, slots=arguments.streams, queue=arguments.streams, length=1024, cache_bytes=0)
+    served = Served("m", lm, settings)
+    app, listening = create_app([served], settings), listen(settings)
+    served.runner.compile()
+    engine = Engine(
+        lm.model, lm.params, slots=arguments.streams, length=1024, cache_bytes=0, vocab_size=lm.tokenizer.vocab_size
+    )
+    engine.compile()
+    server = uvicorn.Server(uvicorn_config(app, settings))
+    threading.Thread(target=asyncio.run, args=(server.serve([listening]),), daemon=True).start()
+    other = Client(address_of(listening))
+    bias = {str(token): -100.0 for token in lm.stop_tokens}
+    prompts = prompts_of(arguments.streams, lm.tokenizer.vocab_size)
+    bodies = [body_of(prompt, arguments.new, bias) for prompt in prompts]
+    short = [body_of(prompt, 1, bias) for prompt in prompts[:16]]
+    seconds: dict[str, list[float]] = {"engine": [], "server": [], "engine_one": [], "server_one": []}
+    for _ in range(arguments.rounds + 1):  # the first warms up and does not count
+        seconds["engine"].append(engine_seconds(lm, engine, prompts, arguments.new, bias))
+        seconds["server"] += other.run(bodies, together=True)
+        seconds["engine_one"].append(
+            statistics.median(engine_seconds(lm, engine, [prompt], 1, bias) for prompt in prompts[:16])
+        )
+        seconds["server_one"].append(statistics.median(other.run(short, together=False)))
+    other.process.stdin.close()
+    medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
+    tokens = arguments.streams * arguments.new
+    return {
+        "tokens_per_second": {name: tokens / medians[name] for name in ("engine", "server")},
+        "overhead": medians["server"] / medians["engine"] - 1,
+        "fixed_cost_ms": 1000 * (medians["server_one"] - medians["engine_one"]),
+        "one_token_ms": {name: 1000 * medians[f"{name}_one"] for name in ("engine", "server")},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a folder or a .gguf file with a tokenizer")
+    parser.add_argument("--streams", type=int, default=32)
+    parser.add_argument("--new", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--weights", default="auto")
+    parser.add_argument("--client", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.client:
+        asyncio.run(client())
+        return
+    print(json.dumps(measure(arguments), indent=1))
+
+
+if __name__ == "__main__":
+    main()
