@@ -119,7 +119,9 @@ class Evaluation:
         self.every, self.title, self.ready, self.lm, self.emit = config.every, config.title, ready, lm, emit
 
     def run(self, state: TrainState, last: bool) -> None:
-        outcome = self.ready(self.lm(state), lambda done, total: None)
+        lm = self.lm(state)
+        with use_mesh(lm.scope):
+            outcome = self.ready(lm, lambda done, total: None)
         metrics = {f"{self.title}/{name}": value for name, value in outcome.metrics.items()}
         self.emit(Measured(int(state.step), metrics))
 

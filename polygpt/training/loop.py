@@ -151,7 +151,8 @@ class _Loop:
         self.scope = mesh_of(run.config, self.model, emit)
         self.trainer = Trainer(self.model, self.training, self.scope)
         tokens = self.training.batch_size * run.config.model.context_length
-        self.meter = Meter(emit, tokens, self.training.on_spike == "rollback", Utilization(self.model))
+        devices = 1 if self.scope is None else self.scope.mesh.size
+        self.meter = Meter(emit, tokens, self.training.on_spike == "rollback", Utilization(self.model, devices))
         lm = language_models(run, self.trainer.evaluated, self.scope)
         self.validation = Validation(run, self.trainer.evaluated, emit, self.scope)
         self.saving = Saving(run, self.trainer, self.meter, emit)
@@ -173,7 +174,7 @@ class _Loop:
                 self.profile.check(self.training.steps, int(state.step))
             if is_main():
                 write_config(self.folder, self.config)  # settings may have changed on resuming
-            for text in warnings(self.config, self.model, self.vocabulary):
+            for text in warnings(self.config, self.model, self.vocabulary, self.scope):
                 self._warn(text)
             self.emit(
                 Started(
@@ -181,7 +182,7 @@ class _Loop:
                     self.folder,
                     int(state.step),
                     self.model.num_parameters,
-                    facts(self.config, self.model, self.loader),
+                    facts(self.config, self.model, self.loader, self.scope),
                     held_out=self.validation.text,
                 )
             )
