@@ -21,13 +21,8 @@ import tempfile
 import time
 from pathlib import Path
 
-SETTINGS = [
-    "training.steps=100000",
-    "training.eval_every=0",
-    "training.samples.every=0",
-    "training.save_every=0",
-    "training.log_every=5",
-]
+SETTINGS = ["training.steps=100000", "training.eval_every=0", "training.samples.every=0", "training.save_every=0"]
+SETTINGS += ["training.log_every=5"]
 
 
 class Run:

@@ -22,6 +22,9 @@ from polygpt.errors import PolygptError, RequestError
 START_SECONDS, HEARTBEAT_SECONDS = 300, 60
 START_SETTING, HEARTBEAT_SETTING = "POLYGPT_START_SECONDS", "POLYGPT_HEARTBEAT_SECONDS"
 
+# Seconds, beyond twice ours, of JAX's own limit: ours includes the time that a process is given to end by itself.
+_MARGIN = 15
+
 # Launchers, by the variables that hold the number of processes and the number of this one. The first two are asked by
 # jax.distributed.initialize() for the coordinator as well, if the variable in the last column is set.
 _LAUNCHERS = (
@@ -143,7 +146,7 @@ def start(launch: Launch) -> None:
                 launch.process_id,
                 # JAX ends a process by SIGABRT where its own limits are exceeded. Ours come first, and say more.
                 initialization_timeout=2 * limit,
-                heartbeat_timeout_seconds=2 * seconds(HEARTBEAT_SETTING, HEARTBEAT_SECONDS),
+                heartbeat_timeout_seconds=2 * seconds(HEARTBEAT_SETTING, HEARTBEAT_SECONDS) + _MARGIN,
                 **options,
             )
     except (RuntimeError, ValueError) as error:

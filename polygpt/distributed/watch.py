@@ -3,7 +3,7 @@
 On CPUs a collective fails as soon as one process ends; elsewhere it may hang. A thread exchanges signs of life through
 the coordinator and reads what failing processes announce. If one has failed, or has been silent for
 POLYGPT_HEARTBEAT_SECONDS, and this process has not ended by itself a few seconds later, the thread ends it. If the
-coordinator itself is silent, JAX ends the process after twice as long.
+coordinator itself is silent, JAX ends the process after twice as long and 15 s.
 """
 
 from __future__ import annotations
