@@ -2,9 +2,9 @@
 
     python benchmarks/mesh.py [--out benchmarks/mesh.png] [--compile MODEL] [--rounds 3]
 
-Bytes are those of parameters and AdamW's state, from the shapes of each device's shards (tests compare them with arrays that
-are there). The ideal is 1/n of the whole on each of n devices. Compile times are of tracing and compiling on one device and
-on eight, in turn, without JAX's cache; they say how the partitioner's work grows, not how long a step runs.
+Bytes are those of parameters and AdamW's state, from the shapes of each device's shards (tests compare them with arrays
+that are there). The ideal is 1/n of the whole on each of n devices. Compile times are of tracing and compiling on one
+device and on eight, in turn, without JAX's cache; they say how the partitioner's work grows, not how long a step runs.
 """
 
 from __future__ import annotations
@@ -80,8 +80,9 @@ def plot(found: dict[str, list[int]], path: Path) -> None:
     for panel, (name, sizes) in zip(panels, found.items(), strict=True):
         panel.loglog(DEVICES, [sizes[0] / n / 1e9 for n in DEVICES], "--", color="0.6", label="ideal")
         panel.loglog(DEVICES, [size / 1e9 for size in sizes], "o-", label="on each device")
-        panel.set(title=name, xlabel="devices (fsdp)", ylabel="parameters and AdamW's state, GB")
+        panel.set(title=name, xlabel="devices (fsdp)", ylabel="parameters, AdamW's state, GB")
         panel.set_xticks(DEVICES, [str(n) for n in DEVICES], minor=False)
+        panel.set_yticks([size / 1e9 for size in sizes], [f"{size / 1e9:.2f}" for size in sizes], minor=False)
         panel.minorticks_off()
         panel.legend()
     figure.savefig(path, dpi=120)
@@ -105,7 +106,9 @@ def main() -> None:
     for _ in range(arguments.rounds):
         for mesh in (None, *MESHES):
             seconds = compile_seconds(arguments.compile, mesh)
-            rounds.setdefault("one device" if mesh is None else describe_mesh(mesh.shape), []).append(seconds)
+            name = "one device" if mesh is None else describe_mesh(mesh.shape)
+            rounds.setdefault(name, []).append(seconds)
+            print(f"{name}: {seconds:.2f} s", flush=True)
     alone = statistics.median(rounds["one device"])
     for name, seconds in rounds.items():
         print(f"{name}: {statistics.median(seconds):.2f} s, {statistics.median(seconds) / alone:.2f} of one device")

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
+from polygpt.distributed import Launch, find_launch
+
 LAUNCH = Path(__file__).parents[1] / "launch"
 
 # Each prints what it was called with. `srun` and `mpirun` start two processes with the variables that they set.
@@ -59,6 +61,19 @@ def test_slurm_starts_the_same_command_on_every_node(launch):
     assert launch("slurm.sh", *words) == [f"{expected} rank={i} of=2" for i in (0, 1)]
 
 
+def test_jax_finds_the_cluster_in_the_variables_that_srun_sets(monkeypatch):
+    from jax._src.clusters import SlurmCluster
+
+    job = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "0"}
+    job["SLURM_STEP_NODELIST"] = "node[11-14]"
+    assert find_launch(None, None, None, job) == Launch()  # JAX is asked
+    for name, value in job.items():
+        monkeypatch.setenv(name, value)
+    assert SlurmCluster.is_env_present()
+    assert SlurmCluster.get_coordinator_address(None, None).startswith("node11:")
+    assert (SlurmCluster.get_process_count(), SlurmCluster.get_process_id()) == (4, 3)
+
+
 def test_slurm_resumes_a_run_that_exists(launch, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.yaml").touch()
@@ -72,6 +87,7 @@ def test_mpi_turns_ranks_into_options(launch, tmp_path):
     for i, line in enumerate(lines):
         options = f"<--coordinator> <node1:1234> <--num-processes> <2> <--process-id> <{i}>"
         assert line.startswith(f"polygpt <train> <demo> <--out> <my run> {options}")
+        assert find_launch("node1:1234", 2, i, {"OMPI_COMM_WORLD_SIZE": "2"}) == Launch("node1:1234", 2, i)
     assert len(lines) == 2
 
 

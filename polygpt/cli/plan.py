@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from polygpt.cli.output import json_option, overrides_argument, print_json, print_result, print_table
-from polygpt.cli.settings import RunCommand, check_names
+from polygpt.cli.settings import RunCommand, check_settings
 
 if TYPE_CHECKING:
     from polygpt.planning import Plan
@@ -49,9 +49,11 @@ def plan(name: str, overrides: tuple[str, ...], accelerator: str, fit: bool, as_
     for each device, unless training.batch_size and other training. settings say otherwise.
     """
     from polygpt.config import dotted_to_nested, parse_overrides
+    from polygpt.recipes import named_fields
 
     changes = parse_overrides(overrides)
-    check_names(dotted_to_nested(changes))
+    check_settings(dotted_to_nested(changes))
+    named_fields(name)  # refuses a misspelled one
 
     from polygpt.planning import find_fitting, layout_settings, make_plan, planned_run
 

@@ -25,19 +25,17 @@ def find_fitting(plan: Plan, progress: Callable[[str], None] = lambda layout: No
         plan: one that does not fit.
         progress: progress callback, called with the layout that is compiled next.
     """
-    limit, error = USABLE * memory_of(plan.accelerator), 1.0
-    tries = 0
+    limit, nearest, tries = USABLE * memory_of(plan.accelerator), plan, 0
     for config in _candidates(plan.config):
-        if error * _expected(config, plan) > limit:
+        if _expected(config, nearest) > limit:
             continue
         progress(layout_settings(config, plan.config))
         found = make_plan(config, plan.accelerator)
         if found.fits:
             return found
-        error = max(error, 1.0) * 1.3  # the rough count was too low
-        tries += 1
+        nearest, tries = found, tries + 1
         if tries == _TRIES:
-            return None
+            break
     return None
 
 
@@ -99,9 +97,9 @@ def _expected(config: RunConfig, plan: Plan) -> float:
     share = _split(plan.config) / _split(config)
     tokens = _tokens(config) / _tokens(plan.config)
     remat = _REMAT[config.training.remat] / _REMAT[plan.config.training.remat]
-    # Gradients and the updated state, which stands beside the old one, are temporaries of the state's size.
+    # Gradients and the updated state, which is held beside the old one, are temporaries of the state's size.
     updating = min(plan.program.temporary_bytes, 1.33 * state)
-    return state * share + max(updating * share, (plan.program.temporary_bytes - updating) * tokens * remat)
+    return (state + updating) * share + (plan.program.temporary_bytes - updating) * tokens * remat
 
 
 def _split(config: RunConfig) -> int:

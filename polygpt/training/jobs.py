@@ -119,7 +119,9 @@ class Evaluation:
         self.every, self.title, self.ready, self.lm, self.emit = config.every, config.title, ready, lm, emit
 
     def run(self, state: TrainState, last: bool) -> None:
-        outcome = self.ready(self.lm(state), lambda done, total: None)
+        lm = self.lm(state)
+        with use_mesh(lm.scope):
+            outcome = self.ready(lm, lambda done, total: None)
         metrics = {f"{self.title}/{name}": value for name, value in outcome.metrics.items()}
         self.emit(Measured(int(state.step), metrics))
 
@@ -150,19 +152,22 @@ class Samples:
             self.emit(Sampled(step, prompt, text))
 
 
-def language_models(run: Run, weights: Weights) -> Current:
+def language_models(run: Run, weights: Weights, scope: Scope | None = None) -> Current:
     """A function from the state to the run's language model.
 
     Of several processes, each has the whole model on its first device.
     """
-    origin = read_origin(run.folder)
-    return lambda state: LanguageModel(run.config.model, on_one_device(weights(state)), run.tokenizer, origin)
+    origin, several = read_origin(run.folder), process_count() > 1
+
+    def current(state: TrainState) -> LanguageModel:
+        params = on_one_device(weights(state)) if several else weights(state)
+        return LanguageModel(run.config.model, params, run.tokenizer, origin, scope=None if several else scope)
+
+    return current
 
 
 def on_one_device(params: Params) -> Params:
-    """Parameters that are spread over several processes, copied to the first device of each; others as they are."""
-    if process_count() == 1:
-        return params
+    """Parameters that are spread over several processes, copied to the first device of each."""
     replicated = jax.tree.map(lambda leaf: NamedSharding(leaf.sharding.mesh, PartitionSpec()), params)
     whole = jax.jit(lambda tree: tree, out_shardings=replicated)(params)
     return jax.tree.map(lambda leaf: leaf.addressable_data(0), whole)

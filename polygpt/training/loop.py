@@ -134,6 +134,7 @@ def _check(run: Run) -> None:
     _ = run.validation_loader, run.source_loaders, run.evaluations
     model = model_of(run.config.model)
     model.check()
+    mesh_of(run.config, model)
     model.attention_implementation()  # refuses one that cannot run here
     ParameterGroups(model.parameters, run.config.training.groups)
 
@@ -147,11 +148,12 @@ class _Loop:
         self.config, self.training, self.loader = run.config, run.config.training, run.train_loader
         self.vocabulary = run.tokenizer.vocab_size
         self.model = model_of(run.config.model)
-        self.scope = mesh_of(run.config, emit)
+        self.scope = mesh_of(run.config, self.model, emit)
         self.trainer = Trainer(self.model, self.training, self.scope)
         tokens = self.training.batch_size * run.config.model.context_length
-        self.meter = Meter(emit, tokens, self.training.on_spike == "rollback", Utilization(self.model))
-        lm = language_models(run, self.trainer.evaluated)
+        devices = 1 if self.scope is None else self.scope.mesh.size
+        self.meter = Meter(emit, tokens, self.training.on_spike == "rollback", Utilization(self.model, devices))
+        lm = language_models(run, self.trainer.evaluated, self.scope)
         self.validation = Validation(run, self.trainer.evaluated, emit, self.scope)
         self.saving = Saving(run, self.trainer, self.meter, emit)
         self.restoring = Restoring(run, self.trainer, self.meter, self.saving, emit)
@@ -172,7 +174,7 @@ class _Loop:
                 self.profile.check(self.training.steps, int(state.step))
             if is_main():
                 write_config(self.folder, self.config)  # settings may have changed on resuming
-            for text in warnings(self.config, self.model, self.vocabulary):
+            for text in warnings(self.config, self.model, self.vocabulary, self.scope):
                 self._warn(text)
             self.emit(
                 Started(
@@ -180,7 +182,7 @@ class _Loop:
                     self.folder,
                     int(state.step),
                     self.model.num_parameters,
-                    facts(self.config, self.model, self.loader),
+                    facts(self.config, self.model, self.loader, self.scope),
                     held_out=self.validation.text,
                 )
             )

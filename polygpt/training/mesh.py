@@ -2,44 +2,34 @@
 
 from __future__ import annotations
 
-import math
-
 import jax
 
 from polygpt.distributed import process_count
-from polygpt.errors import RequestError
-from polygpt.sharding import Scope, choose_mesh
+from polygpt.model import Model
+from polygpt.sharding import MeshConfig, Scope, check_fit, check_rows, choose_mesh
 from polygpt.training.config import RunConfig
 from polygpt.training.events import Listener, Note
 
 
-def mesh_of(config: RunConfig, emit: Listener) -> Scope | None:
+def mesh_of(config: RunConfig, model: Model, emit: Listener = lambda note: None) -> Scope | None:
     """The mesh of a run; None for one device. Several processes always share one mesh of all their devices.
 
     Raises:
-        RequestError: the mesh does not fit the devices, or the batch does not fit the mesh.
+        RequestError: the mesh does not fit the devices, or the model or the batch does not fit the mesh.
     """
     training, devices = config.training, jax.device_count()
-    rows = training.batch_size // training.accumulation_steps
-    asked = "auto" if config.mesh is None and process_count() > 1 else config.mesh
-    mesh, note = choose_mesh(asked, rows, devices, config.model.layout)
-    if process_count() > 1 and (mesh is None or mesh.devices != devices):
-        raise RequestError(_uneven(rows, devices, training.accumulation_steps))
+    rows, setting = training.batch_size, "training.batch_size"
+    if training.accumulation_steps > 1:
+        rows, setting = rows // training.accumulation_steps, f"{setting} / training.accumulation_steps"
+    mesh, note = choose_mesh(config.mesh, rows, devices, config.model.layout)
+    if process_count() > 1 and (mesh is None or (config.mesh == "auto" and mesh.devices < devices)):
+        mesh = MeshConfig(data=devices)
+        note = f"mesh: data {devices}, the devices of {process_count()} processes"
     if note is not None:
         emit(Note(note))
     scope = Scope.of(mesh)
-    if scope is not None and rows % scope.batch_devices:
-        raise RequestError(_uneven(rows, scope.batch_devices, training.accumulation_steps))
+    if scope is not None:
+        check_rows(rows, scope, setting)
+        for note in check_fit(model.parameters, scope):
+            emit(Note(f"mesh: {note}", warning=True))
     return scope
-
-
-def _uneven(rows: int, devices: int, accumulation_steps: int) -> str:
-    """What to say of a batch whose rows cannot be split evenly over the devices."""
-    down, up = rows // devices * devices, math.ceil(rows / devices) * devices
-    fitting = " or ".join(str(size * accumulation_steps) for size in dict.fromkeys((down, up)) if size)
-    parts = f" in {accumulation_steps} parts" if accumulation_steps > 1 else ""
-    where = f" of {process_count()} processes" if process_count() > 1 else ""
-    return (
-        f"training.batch_size={rows * accumulation_steps}{parts} cannot be split evenly over {devices} devices{where}; "
-        f"training.batch_size={fitting} can"
-    )

@@ -29,7 +29,8 @@ class Restoring:
             return self.trainer.init()
         changes = initial_changes(self.run.config)
         self.emit(Note(f"weights: from {self.training.initial}" + (f", with {', '.join(changes)}" if changes else "")))
-        return self.trainer.init(initial_params(self.run.config))
+        shardings = None if self.trainer.scope is None else self.trainer.shardings
+        return self.trainer.init(initial_params(self.run.config, shardings))
 
     def newest(self) -> TrainState:
         """The state of the newest checkpoint; the first state if there is none."""

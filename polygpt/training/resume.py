@@ -13,6 +13,7 @@ from polygpt.checkpoint import Checkpoint, NotFiniteError, Snapshot
 from polygpt.distributed import is_main, main_decides
 from polygpt.errors import PolygptError, RequestError
 from polygpt.loading import CHECKPOINTS, RESULT
+from polygpt.sharding import MeshConfig, MeshSetting, describe_mesh
 from polygpt.training.config import RunConfig, differences
 from polygpt.training.events import Listener, Note, RunResult
 from polygpt.training.prompts import check_prompts
@@ -51,12 +52,18 @@ def with_changes(run: Run, config: RunConfig) -> tuple[Run, list[str]]:
                 "resume without changing it, or start a new run with another --out"
             )
     update = {"model": model, "data": config.data, "training": config.training, "expected": config.expected}
+    update["mesh"] = config.mesh
     changed = dataclasses.replace(run, config=own.model_copy(update=update))
     check_prompts(config.training.samples, run.tokenizer, model.context_length)
     found = [*differences(own.model.to_dict(), model.to_dict(), "model")]
     found += differences(own.data.to_dict(), config.data.to_dict(), "data")
     found += differences(own.training.to_dict(), config.training.to_dict(), "training")
+    found += [] if own.mesh == config.mesh else [("mesh", _spelled(own.mesh), _spelled(config.mesh))]
     return changed, [f"{key} {had} → {asked}" for key, had, asked in found]
+
+
+def _spelled(mesh: MeshSetting) -> str:
+    return describe_mesh(mesh.shape) if isinstance(mesh, MeshConfig) else mesh or "one device"
 
 
 def _content(config: RunConfig) -> dict[str, Any]:

@@ -19,6 +19,7 @@ vocab_size: 64
 context_length: 32
 embed_dim: 16
 num_layers: 2
+scan_layers: true
 position: {kind: rope}
 norm: {kind: rmsnorm}
 attention: {kind: softmax, num_heads: 4}
@@ -187,7 +188,7 @@ def test_heads_that_the_mesh_does_not_divide_are_refused():
     ("words", "complaint"),
     [
         (["gpt2", "--accelerator", "h10"], "no accelerator 'h10' is known; did you mean 'h100'?"),
-        (["gpt2", "mesh.fdsp=8"], "mesh.fsdp"),
+        (["gpt2", "mesh.fdsp=8"], "mesh.fdsp: no such key; did you mean 'fsdp'?"),
         (["gpt2_xxl"], "gpt2_xl"),
     ],
 )
@@ -223,7 +224,7 @@ def compiled(monkeypatch):
     [
         # The state is split over more devices, no more than needed.
         (["mesh.data=16"], "mesh.data=2 mesh.fsdp=8"),
-        (["mesh.data=16", "training.batch_size=32"], "mesh.fsdp=16 training.accumulation_steps=2"),
+        (["mesh.data=16", "training.batch_size=32"], "mesh.data=2 mesh.fsdp=8 training.accumulation_steps=2"),
         (["mesh.fsdp=16", "training.batch_size=32"], "mesh.fsdp=16 training.accumulation_steps=2"),
         # A single row is too much: it is computed again.
         (["mesh.fsdp=4"], "mesh.fsdp=4 training.remat=block"),

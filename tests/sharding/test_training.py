@@ -70,7 +70,7 @@ def test_each_device_holds_its_share(measured):
     found = measured["dense:fsdp=8,accumulation_steps=2,ema_decay=0.9"]
     for own, whole in (("params", "whole_params"), ("optimizer", "whole_optimizer"), ("average", "whole_params")):
         assert len(found[own]) == 8
-        assert max(found[own]) / (found[whole] / 8) < 1.02, own
+        assert max(found[own]) / (found[whole] / 8) < 1.06, own  # biases of hidden units stay whole
 
 
 def test_bytes_follow_all_axes_of_a_mesh(measured):
@@ -111,8 +111,7 @@ def test_optimizer_states_are_placed_like_their_parameters(kind):
     from polygpt.model import Model
     from polygpt.presets import preset
     from polygpt.sharding import MESH_AXES, Scope
-    from polygpt.training.config import TrainingConfig
-    from polygpt.training.step import Trainer
+    from polygpt.training import Trainer, TrainingConfig
 
     model = Model(
         preset("gpt", vocab_size=256, embed_dim=128, attention={"num_heads": 8}, feedforward={"mlp_dim": 256})

@@ -50,7 +50,7 @@ export class Sequence {
   }
 
   begin(seed) {
-    Object.assign(this, { seed, finish: null, began: performance.now(), fresh: 0 });
+    Object.assign(this, { seed, finish: null, began: performance.now(), fresh: 0, said: "", kept: this.view.tokens.length });
     this.element.classList.add("writing");
     this.meta.textContent = "";
   }
@@ -58,6 +58,7 @@ export class Sequence {
   /** A streamed choice, of either API. */
   receive(choice) {
     const entries = choice.logprobs?.content ?? [];
+    this.said += choice.text ?? choice.delta?.content ?? "";
     if (entries.length) {
       this.fresh += entries.length;
       this.view.add(entries.map(fromLogprobs), "fresh");
@@ -69,6 +70,7 @@ export class Sequence {
   end(stopped = false) {
     this.element.classList.remove("writing");
     this.view.finish();
+    if (!stopped) this.view.cut(this.kept, this.said.length);
     const seconds = (performance.now() - this.began) / 1000;
     const parts = [`${number(this.view.tokens.length)} tokens`];
     if (this.fresh > 1) parts.push(`${(this.fresh / seconds).toFixed(0)} a second`);
@@ -117,13 +119,11 @@ export class Sequence {
 /** Streams an answer into its sequences, one for each choice. */
 export async function write(path, body, sequences, signal) {
   sequences.forEach((sequence, index) => sequence.begin(body.seed + index));
-  let whole = false;
   try {
     for await (const event of stream(path, body, signal)) {
       for (const choice of event.choices ?? []) sequences[choice.index]?.receive(choice);
     }
-    whole = true;
   } finally {
-    for (const sequence of sequences) sequence.end(!whole && !sequence.finish);
+    for (const sequence of sequences) sequence.end(!sequence.finish);
   }
 }

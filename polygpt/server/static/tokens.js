@@ -73,6 +73,14 @@ export class TokenView {
     if (rest) this.spans.at(-1).append(rest);
   }
 
+  /** Cuts the text from token `from` on to `length` characters: a stop string may end within a token. */
+  cut(from, length) {
+    for (const span of this.spans.slice(from)) {
+      if (span.textContent.length > length) span.textContent = span.textContent.slice(0, Math.max(length, 0));
+      length -= span.textContent.length;
+    }
+  }
+
   /** Appends tokens: {id, logprob, top, entropy}, and text or bytes. */
   add(tokens, className = "") {
     const added = document.createDocumentFragment();

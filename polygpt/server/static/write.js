@@ -82,7 +82,11 @@ export function complete() {
     const make = (_, index) => new Sequence({ model, promptIds: ids, run, actions, chart: n === 1, name: n > 1 ? `Sample ${index + 1}` : undefined });
     show(Array.from({ length: n }, make));
     writeFragment();
-    await write("/v1/completions", body, shown, signal);
+    try {
+      await write("/v1/completions", body, shown, signal);
+    } finally {
+      if (shown.every((sequence) => !sequence.finish && !sequence.view.tokens.length)) results.replaceChildren();
+    }
   });
 }
 
