@@ -138,5 +138,5 @@ def test_a_missing_extra_is_named(folder, tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     command = [sys.executable, "-m", "polygpt", "serve", str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "pip install 'polygpt[serve]'" in done.stderr
