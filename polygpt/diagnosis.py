@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from polygpt.distributed import exchange, process_count
 from polygpt.kernels import AttentionSpec, ScoreInputs, ScoreRule, attention, choose_attention, reference_attention
 from polygpt.process import machine_memory
 from polygpt.sharding import MeshConfig, make_mesh
@@ -79,7 +80,9 @@ class AllReduceCheck(NamedTuple):
 
 
 def diagnose(progress: Callable[[str], None] = lambda step: None) -> dict[str, Any]:
-    """Everything that `polygpt doctor` reports, ready for JSON; `problems` lists what is wrong.
+    """Everything that `polygpt doctor` reports, ready for JSON; `problems` lists what is wrong, in any process.
+
+    Of several processes, all must call this.
 
     Args:
         progress: progress callback, called with what is looked at next.
@@ -103,7 +106,9 @@ def diagnose(progress: Callable[[str], None] = lambda step: None) -> dict[str, A
         checks.append(check_attention(case))
     progress("all-reduce")
     reduced = check_all_reduce()
-    problems = _problems(facts["backend"], checks, reduced)
+    problems = []
+    for index, found in enumerate(exchange("problems", _problems(facts["backend"], checks, reduced))):
+        problems += [f"process {index}: {problem}" if process_count() > 1 else problem for problem in found]
     return {
         **facts,
         "attention": [each._asdict() for each in checks],

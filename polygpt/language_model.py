@@ -17,7 +17,6 @@ from polygpt.generation import (
     BeamSettings,
     Constraint,
     Draft,
-    Engine,
     Generation,
     Prompt,
     Request,
@@ -41,6 +40,7 @@ from polygpt.generation import (
 from polygpt.kernels import WEIGHT_TYPES, WeightType
 from polygpt.model import Model, ModelConfig, Params, model_of
 from polygpt.origin import Origin
+from polygpt.sharding import Scope, use_mesh
 from polygpt.tokenizers import Messages, Tokenizer, Tools, chat_tokens
 
 LOGITS_NOT_FINITE = "the model's logits are not finite numbers (NaN or infinity)"
@@ -60,12 +60,13 @@ class LanguageModel:
         tokenizer: Tokenizer | None = None,
         origin: Origin | None = None,
         packed: WeightType | None = None,
+        scope: Scope | None = None,
     ):
-        """`packed`: the type in which `params` are packed already (`Model.pack`)."""
+        """`packed`: the type in which `params` are packed already (`Model.pack`); `scope`: the mesh they are on."""
         self.config, self.params, self._tokenizer = config, params, tokenizer
         self.origin = origin or Origin()
         self.model = model_of(config)
-        self.packed = packed
+        self.packed, self.scope = packed, scope
 
     def pack(self, dtype: WeightType) -> None:
         """Converts the weights, for good, to the form and type that inference reads fastest.
@@ -77,6 +78,8 @@ class LanguageModel:
             RequestError: they are packed already, or there is no such type.
         """
         self.check_unpacked()
+        if self.scope is not None:
+            raise RequestError("packed weights are on one device: load the model without a mesh")
         if dtype not in WEIGHT_TYPES:
             raise RequestError(f"no weights of type '{dtype}'; there are {', '.join(WEIGHT_TYPES)}")
         self.params, self.packed = self.model.pack(self.params, dtype), dtype
@@ -146,7 +149,8 @@ class LanguageModel:
             raise RequestError(f"{tokens.shape[1]} tokens exceed the context_length of {self.config.context_length}")
         if not (tokens.min() >= 0 and tokens.max() < self.config.vocab_size):
             raise RequestError(f"token ids must lie in 0..{self.config.vocab_size - 1}")
-        logits, finite = self._logits(self.params, jnp.asarray(tokens, jnp.int32))
+        with use_mesh(self.scope):
+            logits, finite = self._logits(self.params, jnp.asarray(tokens, jnp.int32))
         if not finite:
             raise PolygptError(f"{LOGITS_NOT_FINITE}: {NOT_FINITE_CAUSES}")
         return logits
@@ -286,30 +290,13 @@ class LanguageModel:
         rows = zip(ids, seeds, strict=True)
         requests = [Request(row, max_new_tokens, sampler, own, ends, logprobs, constraint) for row, own in rows]
         streams = [TextStream(self.tokenizer.decode_after, row, stops) if self.has_tokenizer else None for row in ids]
-        engine = self.engine_for(requests, model, draft)
-        found = list(map(Generation.of, run_all(engine, requests, streams, on_text)))
-        results = found if n is None else [found[start : start + n] for start in range(0, len(found), n)]
-        return results[0] if single else results
-
-    def engine_for(
-        self,
-        requests: Sequence[Request],
-        model: Model | None = None,
-        draft: LanguageModel | Literal["lookup"] | None = None,
-    ) -> Engine:
-        """An engine of this model with room for all of these requests.
-
-        Args:
-            requests: that will be submitted.
-            model: that has the parameters of `self.model`.
-            draft: as `generate` says.
-
-        Raises:
-            RequestError: a request is impossible, or the draft does not fit the model.
-        """
         vocab_size = self.tokenizer.vocab_size if self.has_tokenizer else None
         speculation = self.speculation(draft)
-        return engine_for(model or self.model, self.params, requests, vocab_size=vocab_size, draft=speculation)
+        with use_mesh(self.scope):
+            engine = engine_for(model, self.params, requests, vocab_size=vocab_size, draft=speculation)
+            found = list(map(Generation.of, run_all(engine, requests, streams, on_text)))
+        results = found if n is None else [found[start : start + n] for start in range(0, len(found), n)]
+        return results[0] if single else results
 
     def speculation(self, draft: LanguageModel | Literal["lookup"] | None) -> Speculation | None:
         """What an `Engine` takes as its `draft`.
@@ -348,7 +335,8 @@ class LanguageModel:
         return Vocabulary(tokenizer.vocabulary_bytes(), special, tokenizer.end_of_text, tokenizer.encode)
 
     def _search(self, model: Model, requests: Sequence[Request], settings: BeamSettings) -> list[list[Generation]]:
-        found = search_beams(model, self.params, requests, settings)
+        with use_mesh(self.scope):
+            found = search_beams(model, self.params, requests, settings)
         decode = self.tokenizer.decode_after if self.has_tokenizer else None
         pairs = zip(requests, found, strict=True)
         return [[ScoredGeneration.of_beam(request.prompt, beam, decode) for beam in best] for request, best in pairs]

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
 from polygpt import checkpoint
 from polygpt.config import Config, merge, read_yaml, to_yaml, validate
@@ -30,7 +31,7 @@ from polygpt.origin import Origin
 from polygpt.presets import PRESET_VOCAB, check_model_name, models_in, preset
 from polygpt.process import command_line
 from polygpt.settings import read_json
-from polygpt.sharding import placement
+from polygpt.sharding import MeshConfig, Scope, check_fit
 from polygpt.tokenizers import Tokenizer, load_tokenizer
 
 TOKENIZER, CHECKPOINTS, ORIGIN = "tokenizer.json", "checkpoints", "origin.json"
@@ -60,7 +61,7 @@ def load(
     weights: WeightType | Literal["auto"] | None = None,
     for_text: bool = False,
     check: Callable[[ModelConfig], object] | None = None,
-    mesh: Mesh | None = None,
+    mesh: MeshConfig | None = None,
     warn: Warn = warnings.warn,
     on_progress: Callable[[int], None] = int,
 ) -> LanguageModel:
@@ -77,8 +78,8 @@ def load(
             on a CPU, where that is faster, and nowhere else; None leaves them as parameters.
         for_text: refuse a model without a tokenizer before its weights are read.
         check: is given the configuration before the weights are read, and may raise.
-        mesh: of `make_mesh`; weights are sharded over it by their logical axes, one at a time. None means the first
-            device.
+        mesh: the devices that the weights are split over as they are read, and that then compute together. None means
+            the first device.
         warn: is given warnings.
         on_progress: progress callback, given the number of weights read.
 
@@ -94,18 +95,20 @@ def load(
     check_shapes(found.config, config, str(name))
     if check is not None:
         check(config)
-    if mesh is not None and weights is not None:
-        raise RequestError("packed weights are on one device: leave out weights or mesh")
-    placed = None if mesh is None else flatten_dict(placement(model_of(config).parameters, mesh))
-    if weights == "auto":
-        weights = config.param_dtype if jax.default_backend() == "cpu" else None
-    params = found.read(config, on_progress, weights)
-    if placed is not None:
-        flat = flatten_dict(params)
-        del params  # so that only one weight at a time is in memory twice
-        params = unflatten_dict({path: jax.device_put(flat.pop(path), where) for path, where in placed.items()})
+    scope = Scope.of(mesh)
+    if scope is None:
+        if weights == "auto":
+            weights = config.param_dtype if jax.default_backend() == "cpu" else None
+        params = found.read(config, on_progress, weights)
+    else:
+        if weights not in (None, "auto"):
+            raise RequestError("packed weights are on one device: leave out weights or mesh")
+        weights, parameters = None, model_of(config).parameters
+        for note in check_fit(parameters, scope):
+            warn(f"mesh: {note}")
+        params = found.read(config, on_progress, shardings=scope.placement(parameters))
     origin = Origin(found.stop_tokens, found.chat_template, dict(found.facts))
-    return LanguageModel(config, params, found.tokenizer, origin, weights)
+    return LanguageModel(config, params, found.tokenizer, origin, weights, scope)
 
 
 def find(name: str | Path, warn: Warn = warnings.warn) -> StoredModel:
@@ -143,10 +146,16 @@ def _is_foreign(folder: Path) -> bool:
     return theirs or (is_huggingface(folder) and not (folder / CONFIG).exists())
 
 
-def _drawn(config: ModelConfig, on_progress: Callable[[int], None], weights: WeightType | None = None) -> Params:
+def _drawn(
+    config: ModelConfig,
+    on_progress: Callable[[int], None],
+    weights: WeightType | None = None,
+    shardings: PyTree | None = None,
+) -> Params:
     """Random weights."""
     model = model_of(config)
-    return model.pack(model.init(0), weights) if weights else model.init(0)
+    params = model.init(0, shardings)
+    return model.pack(params, weights) if weights else params
 
 
 def adapted(config: ModelConfig, dtype: str | None, overrides: Mapping[str, Any]) -> ModelConfig:
@@ -273,13 +282,31 @@ def _open_own(folder: Path, warn: Warn, step: str | None = None) -> StoredModel:
         raise RequestError(f"{folder}: no usable checkpoint; train it with: {command}")
     origin = read_origin(folder)
 
-    def read(wanted: ModelConfig, on_progress: Callable[[int], None], weights: WeightType | None = None) -> Params:
-        like = jax.eval_shape(lambda: model_of(config).init(0))
+    def read(
+        wanted: ModelConfig,
+        on_progress: Callable[[int], None],
+        weights: WeightType | None = None,
+        shardings: PyTree | None = None,
+    ) -> Params:
+        like = jax.tree.map(lambda info: jax.ShapeDtypeStruct(info.shape, info.dtype), model_of(config).parameters)
+        if shardings is not None:  # a table that is padded or cut is placed by its stored shape first
+            mesh = jax.tree.leaves(shardings)[0].mesh
+            like = jax.tree.map(partial(_placed, mesh=mesh), like, shardings)
         params = _converted(checkpoint.restore(saved, like).params, wanted)
+        params = params if shardings is None else jax.device_put(params, shardings)
         return model_of(wanted).pack(params, weights) if weights else params
 
     facts = {**origin.facts, **({} if step else _figures(folder))}
     return StoredModel(config, read, tokenizer, origin.stop_tokens, origin.chat_template, facts)
+
+
+def _placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """`leaf` with its placement; replicated if it cannot be split like that."""
+    try:
+        sharding.shard_shape(leaf.shape)
+    except ValueError:
+        sharding = NamedSharding(mesh, PartitionSpec())
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _figures(folder: Path) -> dict[str, Any]:

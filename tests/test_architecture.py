@@ -23,6 +23,7 @@ ROOMS = [
     "folders",
     "config",
     "settings",
+    "distributed",
     "sharding",
     "tokenizers",
     "kernels",

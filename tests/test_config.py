@@ -398,6 +398,11 @@ def test_a_missing_key_is_named():
         validate(Outer, {"inner": {}})
 
 
+def test_a_part_that_is_missing_is_named_with_its_kinds():
+    with pytest.raises(RequestError, match=r"(?m)^norm: this key is required; choose from: layernorm, rmsnorm, "):
+        validate(ModelConfig, {"context_length": 8, "position": "rope"})
+
+
 class Inner(Config):
     size: Annotated[int, Field(gt=0)]
 

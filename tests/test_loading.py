@@ -9,7 +9,6 @@ import sys
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh
 
 import polygpt
 from polygpt.errors import RequestError
@@ -17,7 +16,7 @@ from polygpt.files import expand
 from polygpt.interop import export_huggingface
 from polygpt.model import Model
 from polygpt.recipes import load_recipe
-from polygpt.sharding import make_mesh
+from polygpt.sharding import MeshConfig
 from polygpt.tokenizers import TokenizerConfig, train_tokenizer
 from polygpt.training import open_run
 
@@ -101,30 +100,52 @@ def test_a_model_is_refused_before_its_weights_are_drawn(monkeypatch):
         polygpt.load("smollm", check=refuse)
 
 
-ON_TWO = """
+ON_FOUR = """
 import sys, numpy as np, polygpt
-from polygpt.sharding import MeshConfig, make_mesh
-mesh = make_mesh(MeshConfig(tensor=2))
-split, whole = polygpt.load(sys.argv[1], mesh=mesh), polygpt.load(sys.argv[1])
+from polygpt.evaluation import EVALUATIONS
+from polygpt.config import validate
+from polygpt.errors import RequestError
+from polygpt.sharding import MeshConfig, use_mesh
+
+run, text = sys.argv[1:]
+split, whole = polygpt.load(run, mesh=MeshConfig(data=2, tensor=2)), polygpt.load(run)
 query = split.params["blocks"][0]["attention"]["query"]
-assert [shard.data.shape[2] for shard in query.addressable_shards] == [1, 1], query.sharding
-tokens = [[1, 2, 3, 4]]
+assert [shard.data.shape[2] for shard in query.addressable_shards] == [1] * 4, query.sharding
+tokens = [[1, 2, 3, 4]] * 2
 assert np.allclose(split.logits(tokens), whole.logits(tokens), atol=1e-5)
+prompts = ["the", "a "]
+for settings in ({"temperature": 0}, {"temperature": 0.8, "seed": 3}, {"temperature": 0, "logprobs": 1}):
+    one, other = (lm.generate(prompts, max_new_tokens=6, **settings) for lm in (split, whole))
+    assert [each.tokens for each in one] == [each.tokens for each in other], settings
+task = validate(EVALUATIONS["perplexity"], {"path": text})
+found = []
+for lm in (split, whole):
+    with use_mesh(lm.scope):
+        found.append(task.prepare(lm.tokenizer, lm.config.context_length)(lm, lambda done, total: None).metrics)
+assert found[0].keys() == found[1].keys() and all(np.allclose(found[0][k], found[1][k], rtol=1e-5) for k in found[0])
+for settings, message in (({"weights": "float32"}, "packed weights"), ({"mesh": MeshConfig(tensor=4)}, "num_heads")):
+    try:
+        polygpt.load(run, **{"mesh": MeshConfig(data=4), **settings})
+    except RequestError as error:
+        assert message in str(error), error
+    else:
+        raise AssertionError(settings)
 """
 
 
-def test_a_model_is_laid_over_a_mesh(tiny_run):
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    command = [sys.executable, "-c", ON_TWO, str(tiny_run)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+def test_a_model_is_spread_over_a_mesh_and_generates_and_evaluates_as_on_one_device(tiny_run, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text((tiny_run.parent / "text.txt").read_text()[:400])
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
+    environment = {**os.environ, "XLA_FLAGS": flags}
+    command = [sys.executable, "-c", ON_FOUR, str(tiny_run), str(text)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_what_a_mesh_cannot_hold_is_named(tiny_run):
-    with pytest.raises(RequestError, match=r"the mesh has the axes .'x',.; they must be"):
-        polygpt.load(tiny_run, mesh=AbstractMesh((1,), ("x",)))
-    with pytest.raises(RequestError, match="packed weights are on one device"):
-        polygpt.load(tiny_run, mesh=make_mesh(), weights="float32")
+def test_a_mesh_of_more_devices_than_there_are_is_refused(tiny_run):
+    with pytest.raises(RequestError, match="mesh: tensor 2 is a mesh of 2 devices, but there is 1"):
+        polygpt.load(tiny_run, mesh=MeshConfig(tensor=2))
 
 
 def hf_folder(path):

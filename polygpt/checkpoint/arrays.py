@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import PyTree
 
+from polygpt.distributed import exchange
 from polygpt.errors import PolygptError, RequestError
 
 
@@ -77,15 +78,23 @@ def _spell(leaf: tuple[tuple[int, ...], np.dtype] | None) -> str:
 def check_finite(where: str, tree: PyTree) -> None:
     """Refuses arrays that hold NaN or infinity.
 
+    Where arrays are spread over several processes, each looks at what it holds, and all come to the same conclusion.
+
     Raises:
         NotFiniteError: an array does; `where` and its name are given.
     """
-    for name, leaf in flatten(tree).items():
-        if jax.dtypes.issubdtype(leaf.dtype, np.inexact) and not _is_finite(leaf):
-            raise NotFiniteError(f"{where}: {name} holds values that are not finite (NaN or infinity)")
+    leaves = flatten(tree)
+    floats = (name for name, leaf in leaves.items() if jax.dtypes.issubdtype(leaf.dtype, np.inexact))
+    name = next((name for name in floats if not _is_finite(leaves[name])), None)
+    if any(not getattr(leaf, "is_fully_addressable", True) for leaf in leaves.values()):
+        name = next((found for found in exchange("finite", name) if found is not None), None)
+    if name is not None:
+        raise NotFiniteError(f"{where}: {name} holds values that are not finite (NaN or infinity)")
 
 
 def _is_finite(leaf: jax.Array) -> bool:
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return all(_is_finite(shard.data) for shard in leaf.addressable_shards)
     # NumPy reads a CPU's array in place; compiling the test would take longer than the test itself.
     if isinstance(leaf, jax.Array) and next(iter(leaf.devices())).platform != "cpu":
         return bool(jnp.isfinite(leaf).all())

@@ -28,6 +28,7 @@ from jaxtyping import PyTree
 
 from polygpt.checkpoint.arrays import check_finite, flatten, quiet_orbax, read_arrays, write_arrays
 from polygpt.checkpoint.snapshot import Snapshot, snapshot_of
+from polygpt.distributed import exchange, is_main, main_decides
 from polygpt.errors import PolygptError
 from polygpt.files import remove_folder
 
@@ -69,7 +70,8 @@ class Keep:
 def save(root: Path, snapshot: Snapshot, keep: Keep = Keep()) -> Checkpoint:
     """Writes a snapshot below `root`, then deletes earlier steps that `keep` does not name.
 
-    Later steps stay: they failed verification, and their owner may want to look at them.
+    Later steps stay: they failed verification, and their owner may want to look at them. Of several processes, all must
+    call this: each writes the arrays that it holds, and process 0 the rest.
 
     Raises:
         NotFiniteError: an array holds NaN or infinity; it is named, and nothing is written.
@@ -77,23 +79,31 @@ def save(root: Path, snapshot: Snapshot, keep: Keep = Keep()) -> Checkpoint:
     """
     final = root / _name(snapshot.step)
     # Unique, so that two processes never write, or remove, each other's.
-    partial = root / f".{final.name}.{secrets.token_hex(4)}.partial"
+    partial = root / main_decides("partial", lambda: f".{final.name}.{secrets.token_hex(4)}.partial")
     for name, tree in snapshot.arrays.items():
         check_finite(f"step {snapshot.step}: {name}", tree)
     with quiet_orbax():
         try:
             _write(partial, snapshot)
-            if final.exists():  # a step that failed verification and was trained again
-                shutil.rmtree(final)
-            partial.rename(final)
-            _sync_folder(root)
-            _delete_old(root, snapshot.step, keep)
+            if is_main():
+                _complete(partial, final)
+                _delete_old(root, snapshot.step, keep)
+            exchange("saved", None)
         except (OSError, ValueError) as error:  # TensorStore reports a full disk as ValueError
             remove_folder(partial, settle=0.5)  # its threads may be at work still
             raise PolygptError(f"{final}: cannot be saved ({_reason(error)}); {describe_saved(root)}") from error
         finally:
-            remove_folder(partial)
+            if is_main():
+                remove_folder(partial)
     return Checkpoint(final, snapshot.step, snapshot.info, snapshot.training is not None)
+
+
+def _complete(partial: Path, final: Path) -> None:
+    """Gives a step that is written its name."""
+    if final.exists():  # a step that failed verification and was trained again
+        shutil.rmtree(final)
+    partial.rename(final)
+    _sync_folder(final.parent)
 
 
 def _delete_old(root: Path, newest: int, keep: Keep) -> None:
@@ -110,9 +120,13 @@ def remove_partial(root: Path) -> None:
 
 
 def _write(folder: Path, snapshot: Snapshot) -> None:
-    folder.mkdir(parents=True)
+    if is_main():
+        folder.mkdir(parents=True)
+    exchange("folder", None)
     for name, tree in snapshot.arrays.items():
         write_arrays(folder / name, flatten(tree))
+    if not is_main():
+        return
     _write_json(folder / "info.json", snapshot.info)
     files = {str(path.relative_to(folder)): _fingerprint(path, sync=True) for path in _files(folder)}
     _write_json(folder / MANIFEST, {"format": FORMAT, "step": snapshot.step, "files": files})

@@ -98,6 +98,10 @@ def main(argv: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, _terminate)
     sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 must not end a run
     code = _run([word for word in words if word != "--debug"], debug)
+    if "polygpt.distributed" in sys.modules:
+        from polygpt.distributed import leave
+
+        leave(code)
     if code in (130, 143):  # XLA may still be compiling in its threads, which crash when the interpreter shuts down
         sys.stdout.flush()
         sys.stderr.flush()

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 STEPS = 16
 # Seconds between two lines of progress where standard error is not a terminal.
 EVERY = 10.0
-_OWN = {"prompt", "id", "max_new_tokens", "seed", "stop", "stop_tokens", "logprobs", "chat"}
+_CONSTRAINTS = {"schema", "regex", "choices", "grammar"}
+_OWN = {"prompt", "id", "max_new_tokens", "seed", "stop", "stop_tokens", "logprobs", "chat", *_CONSTRAINTS}
 # Wrong lines that are named; the others are counted.
 _NAMED = 2
 
@@ -154,7 +155,8 @@ def _job(lm: LanguageModel, name: str, line: bytes, settings: Mapping[str, Any])
     if not isinstance(shown.get("id", ""), str | int) or isinstance(shown.get("id"), bool):
         raise RequestError(f"id is text or a whole number, not {shown['id']!r:.40}")
     # null is the default, as in Python.
-    asked = dict(settings) | {key: value for key, value in own.items() if key not in shown and value is not None}
+    ours = {key: value for key, value in settings.items() if key not in _CONSTRAINTS or not own.keys() & _CONSTRAINTS}
+    asked = ours | {key: value for key, value in own.items() if key not in shown and value is not None}
     stops = as_stop_strings(asked.pop("stop", ()))
     request = _request(lm, own["prompt"], asked)
     check_requests(lm.config, [request])
@@ -189,16 +191,19 @@ def _request(lm: LanguageModel, prompt: Any, asked: dict[str, Any]) -> Request:
         ids = prompts[0]
     ends = tuple(dict.fromkeys([*lm.stop_tokens, *as_ids(asked.pop("stop_tokens", ()), "stop_tokens")]))
     most, seed, logprobs = asked.pop("max_new_tokens", 100), asked.pop("seed", 0), asked.pop("logprobs", None)
+    constraint = lm.constraint(**{name: asked.pop(name) for name in _CONSTRAINTS if name in asked})
     bias = asked.get("logit_bias")
     if isinstance(bias, dict):  # JSON has only text as keys
         asked["logit_bias"] = {int(token) if token.isdecimal() else token: value for token, value in bias.items()}
-    return Request(ids, most, validate(Sampler, asked), seed, ends, logprobs)
+    return Request(ids, most, validate(Sampler, asked), seed, ends, logprobs, constraint)
 
 
 def _key(name: str, request: Request, stops: Sequence[str]) -> str:
     sampler = request.sampler.model_dump(mode="json")
     parts = [name, list(request.prompt), request.max_new_tokens, sampler, request.seed]
     parts += [request.stop_tokens, request.logprobs, stops]
+    if request.constraint is not None:
+        parts.append(request.constraint.grammar)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 

@@ -11,25 +11,37 @@ from polygpt.cli.output import json_option, print_json, print_result
 
 
 @click.command()
+@click.option("--coordinator", metavar="HOST:PORT", help="Check several processes together: the address of process 0.")
+@click.option("--num-processes", metavar="N", type=int, help="How many processes; left out under SLURM or MPI.")
+@click.option("--process-id", metavar="I", type=int, help="Which one this is, 0 to N - 1; left out likewise.")
 @json_option
-def doctor(as_json: bool) -> int:
+def doctor(coordinator: str | None, num_processes: int | None, process_id: int | None, as_json: bool) -> int:
     """Look at the devices and libraries of this machine, and check that they compute right.
 
     The attention kernels that training would use are run beside the reference, and a small array is summed over all
     devices. The exit code is 1 if something is wrong.
+
+    In a cluster it is started in every process, as training is, and the sum is over the devices of all of them.
     """
+    from polygpt.distributed import find_launch, is_main, start
+
+    launch = find_launch(coordinator, num_processes, process_id)
+    if launch is not None:
+        start(launch)
+
     from polygpt.diagnosis import diagnose
 
-    terminal = sys.stderr.isatty()
+    terminal = sys.stderr.isatty() and is_main()
     facts = diagnose(lambda step: click.echo(f"\r\x1b[Kchecking {step} …", err=True, nl=False) if terminal else None)
     if terminal:
         click.echo("\r\x1b[K", err=True, nl=False)
-    if as_json:
-        print_json(facts)
-    else:
-        print_result(_lines(facts))
-    for problem in facts["problems"]:
-        click.echo(f"problem: {problem}", err=as_json)
+    if is_main():
+        if as_json:
+            print_json(facts)
+        else:
+            print_result(_lines(facts))
+        for problem in facts["problems"]:
+            click.echo(f"problem: {problem}", err=as_json)
     return 1 if facts["problems"] else 0
 
 

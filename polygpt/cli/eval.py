@@ -8,7 +8,16 @@ from typing import Any
 
 import click
 
-from polygpt.cli.output import dtype_option, json_option, print_json, print_result, reading, weights_option
+from polygpt.cli.output import (
+    dtype_option,
+    json_option,
+    mesh_argument,
+    mesh_of,
+    print_json,
+    print_result,
+    reading,
+    weights_option,
+)
 
 OWN = ("perplexity", "hellaswag")  # any other task is one of lm-evaluation-harness
 # The settings of each.
@@ -22,6 +31,7 @@ UNITS = {"perplexity": "windows", "hellaswag": "questions", "lm_eval": "requests
 
 @click.command()
 @click.argument("model", metavar="MODEL")
+@mesh_argument
 @click.option("--task", required=True, help="perplexity, hellaswag, or a task of lm-evaluation-harness.")
 @click.option("--data", help="The text, or a .jsonl of documents or of HellaSwag's questions.")
 @click.option("--stride", type=int, help="perplexity: tokens between windows.  [default: half of the context]")
@@ -44,7 +54,14 @@ UNITS = {"perplexity": "windows", "hellaswag": "questions", "lm_eval": "requests
 @weights_option
 @json_option
 def eval(
-    model: str, task: str, out: Path | None, dtype: str | None, weights: str | None, as_json: bool, **settings: Any
+    model: str,
+    mesh: tuple[str, ...],
+    task: str,
+    out: Path | None,
+    dtype: str | None,
+    weights: str | None,
+    as_json: bool,
+    **settings: Any,
 ) -> None:
     """Measure a model.
 
@@ -54,6 +71,7 @@ def eval(
     polygpt eval runs/demo --task perplexity --data book.txt
     polygpt eval runs/demo --task hellaswag --data hellaswag_val.jsonl --out choices.jsonl
     polygpt eval runs/demo --task arc_easy --limit 100
+    polygpt eval runs/demo --task perplexity --data book.txt mesh.data=8
     """
     from polygpt.presets import check_model_name
 
@@ -61,13 +79,14 @@ def eval(
 
     from polygpt.evaluation import progress_bar
     from polygpt.files import new_file
+    from polygpt.sharding import use_mesh
 
     config = _configured(task, settings)
     config.check()
     _check_out(out, task, config.kind)
-    lm = reading(model, dtype, {}, weights=weights or "auto", for_text=True)
+    lm = reading(model, dtype, {}, weights=weights or "auto", for_text=True, mesh=mesh_of(mesh))
     ready = config.prepare(lm.tokenizer, lm.config.context_length)
-    with progress_bar(task, UNITS[config.kind]) as progress:
+    with progress_bar(task, UNITS[config.kind]) as progress, use_mesh(lm.scope):
         outcome = ready(lm, progress)
     if out is not None:
         with new_file(out) as partial:

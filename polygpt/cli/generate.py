@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from polygpt.cli.output import dtype_option, json_option, print_json, reading, weights_option
+from polygpt.cli.output import dtype_option, json_option, mesh_argument, mesh_of, print_json, reading, weights_option
 
 if TYPE_CHECKING:
     from polygpt.language_model import Generation, LanguageModel
@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 
 SAMPLING = ("temperature", "top_p", "min_p", "seed")
 ASKED_FOR = ("logprobs", "top_logprobs", "acceptance")
-NOT_IN_A_BATCH = ("n", "beams", "length_penalty", "schema", "regex", "past_context")
+NOT_IN_A_BATCH = ("n", "beams", "length_penalty", "past_context")
 
 
 @click.command()
 @click.argument("model", metavar="MODEL")
+@mesh_argument
 @click.option(
     "--prompt",
     "texts",
@@ -77,6 +78,7 @@ NOT_IN_A_BATCH = ("n", "beams", "length_penalty", "schema", "regex", "past_conte
 @json_option
 def generate(
     model: str,
+    mesh: tuple[str, ...],
     texts: tuple[str, ...],
     prompts: Path | None,
     out: Path | None,
@@ -94,7 +96,7 @@ def generate(
     after an interruption: lines that are there are kept.
 
     MODEL is a run's folder, an imported or a Hugging Face folder, hf:owner/name, a .gguf file, or a preset (random
-    weights, without text).
+    weights, without text). mesh.tensor=4 splits it over four devices.
     """
     settings = _chosen(settings)
     if "schema" in settings:
@@ -103,7 +105,8 @@ def generate(
     if "logprobs" in settings and not (as_json or prompts):
         raise click.UsageError("--logprobs goes with --json or --prompts")
     texts = [_standard_input() if text == "-" else _checked(text) for text in texts]
-    lm = reading(model, dtype, {}, weights=weights or "auto", for_text=True)
+    rows = max(len(texts), 1) * settings.get("n", 1)
+    lm = reading(model, dtype, {}, weights=weights or "auto", for_text=True, mesh=mesh_of(mesh, rows))
     if settings.get("draft", "lookup") != "lookup":
         settings["draft"] = reading(settings["draft"], dtype, {}, weights=weights or "auto", for_text=True)
     if prompts is not None:

@@ -12,6 +12,7 @@ import click
 
 if TYPE_CHECKING:
     from polygpt.language_model import LanguageModel
+    from polygpt.sharding import MeshConfig
 
 json_option: Callable = click.option(
     "--json", "as_json", is_flag=True, help="JSON on standard output, everything else on standard error."
@@ -40,6 +41,36 @@ weights_option: Callable = click.option(
     help="Store the weights in this type (activations keep --dtype); fewer bits decode faster.",
 )
 overrides_argument: Callable = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+
+
+mesh_argument: Callable = click.argument("mesh", nargs=-1, metavar="[mesh.AXIS=N]...")
+
+
+def mesh_of(words: Sequence[str], rows: int | None = None) -> MeshConfig | None:
+    """The mesh of `mesh.AXIS=N` words, for batches of `rows` (None: of any number); None for one device.
+
+    Raises:
+        RequestError: a word sets something else, or the mesh is not of the devices that there are.
+    """
+    if not words:
+        return None
+    from polygpt.config import dotted_to_nested, parse_overrides, validate
+    from polygpt.errors import RequestError
+
+    changes = parse_overrides(words)
+    other = next((key for key in changes if key.partition(".")[0] != "mesh"), None)
+    if other is not None:
+        raise RequestError(f"{other}: only the mesh can be set here, such as mesh.tensor=4")
+    import jax
+
+    from polygpt.sharding import MeshOnly, choose_mesh, make_mesh
+
+    asked = validate(MeshOnly, dotted_to_nested(changes)).mesh
+    mesh, note = choose_mesh(asked, rows or jax.device_count(), jax.device_count())
+    if note is not None:
+        click.echo(note, err=True)
+    make_mesh(mesh)  # refuses one of another number of devices
+    return mesh
 
 
 def reading(name: str, dtype: str | None, overrides: Mapping[str, Any], **how: Any) -> LanguageModel:

@@ -69,5 +69,13 @@ def _lines(facts: dict[str, Any], vocabulary: str | None) -> list[tuple[str, str
         ("decoding state", f"{per_token:,} bytes a token, {whole:,} bytes for {config['context_length']:,} tokens"),
         ("training", f"{facts['flops_per_token'] / 1e6:,.1f} MFLOPs a token at full context"),
         ("training memory", f"{' + '.join(parts)} bytes, and activations"),
+        *_mesh_lines(facts.get("mesh")),
         ("attention here", facts["attention_implementation"] or "none can run: see the note"),
     ]
+
+
+def _mesh_lines(mesh: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if mesh is None:
+        return []
+    devices = f"{mesh['layout']}: {mesh['parameter_bytes']:,} bytes of parameters on each of {mesh['devices']} devices"
+    return [("mesh", devices), *(("", line) for line in mesh["replicated"])]

@@ -23,6 +23,9 @@ from polygpt.process import command_line
 @click.option("--short", is_flag=True, help="The recipe's short form: minutes on a laptop, with a band of its own.")
 @click.option("--check", is_flag=True, help="Exit with 1 if the validation loss is outside the recipe's band.")
 @click.option("--profile", metavar="START:STOP", help="Trace these steps with JAX's profiler into RUN/profile.")
+@click.option("--coordinator", metavar="HOST:PORT", help="Train in several processes: the address of process 0.")
+@click.option("--num-processes", metavar="N", type=int, help="How many processes; left out under SLURM or MPI.")
+@click.option("--process-id", metavar="I", type=int, help="Which one this is, 0 to N - 1; left out likewise.")
 @json_option
 def train(
     recipe: str | None,
@@ -32,6 +35,9 @@ def train(
     short: bool,
     check: bool,
     profile: str | None,
+    coordinator: str | None,
+    num_processes: int | None,
+    process_id: int | None,
     as_json: bool,
 ) -> None:
     """Train a model from a recipe or a YAML file, with settings changed by KEY=VALUE.
@@ -39,11 +45,16 @@ def train(
     polygpt train shakespeare_char_cpu data.path=input.txt training.steps=500 --out runs/try
     """
     from polygpt.config import parse_overrides
+    from polygpt.distributed import find_launch, is_main, start
 
     if recipe is not None and "=" in recipe and not Path(recipe).exists():
         recipe, overrides = None, (recipe, *overrides)
     changes = parse_overrides(overrides)
     _check(recipe, changes, expand(out), resume, short)
+
+    launch = find_launch(coordinator, num_processes, process_id)
+    if launch is not None:
+        start(launch)
 
     from polygpt.recipes import load_recipe, resume_config, verdict
     from polygpt.training import Profile
@@ -64,7 +75,9 @@ def train(
         listeners = [HeldOutCheck(), *standard_listeners()]
     result = run_training(config, out, resume=resume, listeners=listeners, profile=traced)
     found = verdict(config, result)
-    if as_json:
+    if not is_main():
+        pass
+    elif as_json:
         band = None if found is None else {"low": found.low, "high": found.high, "within": found.within}
         print_json({**dataclasses.asdict(result), "band": band})
     else:

@@ -156,7 +156,8 @@ def _describe(error: ValidationError, cls: type[Config], at: str = "") -> list[s
         elif item["type"] == "extra_forbidden":
             said = [no_such_key(dotted, known_keys(parent))]
         elif item["type"] == "missing":
-            said = [f"{dotted}: this key is required"]
+            kinds = (known_keys(parent)[steps[-1]] or {}).get("kinds", ())
+            said = [f"{dotted}: this key is required" + (f"; choose from: {', '.join(kinds)}" if kinds else "")]
         elif item["type"] == "value_error":
             said = [f"{dotted}: {cause}" if dotted else str(cause)]
         else:

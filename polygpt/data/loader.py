@@ -83,28 +83,30 @@ class Loader:
             fix = "give more text, or lower model.context_length" if full else "give more text"
             raise RequestError(f"{self.split.name} has {self.split.tokens} tokens, one window needs {window};\n{fix}")
 
-    def empty(self) -> Arrays:
-        """The arrays of a batch, zeroed."""
-        shape = (self.batch_size, self.context_length)
+    def empty(self, rows: int | None = None) -> Arrays:
+        """The arrays of a batch, or of so many rows of one, zeroed."""
+        shape = (self.batch_size if rows is None else rows, self.context_length)
         names = ("input", "target", *(["segment_ids"] if self.packing == "documents" else []))
         return {"mask": np.zeros(shape, np.float32)} | {name: np.zeros(shape, np.int32) for name in names}
 
-    def batch(self, i: int) -> Arrays:
-        """Batch `i`: `input` and `target` int32 `[B, T]`, `mask` float32 `[B, T]` (1 where a target counts).
+    def batch(self, i: int, rows: Sequence[int] | None = None) -> Arrays:
+        """Batch `i`, or only these `rows` of it.
 
-        Of packed documents also `segment_ids`, int32 `[B, T]`. Each training epoch is shuffled anew, and a batch may
-        contain the end of one and the start of the next. Targets are the inputs shifted by one token.
+        `input` and `target` are int32 `[B, T]`, `mask` is float32 `[B, T]` (1 where a target counts); packed documents
+        also have `segment_ids`, int32 `[B, T]`. Each training epoch is shuffled anew, and a batch may contain the end
+        of one and the start of the next. Targets are the inputs shifted by one token.
 
         Raises:
             IndexError: `i` is negative, or (evaluation) not below `num_batches`.
         """
         if i < 0 or (not self.shuffle and i >= self.num_batches):
             raise IndexError(f"batch {i} of {self.num_batches}")
-        arrays = self.empty()
-        first = i * self.batch_size
-        last = first + self.batch_size if self.shuffle else min(first + self.batch_size, self.num_windows)
-        for row, position in enumerate(range(first, last)):
-            self.fill(position, arrays, row)
+        rows = range(self.batch_size) if rows is None else rows
+        arrays = self.empty(len(rows))
+        for place, row in enumerate(rows):
+            position = i * self.batch_size + row
+            if self.shuffle or position < self.num_windows:
+                self.fill(position, arrays, place)
         return arrays
 
     def fill(self, position: int, arrays: Arrays, row: int) -> None:

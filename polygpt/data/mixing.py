@@ -190,7 +190,8 @@ class MixedLoader:
         self.loaders, parts = loaders, list(loaders.values())
         epochs = [None] * len(parts) if epochs is None else epochs
         limits = [None if most is None else int(most * p.num_windows) for most, p in zip(epochs, parts, strict=True)]
-        self.batch_size, self.stride = parts[0].batch_size, parts[0].stride
+        first = parts[0]
+        self.batch_size, self.stride, self.context_length = first.batch_size, first.stride, first.context_length
         self.mixture = Mixture([Stage(start * self.batch_size, weights) for start, weights in stages], limits)
         shares = self.mixture.shares[0] if len(stages) == 1 else [list(self.mixture.shares), [s.start for s in stages]]
         self.order = json.dumps([parts[0].order, ORDER, shares, limits])
@@ -198,16 +199,17 @@ class MixedLoader:
         self.num_batches = max(1, self.num_windows // self.batch_size)
         self._parts = parts
 
-    def batch(self, i: int) -> Arrays:
-        """Batch `i`, as `Loader.batch`.
+    def batch(self, i: int, rows: Sequence[int] | None = None) -> Arrays:
+        """Batch `i`, or only these `rows` of it, as `Loader.batch`.
 
         Raises:
             IndexError: `i` is negative, or every source has been read as often as it may be.
         """
-        arrays = self._parts[0].empty()
-        for row in range(self.batch_size):
+        rows = range(self.batch_size) if rows is None else rows
+        arrays = self._parts[0].empty(len(rows))
+        for place, row in enumerate(rows):
             source, position = self.mixture.locate(i * self.batch_size + row)
-            self._parts[source].fill(position, arrays, row)
+            self._parts[source].fill(position, arrays, place)
         return arrays
 
     def facts(self, steps: int) -> dict[str, str]:

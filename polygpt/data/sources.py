@@ -190,7 +190,8 @@ def _files(path: str) -> list[str | Path]:
         if not file.is_file():
             raise RequestError(f"{path}: not a regular file")
         if format_of(file) is None:
-            raise RequestError(f"{file}: unknown kind of file; its name must end in {', '.join(SUFFIXES)}")
+            hint = f" (if it is plain text, rename it to {file.stem}.txt)"
+            raise RequestError(f"{file}: unknown kind of file; its name must end in {', '.join(SUFFIXES)}{hint}")
     return files
 
 

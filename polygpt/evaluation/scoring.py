@@ -27,6 +27,7 @@ from polygpt.evaluation.shapes import (
     widths,
 )
 from polygpt.model import Model, Params
+from polygpt.sharding import whole_rows
 
 # Called with (done, total).
 ProgressCallback = Callable[[int, int], None]
@@ -119,7 +120,7 @@ def _plain_batches(model: Model, params: Params, rows: Group) -> Iterator[_Pendi
     members = sorted(rows.items(), key=lambda member: -len(member[1].inputs))
     while members:
         width = min(fitting(chosen, len(members[0][1].inputs)), longest)
-        size = even(len(rows), token_budget() // width)
+        size = whole_rows(even(len(rows), token_budget() // width))
         batch, members = members[:size], members[size:]
         tokens, picks = np.zeros((size, width), np.int32), _Picking()
         for number, (_, row) in enumerate(batch):
@@ -150,7 +151,7 @@ def _shared_batches(model: Model, params: Params, groups: Sequence[Group]) -> It
     order = sorted(groups, key=lambda group: (-fitting(chosen, len(_context_of(group))), -_targets_of(group)))
     while order:
         width = min(fitting(chosen, len(_context_of(order[0]))), longest)
-        size = even(len(groups), min(states_held(model, state_length(most)), token_budget() // 32))
+        size = whole_rows(even(len(groups), min(states_held(model, state_length(most)), token_budget() // 32)))
         batch, order = order[:size], order[size:]
         length = state_length(width + max(len(row.targets) for group in batch for row in group.values()))
         tokens, lengths = np.zeros((size, width), np.int32), np.ones(size, np.int32)
@@ -169,7 +170,7 @@ def _ending_batches(
     members.sort(key=lambda member: -len(member[1][1].targets))
     while members:
         width = fitting(chosen, len(members[0][1][1].targets) - 1)
-        size = max(token_budget() // (4 * width), 1)
+        size = whole_rows(max(token_budget() // (4 * width), 1))
         batch, members = members[:size], members[size:]
         tokens, counts, owner = np.zeros((size, width), np.int32), np.zeros(size, np.int32), np.zeros(size, np.int32)
         picks = _Picking()

@@ -19,7 +19,7 @@ from polygpt.generation.asking import Asked
 from polygpt.generation.penalties import History
 from polygpt.generation.sampling import NOT_FINITE
 from polygpt.generation.slots import Decoded, Masks, Slots, append_token, extend, next_token, nothing_decoded
-from polygpt.model import ModelConfig, Params, model_of
+from polygpt.model import Model, ModelConfig, Params, model_of
 
 # Tokens that are appended to a sequence at once.
 FORCED = 16
@@ -93,6 +93,11 @@ def slot_programs(config: ModelConfig, length: int, chunk: int, vocab: int) -> S
     def insert_state(state: PyTree, row: PyTree, count: Array, slot: Array) -> PyTree:
         return states.insert(state, row, slot, count - 1, chunk, length)
 
+    decoding = _append(model, length), _decode(model, vocab), _verify(model, vocab), _draft(model, length, vocab)
+    return SlotPrograms(restart, prefill, take, put, insert, insert_state, *decoding)
+
+
+def _append(model: Model, length: int) -> jax.stages.Wrapped:
     @partial(jax.jit, donate_argnums=1)
     def append(params: Params, slots: Slots, slot: Array, tokens: Array, count: Array) -> Slots:
         history, length_before = slots.history, slots.history.length[slot]
@@ -109,6 +114,10 @@ def slot_programs(config: ModelConfig, length: int, chunk: int, vocab: int) -> S
         )
         return slots._replace(history=history, state=states.with_row(slots.state, row, slot))
 
+    return append
+
+
+def _decode(model: Model, vocab: int) -> jax.stages.Wrapped:
     @partial(jax.jit, donate_argnums=1)
     def decode(
         params: Params, slots: Slots, asked: Asked, active: Array, most: Array, until_free: Array, masks: Masks
@@ -133,6 +142,10 @@ def slot_programs(config: ModelConfig, length: int, chunk: int, vocab: int) -> S
 
         return lax.while_loop(unfinished, step, (slots, nothing_decoded(*slots.bias.shape)))
 
+    return decode
+
+
+def _verify(model: Model, vocab: int) -> jax.stages.Wrapped:
     @partial(jax.jit, donate_argnums=1)
     def verify(
         params: Params, slots: Slots, asked: Asked, active: Array, drafts: Array, counts: Array, masks: Masks
@@ -164,6 +177,10 @@ def slot_programs(config: ModelConfig, length: int, chunk: int, vocab: int) -> S
         after, decoded, _ = lax.while_loop(unfinished, step, begin)
         return after._replace(state=output.state), decoded
 
+    return verify
+
+
+def _draft(model: Model, length: int, vocab: int) -> jax.stages.Wrapped:
     @partial(jax.jit, donate_argnums=1, static_argnames="steps")
     def draft(
         params: Params, state: PyTree, slots: Slots, asked: Asked, active: Array, *, steps: int
@@ -198,4 +215,4 @@ def slot_programs(config: ModelConfig, length: int, chunk: int, vocab: int) -> S
         (state, _, _), rest = lax.scan(step, (output.state, slots, first), length=steps - 1)
         return state, jnp.concatenate([first[:, None], rest.T], axis=1)
 
-    return SlotPrograms(restart, prefill, take, put, insert, insert_state, append, decode, verify, draft)
+    return draft

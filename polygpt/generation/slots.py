@@ -127,6 +127,7 @@ def _mask(edited: Float[Array, "B V"], logits: Float[Array, "B V"], words: UInt3
 
 
 def nothing_decoded(rows: int, vocab: int) -> Decoded:
+    """Room for what `CHUNK` steps give."""
     tops = (rows, CHUNK, min(MOST_LOGPROBS, vocab))
     tokens = jnp.zeros((rows, CHUNK), jnp.int32)
     logprobs = tokens.astype(jnp.float32), jnp.zeros(tops, jnp.int32), jnp.zeros(tops, jnp.float32)

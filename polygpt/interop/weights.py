@@ -12,6 +12,7 @@ import jax
 import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import PyTree
 
 from polygpt.errors import RequestError, suggest
 from polygpt.interop.names import ForeignTensor, Path
@@ -90,6 +91,7 @@ def read_params(
     config: ModelConfig,
     on_progress: Callable[[int], None] = int,
     weights: WeightType | None = None,
+    shardings: PyTree | None = None,
 ) -> Params:
     """The parameters of a model, filled tensor by tensor, so that only few tensors are in memory beside them.
 
@@ -100,6 +102,7 @@ def read_params(
             positions.
         on_progress: is given the number of weights after each tensor.
         weights: pack them in this type, as `Model.pack` would.
+        shardings: where each parameter goes; None is the first device.
     """
     model = model_of(config)
     infos = flatten_dict(model.parameters)
@@ -126,13 +129,14 @@ def read_params(
             on_progress(size)
     device = jax.local_devices()[0]
     # On a CPU XLA adopts the memory itself; elsewhere the memory of each leaf is freed once it is on the device.
+    placed = dict.fromkeys(infos, device) if shardings is None else flatten_dict(shardings)
     leaves: dict[Path, Any] = {}
     for path, info in infos.items():
         values = whole.pop(path)
         if path in packed:
             leaves[path] = pack_rows(rows.pop(path), *info.sides, weights, device)
         else:
-            leaves[path] = jax.device_put(values, device, may_alias=True)
+            leaves[path] = jax.device_put(values, placed[path], may_alias=True)
         del values
     return unflatten_dict(leaves)
 

@@ -105,7 +105,7 @@ def weighted_nll(
     return loss(hidden, weight)
 
 
-Gradients = tuple[Float[Array, ""], Float[Array, "B T D"], Float[Array, "D V"]]
+Gradients = tuple[Float[Array, ""], Float[Array, "... D"], Float[Array, "D V"]]
 
 
 def _on_mesh(hidden: Array, weight: Array, targets: Array, token_weights: Array, rule: LogitRule) -> Gradients:

@@ -46,6 +46,7 @@ def on_own_rows(
     def own(values: dict, x: Array, by_row: PyTree, whole: PyTree) -> tuple[Array, Effects]:
         (positions, segment_ids, valid, rows), (key, loads) = by_row, whole
         given = {"positions": positions, "segment_ids": segment_ids, "valid": valid, "key": key, "loads": loads}
+        given["capture"] = {}  # nobody looks into a model that is spread over devices
         return method(nnx.merge(graph, unflatten_dict(values)), x, dataclasses.replace(context, **given), rows)
 
     by_row = (context.positions, context.segment_ids, context.valid, rows)

@@ -84,7 +84,13 @@ def recipe_fields(name: str, overrides: Mapping[str, Any] | None = None, *, shor
     Raises:
         RequestError: there is no such recipe, file or preset, or it has no short form.
     """
-    fields = merge(_form(name, short), dotted_to_nested(overrides or {}))
+    changes = dotted_to_nested(overrides or {})
+    if isinstance(changes.get("tokenizer"), Mapping):
+        from polygpt.tokenizers import implied_kind
+
+        kind = implied_kind(changes["tokenizer"])  # takes the place of the recipe's tokenizer, whatever its kind
+        changes["tokenizer"] |= {} if kind is None else {"kind": kind}
+    fields = merge(_form(name, short), changes)
     if isinstance(fields.get("model"), Mapping):
         fields["model"] = model_fields(fields["model"])
     return fields
@@ -165,7 +171,12 @@ def named_fields(name: str, overrides: Mapping[str, Any] | None = None) -> tuple
     else:
         hint = suggest(name, [*PRESETS, *recipe_names()])
         raise RequestError(f"no preset, recipe, model or .yaml file '{name}'; {hint}")
-    return merge(fields, model_changes(overrides or {})), False
+    return merge(fields, model_changes(without_mesh(overrides or {}))), False
+
+
+def without_mesh(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """`overrides` but those of the mesh, which a model alone may be shown on."""
+    return {key: value for key, value in overrides.items() if key.partition(".")[0] != "mesh"}
 
 
 def model_changes(overrides: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -226,8 +237,10 @@ def _form(name: str, short: bool) -> dict[str, Any]:
 
 def _read(name: str) -> dict[str, Any]:
     path = expand(name)
-    if path.suffix in (".txt", ".jsonl", ".md", ".gz") and path.is_file():
-        raise RequestError(f"{name}: a text, not a recipe; write own_text data.path={name}")
+    if path.suffix not in (".yaml", ".yml") and path.is_file():
+        text = path.suffix in (".txt", ".jsonl", ".csv", ".parquet", ".md", ".gz", ".zst")
+        hint = f"to train on a text, write own_text data.path={name}" if text else "a recipe's name ends in .yaml"
+        raise RequestError(f"{name}: not a recipe; {hint}")
     if path.suffix in (".yaml", ".yml") or "/" in name:
         return read_yaml(path)
     if name not in recipe_names():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,8 +13,24 @@ from polygpt.server.served import Served
 LOWEST = -9999.0
 
 
+class Offsets:
+    """Where each token of a choice begins in its text, however the tokens come in parts."""
+
+    def __init__(self, served: Served):
+        self._served, self._count = served, 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def take(self, tokens: Sequence[int]) -> list[int]:
+        """The characters before each of the next tokens; a part of a character begins where the character does."""
+        starts = []
+        for token in tokens:
+            starts.append(self._count)
+            self._count += len(self._decoder.decode(self._served.token_bytes(token)))
+        return starts
+
+
 def completion_logprobs(
-    served: Served, tokens: Sequence[int], scores: Sequence[Logprob | None], start: int
+    served: Served, tokens: Sequence[int], scores: Sequence[Logprob | None], offsets: Offsets
 ) -> dict[str, Any]:
     """The form of `/v1/completions`.
 
@@ -21,19 +38,14 @@ def completion_logprobs(
         served: the model.
         tokens: ids.
         scores: of each; None for the first id of an echoed prompt, which nothing predicts.
-        start: characters of the choice's text before these tokens.
+        offsets: of the choice.
     """
-    names = [served.token_text(token) for token in tokens]
-    offsets = []
-    for token in tokens:
-        offsets.append(start)
-        start += len(served.token_bytes(token).decode(errors="ignore"))
     tops = [None if score is None else _top(served, score) for score in scores]
     return {
-        "tokens": names,
+        "tokens": [served.token_text(token) for token in tokens],
         "token_logprobs": [None if score is None else _number(score.logprob) for score in scores],
         "top_logprobs": tops,
-        "text_offset": offsets,
+        "text_offset": offsets.take(tokens),
     }
 
 

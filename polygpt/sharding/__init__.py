@@ -4,8 +4,9 @@ Parameters and activations name their axes logically (`embed`, `heads`, `batch`)
 each of them is split over; nothing outside this package knows.
 """
 
-from polygpt.sharding.collectives import Collective, bytes_by_axes, collectives
-from polygpt.sharding.config import MESH_AXES, MeshConfig, MeshSetting
+from polygpt.sharding.communication import Collective, bytes_by_axes, collectives
+from polygpt.sharding.config import MESH_AXES, MeshConfig, MeshOnly, MeshSetting
+from polygpt.sharding.fit import bytes_per_device, check_fit, check_rows, replication
 from polygpt.sharding.hlo import products
 from polygpt.sharding.mesh import choose_mesh, describe_mesh, make_mesh
 from polygpt.sharding.rules import (
@@ -31,6 +32,7 @@ from polygpt.sharding.scope import (
     on_own_parts,
     own_splits,
     use_mesh,
+    whole_rows,
 )
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "PARAMETER_RULES",
     "Collective",
     "MeshConfig",
+    "MeshOnly",
     "MeshSetting",
     "Replicated",
     "Rules",
@@ -48,6 +51,9 @@ __all__ = [
     "axes_of",
     "batch_sharding",
     "bytes_by_axes",
+    "bytes_per_device",
+    "check_fit",
+    "check_rows",
     "choose_mesh",
     "collectives",
     "constrain",
@@ -62,6 +68,8 @@ __all__ = [
     "placement",
     "products",
     "replicated_axes",
+    "replication",
     "sharding_of",
     "use_mesh",
+    "whole_rows",
 ]

@@ -83,3 +83,9 @@ MeshSetting = (
     ]
     | None
 )
+
+
+class MeshOnly(Config):
+    """A mesh by itself, for commands that take no other settings."""
+
+    mesh: MeshSetting = None

@@ -100,6 +100,12 @@ def current_mesh() -> Scope | None:
     return _scope.value
 
 
+def whole_rows(rows: int) -> int:
+    """The next number of rows, from `rows` on, that the mesh in scope splits evenly."""
+    scope = current_mesh()
+    return rows if scope is None else -(-rows // scope.batch_devices) * scope.batch_devices
+
+
 def constrain(x: Array, *axes: str | None) -> Array:
     """`x`, an activation, placed by the logical names of its axes; `x` itself where no mesh is in scope."""
     scope = current_mesh()

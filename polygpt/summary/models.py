@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polygpt.config import as_yaml, merge, to_yaml, validate
+from jax.sharding import AbstractMesh
+
+from polygpt.config import as_yaml, dotted_to_nested, merge, to_yaml, validate
 from polygpt.errors import PolygptError, RequestError
 from polygpt.files import expand
 from polygpt.model import ModelConfig, model_of
 from polygpt.presets import PRESET_VOCAB
-from polygpt.recipes import load_recipe, model_changes, named_fields
+from polygpt.recipes import load_recipe, model_changes, named_fields, without_mesh
+from polygpt.sharding import MESH_AXES, MeshOnly, Rules, Scope, bytes_per_device, describe_mesh, replication
 from polygpt.summary.schedule import schedule_points
 from polygpt.summary.tree import model_tree
 
@@ -55,7 +58,7 @@ def resolve_model(name: str, overrides: Mapping[str, Any] | None = None) -> Reso
     if found is None:
         from polygpt.loading import find
 
-        fields = merge(find(name).config.to_dict(), as_yaml(model_changes(overrides or {})))
+        fields = merge(find(name).config.to_dict(), as_yaml(model_changes(without_mesh(overrides or {}))))
         return Resolved(validate(ModelConfig, fields, name), repeatable=False)
     fields, of_run = found
     if not of_run:
@@ -104,7 +107,8 @@ def shown(name: str, overrides: Mapping[str, Any] | None = None) -> dict[str, An
     """Everything that `polygpt show` prints for `name`, ready for JSON.
 
     `yaml` is the configuration to be printed, of the whole run where there is one; `facts` is what `summary` gives, and
-    of a run its other settings under `run` and its learning rate by step under `schedule`; `tree` holds the parts;
+    of a run its other settings under `run` and its learning rate by step under `schedule`; on a mesh what each device
+    holds under `mesh`; `tree` holds the parts;
     `vocabulary` and `repeatable` are those of `Resolved`.
 
     Raises:
@@ -113,6 +117,8 @@ def shown(name: str, overrides: Mapping[str, Any] | None = None) -> dict[str, An
     resolved = resolve_model(name, overrides)
     run = resolved.run
     facts = summary(resolved.model, run and run.training)
+    if (placed := _on_mesh(resolved, overrides or {})) is not None:
+        facts["mesh"] = placed
     if run is not None:
         facts["schedule"] = schedule_points(run.training)
         facts["run"] = {key: value for key, value in run.to_dict().items() if key != "model"}
@@ -124,6 +130,26 @@ def shown(name: str, overrides: Mapping[str, Any] | None = None) -> dict[str, An
         "tree": model_tree(model_of(resolved.model)).to_dict(),
         "vocabulary": resolved.vocabulary,
         "repeatable": resolved.repeatable and not own,
+    }
+
+
+def _on_mesh(resolved: Resolved, overrides: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What each device of the mesh holds: that of the run, of `mesh` among the overrides, or the model's own layout."""
+    changes = {key: value for key, value in overrides.items() if key.partition(".")[0] == "mesh"}
+    asked = validate(MeshOnly, dotted_to_nested(changes)).mesh if resolved.run is None else resolved.run.mesh
+    layout = resolved.model.layout
+    mesh = layout if asked is None or asked == "auto" else asked
+    if mesh is None:
+        return None
+    if layout is not None and mesh.shape == layout.shape and not (mesh.rules or mesh.activation_rules):
+        mesh = layout
+    scope, parameters = Scope(AbstractMesh(mesh.shape, MESH_AXES), Rules.of(mesh)), model_of(resolved.model).parameters
+    return {
+        "devices": mesh.devices,
+        "axes": dict(zip(MESH_AXES, mesh.shape, strict=True)),
+        "layout": describe_mesh(mesh.shape),
+        "parameter_bytes": bytes_per_device(parameters, scope),
+        "replicated": replication(parameters, scope),
     }
 
 

@@ -4,7 +4,7 @@ Whatever the kind, a tokenizer is one `tokenizer.json` of the `tokenizers` libra
 """
 
 from polygpt.tokenizers.chat import Messages, Tools, chat_tokens, render_chat
-from polygpt.tokenizers.config import END_OF_TEXT, TokenizerConfig
+from polygpt.tokenizers.config import END_OF_TEXT, TokenizerConfig, implied_kind
 from polygpt.tokenizers.folder import has_tokenizer, load_tokenizer
 from polygpt.tokenizers.gguf_reading import read_gguf_text
 from polygpt.tokenizers.gguf_writing import write_gguf_text
@@ -22,6 +22,7 @@ __all__ = [
     "Tools",
     "chat_tokens",
     "has_tokenizer",
+    "implied_kind",
     "load_tokenizer",
     "read_gguf_text",
     "render_chat",

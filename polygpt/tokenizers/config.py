@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from polygpt.config import Config, Tuple
+from polygpt.config import Config, Tuple, as_yaml
 from polygpt.hub import PREFIX, is_name
 
 END_OF_TEXT = "<|endoftext|>"
@@ -16,6 +17,12 @@ _MEANINGS = {
     "path": "path: a tokenizer.json, or the folder of a tokenizer",
     "name": "name: owner/name on the Hugging Face hub",
 }
+
+
+def implied_kind(fields: Mapping[str, Any]) -> str | None:
+    """The kind of a tokenizer that is named by its place alone; None if `fields` have a kind, or no place."""
+    named = (kind for kind, key in _PLACES.items() if as_yaml(fields.get(key)) is not None)
+    return None if "kind" in fields else next(named, None)
 
 
 class TokenizerConfig(Config):
@@ -35,10 +42,8 @@ class TokenizerConfig(Config):
     @model_validator(mode="before")
     @classmethod
     def _implied_kind(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or "kind" in data:
-            return data
-        implied = [kind for kind, key in _PLACES.items() if data.get(key) is not None]
-        return {**data, "kind": implied[0]} if implied else data
+        kind = implied_kind(data) if isinstance(data, dict) else None
+        return data if kind is None else {**data, "kind": kind}
 
     @model_validator(mode="after")
     def _fits(self) -> TokenizerConfig:

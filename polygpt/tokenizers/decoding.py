@@ -8,6 +8,8 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from polygpt.tokenizers.bytelevel import token_bytes
+
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -24,11 +26,14 @@ class Decoder:
         spec = {} if decoder is None else json.loads(decoder.__getstate__())
         steps = {step["type"]: step for step in [spec, *spec.get("decoders", [])] if "type" in step}
         self._byte_fallback = "ByteFallback" in steps
+        self._byte_level = "ByteLevel" in steps
         self._space = steps.get("Metaspace", {}).get("replacement")
 
     @property
     def spelled_bytes(self) -> Callable[[str], bytes] | None:
-        """Token to bytes, for tokens spelled as sentencepiece does; None for others."""
+        """Token to bytes, for tokens spelled as sentencepiece does or in GPT-2's alphabet; None for others."""
+        if self._byte_level:
+            return token_bytes
         return _sentencepiece_bytes if self._byte_fallback else None
 
     def decode(self, tokens: Sequence[str]) -> str:

@@ -217,7 +217,8 @@ class Tokenizer:
         spelled = self._decoder.spelled_bytes
         if spelled is None:
             raise RequestError(f"the tokens of a tokenizer of kind '{self.kind}' do not stand for fixed bytes")
-        return [spelled(self._tokens.get(i, "")) for i in range(self.vocab_size)]
+        tokens, added = [self._tokens.get(i, "") for i in range(self.vocab_size)], self._structure.added
+        return [token.encode() if token in added else spelled(token) for token in tokens]
 
     def to_json(self) -> str:
         """The tokenizer.json."""

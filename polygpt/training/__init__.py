@@ -25,7 +25,8 @@ from polygpt.training.loop import train
 from polygpt.training.optimizers import OptimizerConfig, ScheduleConfig, build_optimizer
 from polygpt.training.profiling import Profile
 from polygpt.training.run_folder import Run, open_run, read_config
-from polygpt.training.step import Batch, Trainer, TrainState
+from polygpt.training.state import Batch, TrainState
+from polygpt.training.step import Trainer
 
 __all__ = [
     "ACCELERATORS",

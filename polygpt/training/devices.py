@@ -126,10 +126,10 @@ def _time_products(device: jax.Device, dtype: str) -> float:
 
 
 class Utilization:
-    """The share of the first device's peak that training uses; a peak that is exceeded is raised, so at most 1."""
+    """The share of the devices' peak that training uses; a peak that is exceeded is raised, so at most 1."""
 
-    def __init__(self, model: Model):
-        self.flops_per_token, self.config = model.flops_per_token, model.config
+    def __init__(self, model: Model, devices: int = 1):
+        self.flops_per_token, self.config = model.flops_per_token / devices, model.config
         self.peak: float | None = None
 
     def __call__(self, tokens_per_second: float) -> float:

@@ -11,19 +11,23 @@ import jax
 from polygpt import checkpoint
 from polygpt.checkpoint import NotFiniteError
 from polygpt.data import Loader, MixedLoader
+from polygpt.distributed import process_count
 from polygpt.loading import CHECKPOINTS
 from polygpt.model import Model
 from polygpt.process import command_line, memory_not_kept
+from polygpt.sharding import Scope, describe_mesh
 from polygpt.training.config import RunConfig
 from polygpt.training.optimizers import in_steps
 from polygpt.training.run_folder import read_config
 
 
-def facts(config: RunConfig, model: Model, loader: Loader | MixedLoader) -> dict[str, Any]:
+def facts(config: RunConfig, model: Model, loader: Loader | MixedLoader, scope: Scope | None = None) -> dict[str, Any]:
     """What is worth knowing about the run, by name."""
     device = jax.local_devices()[0]
     return {
         "device": f"{device.platform} ({device.device_kind})",
+        **({"processes": f"{count}, on {jax.device_count()} devices"} if (count := process_count()) > 1 else {}),
+        **({} if scope is None else {"mesh": describe_mesh(scope.mesh.shape)}),
         "attention": model.attention_implementation(),
         "tokens a step": config.training.batch_size * config.model.context_length,
         "steps an epoch": loader.num_batches,
@@ -31,7 +35,7 @@ def facts(config: RunConfig, model: Model, loader: Loader | MixedLoader) -> dict
     }
 
 
-def warnings(config: RunConfig, model: Model, ids: int) -> list[str]:
+def warnings(config: RunConfig, model: Model, ids: int, scope: Scope | None = None) -> list[str]:
     """What may not be as the user meant it."""
     found = []
     vocab, steps, devices = config.model.vocab_size, config.training.steps, jax.local_devices()
@@ -51,8 +55,10 @@ def warnings(config: RunConfig, model: Model, ids: int) -> list[str]:
             f"training.schedule.kind={config.training.schedule.kind} decays; {config.training.optimizer.kind} is meant "
             "for a constant learning rate: training.schedule.kind=constant"
         )
-    if len(devices) > 1:
-        found.append(f"{len(devices)} {devices[0].platform} devices are here; training uses one, the first")
+    if len(devices) > 1 and scope is None:
+        found.append(
+            f"{len(devices)} {devices[0].platform} devices are here; training uses one, the first (mesh=auto takes all)"
+        )
     if devices[0].platform == "cpu" and (reason := memory_not_kept()):
         found.append(f"freed memory is given back in every step, which makes training slower: {reason}")
     return found + ([model.training_caveat] if model.training_caveat else [])

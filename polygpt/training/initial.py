@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import lru_cache
 from pathlib import Path
 
+from jaxtyping import PyTree
+
 from polygpt.checkpoint import NotFiniteError, check_finite
 from polygpt.data import open_shards
 from polygpt.errors import RequestError
@@ -32,8 +34,8 @@ def check_initial(config: RunConfig) -> None:
     check_shapes(_found(config.training.initial).config, config.model, f"training.initial={config.training.initial}")
 
 
-def initial_params(config: RunConfig) -> Params:
-    """The weights of `training.initial` for the run's model.
+def initial_params(config: RunConfig, shardings: PyTree | None = None) -> Params:
+    """The weights of `training.initial` for the run's model, where `shardings` puts them on a mesh.
 
     Raises:
         RequestError: it cannot be read, it does not fit the run's model, or its values are not finite numbers.
@@ -41,7 +43,7 @@ def initial_params(config: RunConfig) -> Params:
     found, name = _found(config.training.initial), f"training.initial={config.training.initial}"
     check_shapes(found.config, config.model, name)
     try:
-        params = found.read(config.model, int)
+        params = found.read(config.model, int, shardings=shardings)
         check_finite(name, params)
     except NotFiniteError as error:
         raise RequestError(f"{error}; start from a model that is whole") from None

@@ -1,4 +1,7 @@
-"""SIGINT and SIGTERM as a flag that the loop checks between steps, so that it can save before it stops."""
+"""SIGINT and SIGTERM as a flag that the loop checks between steps, so that it can save before it stops.
+
+Of several processes all stop after the same step, whichever of them receives the signal.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,11 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 
+from polygpt.distributed import StopAgreement, process_count
 from polygpt.errors import PolygptError
 from polygpt.process import command_line
 
@@ -37,7 +41,8 @@ class Stop(BaseException):
 class InterruptFlag:
     """A context in which the first SIGINT or SIGTERM only sets `raised`; a second SIGINT interrupts at once.
 
-    Outside the main thread, where Python allows no signal handlers, it does nothing.
+    Outside the main thread, where Python allows no signal handlers, it does nothing. Of several processes, `raised` is
+    set by `check`, in all of them after the same step.
 
     Attributes:
         raised: a signal has come.
@@ -46,7 +51,13 @@ class InterruptFlag:
 
     raised = False
     number = signal.SIGINT
-    _immediate = False
+    _received = _immediate = False
+    _agreement: StopAgreement | None = None
+
+    def check(self, step: int) -> None:
+        """Must be called after `step` is started where there are several processes; otherwise it does nothing."""
+        if self._agreement is not None and self._agreement.reached(step):
+            self.raised, self.number = True, self._agreement.number
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
@@ -55,31 +66,41 @@ class InterruptFlag:
         Raises:
             Stop: a signal comes, or has come before.
         """
-        if self.raised:
-            raise Stop
         self._immediate = True
         try:
+            if self.raised or self._received or (self._agreement is not None and self._agreement.number is not None):
+                raise Stop
             yield
         finally:
             self._immediate = False
 
     def __enter__(self) -> InterruptFlag:
-        self._previous = {}
+        self._previous, self._stack = {}, ExitStack()
+        if process_count() > 1:
+            self._agreement = StopAgreement(lambda: self.number if self._received else None, self._forward)
+            self._stack.enter_context(self._agreement.active())
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._stack.close()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def _forward(self, number: int) -> None:
+        """Another process has received a signal: work that need not be finished ends here as well."""
+        if self._immediate:
+            os.kill(os.getpid(), number)
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.raised and number == signal.SIGINT:
+        if self._received and number == signal.SIGINT:
             raise KeyboardInterrupt
-        first, self.raised = not self.raised, True
+        first, self._received = not self._received, True
         if first:
             self.number = number
+            self.raised = self._agreement is None
         if first and self._immediate:
             raise Stop
         if first:  # by a system call: a signal may interrupt another write to the stream

@@ -12,19 +12,23 @@ from typing import NamedTuple, Protocol
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from polygpt import checkpoint
 from polygpt.data import Loader
+from polygpt.distributed import process_count
 from polygpt.errors import PolygptError
 from polygpt.evaluation import EvaluationConfig, Ready
 from polygpt.language_model import LanguageModel
 from polygpt.loading import read_origin
 from polygpt.model import Params, model_of
+from polygpt.sharding import Scope, use_mesh
 from polygpt.training.events import Evaluated, Listener, Measured, Sampled
 from polygpt.training.optimizers import in_steps
 from polygpt.training.prompts import prompts_of
 from polygpt.training.run_folder import Run
-from polygpt.training.step import Batch, TrainState, nll_sums
+from polygpt.training.state import Batch, TrainState
+from polygpt.training.step import nll_sums
 
 Weights = Callable[[TrainState], Params]
 """Which weights of the state are evaluated: `Trainer.evaluated`."""
@@ -52,14 +56,17 @@ class Validation:
     Of a mixture, each source is measured by itself as well.
     """
 
-    def __init__(self, run: Run, weights: Weights, emit: Listener):
-        self.weights = weights
+    def __init__(self, run: Run, weights: Weights, emit: Listener, scope: Scope | None = None):
+        self.weights, self.scope = weights, scope
         training, self.emit, self.loader = run.config.training, emit, run.validation_loader
         self.every = in_steps(training.eval_every, training.steps)
         self.sources, self.batches = run.source_loaders, training.eval_batches
         self.text = run.shards.validation.fingerprint[:12]
         model = model_of(run.config.model)
-        self.sums = jax.jit(lambda params, batch: nll_sums(model, params, batch))
+        self.sums = jax.jit(
+            lambda params, batch: nll_sums(model, params, batch),
+            out_shardings=None if scope is None else scope.replicated,
+        )
 
     def run(self, state: TrainState, last: bool) -> None:
         step, found = int(state.step), self._measure(self.loader, state, last)
@@ -77,7 +84,8 @@ class Validation:
         indices = np.arange(count) if last else every
         weights, sums = self.weights(state), {}
         for previous, index in zip([None, *indices[:-1]], indices, strict=True):
-            sums[index] = self.sums(weights, Batch.of(loader.batch(int(index))))
+            with use_mesh(self.scope):
+                sums[index] = self.sums(weights, Batch.read(loader, int(index), self.scope))
             if previous is not None:  # at most two are computed ahead, so that an interruption need not wait for all
                 jax.block_until_ready(sums[previous])
         loss = _mean(sums.values())
@@ -111,7 +119,9 @@ class Evaluation:
         self.every, self.title, self.ready, self.lm, self.emit = config.every, config.title, ready, lm, emit
 
     def run(self, state: TrainState, last: bool) -> None:
-        outcome = self.ready(self.lm(state), lambda done, total: None)
+        lm = self.lm(state)
+        with use_mesh(lm.scope):
+            outcome = self.ready(lm, lambda done, total: None)
         metrics = {f"{self.title}/{name}": value for name, value in outcome.metrics.items()}
         self.emit(Measured(int(state.step), metrics))
 
@@ -142,7 +152,22 @@ class Samples:
             self.emit(Sampled(step, prompt, text))
 
 
-def language_models(run: Run, weights: Weights) -> Current:
-    """A function from the state to the run's language model."""
-    origin = read_origin(run.folder)
-    return lambda state: LanguageModel(run.config.model, weights(state), run.tokenizer, origin)
+def language_models(run: Run, weights: Weights, scope: Scope | None = None) -> Current:
+    """A function from the state to the run's language model.
+
+    Of several processes, each has the whole model on its first device.
+    """
+    origin, several = read_origin(run.folder), process_count() > 1
+
+    def current(state: TrainState) -> LanguageModel:
+        params = on_one_device(weights(state)) if several else weights(state)
+        return LanguageModel(run.config.model, params, run.tokenizer, origin, scope=None if several else scope)
+
+    return current
+
+
+def on_one_device(params: Params) -> Params:
+    """Parameters that are spread over several processes, copied to the first device of each."""
+    replicated = jax.tree.map(lambda leaf: NamedSharding(leaf.sharding.mesh, PartitionSpec()), params)
+    whole = jax.jit(lambda tree: tree, out_shardings=replicated)(params)
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0), whole)

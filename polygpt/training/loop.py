@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from polygpt import checkpoint
 from polygpt.checkpoint import NotFiniteError
+from polygpt.distributed import collective_errors, exchange, is_main, shared_folder, watching
 from polygpt.errors import PolygptError, RequestError
 from polygpt.files import expand
 from polygpt.folders import CONFIG
@@ -26,14 +27,17 @@ from polygpt.training.interrupt import Interrupted, InterruptFlag, Stop
 from polygpt.training.jobs import Evaluation, Job, Samples, Validation, is_due, language_models
 from polygpt.training.listeners import standard_listeners
 from polygpt.training.listeners.trackers import check_trackers
+from polygpt.training.mesh import mesh_of
 from polygpt.training.meter import Meter
 from polygpt.training.optimizers import ParameterGroups
 from polygpt.training.profiling import Profile
 from polygpt.training.restoring import Restoring
-from polygpt.training.resume import finished_result, with_changes
+from polygpt.training.resume import with_changes
 from polygpt.training.run_folder import Run, create_run, naming, open_run, write_config
 from polygpt.training.saving import Saving
-from polygpt.training.step import Batch, Trainer, TrainState
+from polygpt.training.several import check_same_request, finished_by_all, opened_by_all
+from polygpt.training.state import Batch, TrainState
+from polygpt.training.step import Trainer
 
 
 def train(
@@ -63,20 +67,27 @@ def train(
     """
     started = time.perf_counter()
     out = expand(out)
+    if not is_main():  # one process writes and reports for all
+        listeners, profile = (), None
     emit = emitter(standard_listeners() if listeners is None else listeners)
     try:
         if profile is not None and config is not None:
             profile.check(config.training.steps)
-        with _locked(out, resume) as lock:
-            run = _opened(config, out, resume, emit)
-            if not resume:
+        with watching(), _locked(out, resume) as lock:
+            check_same_request(config, out, resume)
+            with shared_folder(out if resume else out.absolute().parent, f"--out {out}"):
+                run = _opened(config, out, resume, emit) if is_main() else None
+            if is_main() and not resume:
                 lock.enter_context(checkpoint.folder_lock(out))
-            done = finished_result(out, run.config.training.steps) if resume else None
+            run = opened_by_all(run, config, out, resume)
+            done = finished_by_all(out, run.config.training.steps) if resume else None
             if done is not None:
                 emit(Note(f"already done: {done.steps} steps; give more (training.steps={2 * done.steps}) to go on"))
                 return done
-            checkpoint.remove_partial(out / CHECKPOINTS)
-            return _Loop(run, emit, started, profile).run(resume)
+            if is_main():
+                checkpoint.remove_partial(out / CHECKPOINTS)
+            with collective_errors():
+                return _Loop(run, emit, started, profile).run(resume)
     except NotFiniteError as error:
         raise PolygptError(diverged(error, out)) from error
     finally:
@@ -87,7 +98,7 @@ def train(
 def _locked(out: Path, resume: bool) -> Iterator[ExitStack]:
     """Holds the lock of an existing run; that of a new one is taken once its folder is there."""
     with ExitStack() as stack:
-        if resume and (out / CONFIG).is_file():  # whoever opens it says what is wrong otherwise
+        if is_main() and resume and (out / CONFIG).is_file():  # whoever opens it says what is wrong otherwise
             stack.enter_context(checkpoint.folder_lock(out))
         yield stack
 
@@ -123,6 +134,7 @@ def _check(run: Run) -> None:
     _ = run.validation_loader, run.source_loaders, run.evaluations
     model = model_of(run.config.model)
     model.check()
+    mesh_of(run.config, model)
     model.attention_implementation()  # refuses one that cannot run here
     ParameterGroups(model.parameters, run.config.training.groups)
 
@@ -136,11 +148,13 @@ class _Loop:
         self.config, self.training, self.loader = run.config, run.config.training, run.train_loader
         self.vocabulary = run.tokenizer.vocab_size
         self.model = model_of(run.config.model)
-        self.trainer = Trainer(self.model, self.training)
+        self.scope = mesh_of(run.config, self.model, emit)
+        self.trainer = Trainer(self.model, self.training, self.scope)
         tokens = self.training.batch_size * run.config.model.context_length
-        self.meter = Meter(emit, tokens, self.training.on_spike == "rollback", Utilization(self.model))
-        lm = language_models(run, self.trainer.evaluated)
-        self.validation = Validation(run, self.trainer.evaluated, emit)
+        devices = 1 if self.scope is None else self.scope.mesh.size
+        self.meter = Meter(emit, tokens, self.training.on_spike == "rollback", Utilization(self.model, devices))
+        lm = language_models(run, self.trainer.evaluated, self.scope)
+        self.validation = Validation(run, self.trainer.evaluated, emit, self.scope)
         self.saving = Saving(run, self.trainer, self.meter, emit)
         self.restoring = Restoring(run, self.trainer, self.meter, self.saving, emit)
         samples = Samples(run, lm, emit)
@@ -158,8 +172,9 @@ class _Loop:
             state = self.restoring.newest() if resume else self.restoring.start()
             if self.profile is not None:
                 self.profile.check(self.training.steps, int(state.step))
-            write_config(self.folder, self.config)  # settings may have changed on resuming
-            for text in warnings(self.config, self.model, self.vocabulary):
+            if is_main():
+                write_config(self.folder, self.config)  # settings may have changed on resuming
+            for text in warnings(self.config, self.model, self.vocabulary, self.scope):
                 self._warn(text)
             self.emit(
                 Started(
@@ -167,7 +182,7 @@ class _Loop:
                     self.folder,
                     int(state.step),
                     self.model.num_parameters,
-                    facts(self.config, self.model, self.loader),
+                    facts(self.config, self.model, self.loader, self.scope),
                     held_out=self.validation.text,
                 )
             )
@@ -203,7 +218,8 @@ class _Loop:
         if int(state.step) >= self.training.steps:
             return state, 0.0
         before = time.perf_counter()
-        step_function = self.trainer.compile_step(state, Batch.of(self.loader.batch(0)))
+        step_function = self.trainer.compile_step(state, Batch.read(self.loader, 0, self.scope))
+        exchange("compiled", None)  # gloo gives up if processes make their first connection 30 s apart
         seconds = time.perf_counter() - before
         self.emit(Compiled(seconds))
         if self.interrupt.raised:
@@ -216,9 +232,11 @@ class _Loop:
         while step < self.training.steps:
             if self.profile is not None:
                 self.profile.reach(step + 1, self.folder, state, self.emit)
-            state, metrics = step_function(state, Batch.of(self.loader.batch(step + self.saving.batch_offset)))
+            batch = Batch.read(self.loader, step + self.saving.batch_offset, self.scope)
+            state, metrics = step_function(state, batch)
             step += 1
             self.meter.add(step, metrics)
+            self.interrupt.check(step)
             last = step == self.training.steps
             due = [] if last else [job for job in self.jobs if is_due(job, step)]
             fetch = due or last or self.interrupt.raised or step % self.training.log_every == 0

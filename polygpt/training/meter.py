@@ -12,7 +12,7 @@ import numpy as np
 from polygpt.checkpoint import NotFiniteError
 from polygpt.training.devices import Utilization, peak_memory
 from polygpt.training.events import Listener, Skipped, Spiked, Stepped
-from polygpt.training.step import Metrics
+from polygpt.training.state import Metrics
 
 
 class Meter:

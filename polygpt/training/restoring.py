@@ -12,7 +12,8 @@ from polygpt.training.meter import Meter
 from polygpt.training.resume import restored
 from polygpt.training.run_folder import Run
 from polygpt.training.saving import Saving
-from polygpt.training.step import Trainer, TrainState
+from polygpt.training.state import TrainState
+from polygpt.training.step import Trainer
 
 
 class Restoring:
@@ -28,7 +29,8 @@ class Restoring:
             return self.trainer.init()
         changes = initial_changes(self.run.config)
         self.emit(Note(f"weights: from {self.training.initial}" + (f", with {', '.join(changes)}" if changes else "")))
-        return self.trainer.init(initial_params(self.run.config))
+        shardings = None if self.trainer.scope is None else self.trainer.shardings
+        return self.trainer.init(initial_params(self.run.config, shardings))
 
     def newest(self) -> TrainState:
         """The state of the newest checkpoint; the first state if there is none."""
@@ -39,7 +41,8 @@ class Restoring:
         self._continue_from(snapshot)
         self.saving.batch_offset, self.saving.rollbacks = snapshot.batch_offset, snapshot.rollbacks
         if self.trainer.is_stopped(state):  # by skipped steps: they are counted anew
-            state = state._replace(guard=state.guard._replace(in_a_row=jnp.int32(0)))
+            none = jnp.zeros_like(state.guard.in_a_row, device=state.guard.in_a_row.sharding)
+            state = state._replace(guard=state.guard._replace(in_a_row=none))
         return state
 
     def before_spike(self, spike: int) -> TrainState:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from polygpt import checkpoint
 from polygpt.checkpoint import Checkpoint, NotFiniteError, Snapshot
+from polygpt.distributed import is_main, main_decides
 from polygpt.errors import PolygptError, RequestError
 from polygpt.loading import CHECKPOINTS, RESULT
+from polygpt.sharding import MeshConfig, MeshSetting, describe_mesh
 from polygpt.training.config import RunConfig, differences
 from polygpt.training.events import Listener, Note, RunResult
 from polygpt.training.prompts import check_prompts
 from polygpt.training.run_folder import Run
 from polygpt.training.saving import abstract_parts, fingerprints, join_state
-from polygpt.training.step import Trainer, TrainState
+from polygpt.training.state import TrainState
+from polygpt.training.step import Trainer
 
 
 def with_changes(run: Run, config: RunConfig) -> tuple[Run, list[str]]:
@@ -49,12 +52,18 @@ def with_changes(run: Run, config: RunConfig) -> tuple[Run, list[str]]:
                 "resume without changing it, or start a new run with another --out"
             )
     update = {"model": model, "data": config.data, "training": config.training, "expected": config.expected}
+    update["mesh"] = config.mesh
     changed = dataclasses.replace(run, config=own.model_copy(update=update))
     check_prompts(config.training.samples, run.tokenizer, model.context_length)
     found = [*differences(own.model.to_dict(), model.to_dict(), "model")]
     found += differences(own.data.to_dict(), config.data.to_dict(), "data")
     found += differences(own.training.to_dict(), config.training.to_dict(), "training")
+    found += [] if own.mesh == config.mesh else [("mesh", _spelled(own.mesh), _spelled(config.mesh))]
     return changed, [f"{key} {had} → {asked}" for key, had, asked in found]
+
+
+def _spelled(mesh: MeshSetting) -> str:
+    return describe_mesh(mesh.shape) if isinstance(mesh, MeshConfig) else mesh or "one device"
 
 
 def _content(config: RunConfig) -> dict[str, Any]:
@@ -84,7 +93,7 @@ def restored(
         RequestError: it is of another run, or past the last step.
     """
     like = abstract_parts(trainer)
-    for saved in checkpoint.verified(run.folder / CHECKPOINTS, lambda text: emit(Note(text, warning=True))):
+    for saved in _verified_for_all(run.folder / CHECKPOINTS, lambda text: emit(Note(text, warning=True))):
         if not wanted(saved.step):
             continue
         _check_resumable(run, saved)
@@ -101,6 +110,19 @@ def restored(
     else:
         emit(Note("no checkpoint yet: starting from the first step"))
     return None
+
+
+def _verified_for_all(root: Path, warn: Callable[[str], None]) -> Iterator[Checkpoint]:
+    """The verified steps, newest first. Of several processes, number 0 verifies them for all."""
+    found = checkpoint.verified(root, warn) if is_main() else iter(())
+
+    def describe_next() -> list[Any] | None:
+        saved = next(found, None)
+        return None if saved is None else [saved.folder.name, saved.step, saved.info, saved.resumable]
+
+    while (described := main_decides("checkpoint", describe_next)) is not None:
+        name, *rest = described
+        yield Checkpoint(root / name, *rest)
 
 
 def _check_resumable(run: Run, saved: Checkpoint) -> None:

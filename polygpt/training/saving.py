@@ -13,6 +13,7 @@ from jaxtyping import PyTree
 
 from polygpt import checkpoint
 from polygpt.checkpoint import Keep, NotFiniteError, Snapshot
+from polygpt.distributed import is_main, process_count
 from polygpt.errors import PolygptError
 from polygpt.files import write_text
 from polygpt.loading import BEST, CHECKPOINTS
@@ -21,7 +22,8 @@ from polygpt.training.events import Listener, Note, Saved
 from polygpt.training.meter import Meter
 from polygpt.training.optimizers import in_steps
 from polygpt.training.run_folder import Run
-from polygpt.training.step import Trainer, TrainState
+from polygpt.training.state import TrainState
+from polygpt.training.step import Trainer
 
 
 def split_state(trainer: Trainer, state: TrainState) -> tuple[Params, dict[str, PyTree]]:
@@ -95,7 +97,8 @@ class Saving:
         self.every, self.training, self.trainer = in_steps(training.save_every, training.steps), training, trainer
         self.root, self.meter, self.emit = run.folder / CHECKPOINTS, meter, emit
         self.fingerprints = fingerprints(run)
-        self.writer = checkpoint.Writer(self.root, background=training.async_saving)
+        # Several processes write a step together, and in the same order as they compute.
+        self.writer = checkpoint.Writer(self.root, background=training.async_saving and process_count() == 1)
         self.saved_step: int | None = None
         self.batch_offset = self.rollbacks = 0
         self.best: checkpoint.Evaluation | None = None
@@ -156,14 +159,14 @@ class Saving:
 
         Raises:
             NotFiniteError: a state holds NaN or infinity.
-            PolygptError: with `last`, if the newest save failed.
+            PolygptError: with `last`, if the newest save failed; with several processes, if any did.
         """
         done = self.writer.poll()
         for index, outcome in enumerate(done):
             if not isinstance(outcome, PolygptError):
                 self.emit(Saved(outcome.step, outcome.folder))
                 self.mark_best()
-            elif isinstance(outcome, NotFiniteError) or (last and index == len(done) - 1):
+            elif isinstance(outcome, NotFiniteError) or (last and index == len(done) - 1) or process_count() > 1:
                 self.saved_step = None
                 raise outcome
             else:
@@ -172,7 +175,9 @@ class Saving:
 
     def mark_best(self) -> None:
         """Writes which step is the best, if that is asked for and the step is saved."""
-        if not self.training.keep_best or self.best is None or not checkpoint.exists(self.root, self.best.step):
+        if not (is_main() and self.training.keep_best and self.best is not None):
+            return
+        if not checkpoint.exists(self.root, self.best.step):
             return
         text = json.dumps({"step": self.best.step, "val_loss": self.best.val_loss}) + "\n"
         try:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cached_property
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from polygpt.model import Effects, Loads, Model, Params, matmul_precision
 from polygpt.sharding import Scope, constrain, make_mesh, use_mesh
@@ -20,81 +18,7 @@ from polygpt.training.guard import Guard, choose
 from polygpt.training.loss_scale import LossScale
 from polygpt.training.optimizers import build_optimizer, start_average, update_average
 from polygpt.training.placement import optimizer_placement
-
-
-class Batch(NamedTuple):
-    """Windows of tokens, [B, T] each.
-
-    Attributes:
-        input, target: token ids; targets are the inputs one token later.
-        mask: 1 where a target counts, 0 elsewhere.
-        segment_ids: of packed documents: each is a run of equal ids and sees itself alone. None: a row is one document.
-    """
-
-    input: Int[Array, "B T"]
-    target: Int[Array, "B T"]
-    mask: Float[Array, "B T"]
-    segment_ids: Int[Array, "B T"] | None = None
-
-    @classmethod
-    def of(cls, arrays: Mapping[str, np.ndarray], scope: Scope | None = None) -> Batch:
-        """A loader's batch, on the device; its rows split over the mesh, if there is one."""
-        if scope is None:
-            return cls(**{name: jnp.asarray(values) for name, values in arrays.items()})
-        return cls(**{name: jax.device_put(values, scope.rows) for name, values in arrays.items()})
-
-
-class TrainState(NamedTuple):
-    """Everything that training changes.
-
-    Attributes:
-        params: the weights at which gradients are taken.
-        optimizer: the optimizer's state.
-        step: updates attempted so far, those skipped by the guard included.
-        guard: counters of skipped steps, and statistics of the loss.
-        loss_scale: of float16; None for other dtypes.
-        average: a moving average of the weights, where one is kept.
-    """
-
-    params: Params
-    optimizer: PyTree
-    step: Int[Array, ""]
-    guard: Guard
-    loss_scale: LossScale | None = None
-    average: Params | None = None
-
-
-class Metrics(NamedTuple):
-    """Metrics of one step.
-
-    Attributes:
-        loss: mean nats per token, without auxiliary losses.
-        extra: auxiliary losses (weighted) and metrics that the model's parts report, by name.
-        grad_norm: global norm of the gradient before clipping. None before the update, as all that follow.
-        learning_rate: of this update.
-        update_ratio: norm of the update by the norm of the parameters.
-        skipped: the update was not finite, and nothing was updated.
-        stopped: so many in a row have been skipped that the run must stop.
-        in_a_row: how many steps in a row have been skipped, this one included.
-        spike: the loss is a spike (see `guard.py`).
-        spike_mean, spike_limit: the mean loss before this step, and the loss above which it is a spike.
-        loss_scale: the scale of the loss in this step; None unless it is computed in float16.
-        expert_load: the share of the batch's choices that each expert received, by layer.
-    """
-
-    loss: Float[Array, ""]
-    extra: dict[str, Float[Array, ""]]
-    grad_norm: Float[Array, ""] | None = None
-    learning_rate: Float[Array, ""] | None = None
-    update_ratio: Float[Array, ""] | None = None
-    skipped: Bool[Array, ""] | None = None
-    stopped: Bool[Array, ""] | None = None
-    in_a_row: Int[Array, ""] | None = None
-    spike: Bool[Array, ""] | None = None
-    spike_mean: Float[Array, ""] | None = None
-    spike_limit: Float[Array, ""] | None = None
-    loss_scale: Float[Array, ""] | None = None
-    expert_load: dict[int, Float[Array, " experts"]] | None = None
+from polygpt.training.state import Batch, Metrics, TrainState
 
 
 class Trainer:

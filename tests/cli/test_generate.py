@@ -113,11 +113,26 @@ def test_a_folder_of_runs_names_them(run, program, workdir):
     assert f"there are models inside: {parent / 'one'}" in done.err
 
 
-def test_a_text_is_no_recipe(program, workdir):
-    (workdir / "notes.txt").write_text("a text")
-    done = program("train", workdir / "notes.txt", "--out", workdir / "new")
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("notes.txt", "to train on a text, write own_text data.path=notes.txt"),
+        ("notes.csv", "to train on a text, write own_text data.path=notes.csv"),
+        ("notes.gguf", "a recipe's name ends in .yaml"),
+    ],
+)
+def test_a_file_of_another_kind_is_no_recipe(program, workdir, name, hint):
+    (workdir / name).write_text("a text")
+    done = program("train", name, "--out", "new")
     assert (done.code, (workdir / "new").exists()) == (2, False)
-    assert f"write own_text data.path={workdir / 'notes.txt'}" in done.err
+    assert done.complaint == [f"{name}: not a recipe; {hint}"]
+
+
+def test_a_text_of_another_suffix_can_be_renamed(program, workdir):
+    (workdir / "notes.md").write_text("a text")
+    done = program("train", "tiny.yaml", "data.path=notes.md", "--out", "new")
+    assert done.code == 2
+    assert "(if it is plain text, rename it to notes.txt)" in done.err
 
 
 def test_a_mistake_in_a_file_has_its_line(program, workdir):

@@ -236,16 +236,16 @@ def test_a_constraint_of_exponential_size_is_followed_or_refused_in_time(write, 
 LANGUAGE = 'the cat sat on a mat. é ö 日本 {} " 0 1 2 3'
 
 
-@pytest.fixture(scope="module", params=["byte-level", "byte-fallback"])
+@pytest.fixture(scope="module", params=["byte-level", "bytes-missing", "byte-fallback"])
 def wide(request):
     """A vocabulary whose tokens are several characters, or parts of one."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    if request.param == "byte-level":
+    if request.param != "byte-fallback":
         made = Tokenizer(models.BPE())
         made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         made.decoder = decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        alphabet = pre_tokenizers.ByteLevel.alphabet() if request.param == "byte-level" else []
         trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<end>"], initial_alphabet=alphabet)
         made.train_from_iterator([LANGUAGE] * 9, trainer)
     else:

@@ -1,12 +1,11 @@
 """The engine: the same request gives the same tokens, whatever runs beside it, wherever, and whatever is cached."""
 
-import threading
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import zoo
+from engines import CHUNK, GREEDY, KINDS, LENGTH, SAMPLERS, engine_of, forget, outcome, requests_of
 
 from polygpt.config import validate
 from polygpt.errors import PolygptError, RequestError
@@ -14,55 +13,6 @@ from polygpt.generation import Engine, Request, Sampler, TextStream
 from polygpt.generation.reader import PromptReader
 from polygpt.model import Model, ModelConfig
 from polygpt.tokenizers import TokenizerConfig, train_tokenizer
-
-LENGTH, CHUNK = 64, 8
-KINDS = {
-    "softmax": {},
-    "local": {"attention": zoo.LOCAL},
-    "linear": {"attention": zoo.LINEAR},
-    "moe": {"feedforward": zoo.MOE},
-    "soft_moe": {"feedforward": zoo.SOFT},
-}
-GREEDY = Sampler(temperature=0.0)
-SAMPLERS = [
-    GREEDY,
-    Sampler(),
-    Sampler(temperature=0.7, top_k=5),
-    Sampler(temperature=1.3, top_p=0.8, repetition_penalty=1.3),
-    Sampler(presence_penalty=0.5, frequency_penalty=0.3, min_new_tokens=5),
-    Sampler(temperature=0.0, no_repeat_ngram=2, logit_bias={3: 2.0, 5: -100.0}),
-]
-ENGINES = {}
-
-
-def engine_of(name):
-    """One engine for all tests of a kind: its programs are compiled once."""
-    if name not in ENGINES:
-        model = Model(zoo.config_of(zoo.Case({"context_length": LENGTH, **KINDS[name]})))
-        ENGINES[name] = Engine(model, zoo.lively(model), slots=8, chunk=CHUNK, queue=100)
-    return ENGINES[name]
-
-
-def requests_of(count):
-    random = np.random.default_rng(3)
-    shared = random.integers(0, zoo.VOCAB, 30).tolist()
-    found = []
-    for number in range(count):
-        own = random.integers(0, zoo.VOCAB, random.integers(1, 8)).tolist()
-        prompt = shared[: random.choice([0, 0, 9, 17, 30])] + own
-        asked = {"sampler": SAMPLERS[number % len(SAMPLERS)], "seed": int(random.integers(2**32))}
-        logprobs = [None, 0, 3][number % 3]
-        found.append(Request(prompt, int(random.integers(1, 24)), stop_tokens=(7, 8), logprobs=logprobs, **asked))
-    return found
-
-
-def outcome(handle):
-    handle.result()
-    return handle.tokens, handle.logprobs, handle.finish_reason
-
-
-def forget(engine):
-    engine._runner.reader.forget()
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -90,6 +40,46 @@ def test_neighbours_slots_cancellations_and_caches_change_no_bit(name):
     assert [outcome(handles[number]) for number in range(64)] == cold
     while not engine.idle:
         engine.step()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_slot_gives_the_same(name):
+    engine, random = engine_of(name), np.random.default_rng(4)
+    request = Request(random.integers(0, zoo.VOCAB, 21).tolist(), 9, SAMPLERS[3], 6, logprobs=2)
+    expected, found = outcome(engine.submit(request)), []
+    for slot in range(engine.slots):
+        before = [engine.submit(Request([number + 1], 60, Sampler(), number)) for number in range(slot)]
+        while engine.statistics.slots_in_use < slot or engine.statistics.queued:
+            engine.step(1)
+        handle = engine.submit(request)
+        while not handle.ended and handle not in engine._running:
+            engine.step(1)
+        found.append(engine._running.index(handle))
+        assert outcome(handle) == expected
+        for other in before:
+            other.cancel()
+        engine.step()
+    assert found == list(range(engine.slots))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS)
+def test_an_engine_of_one_row_gives_the_same_ids_over_10_000_tokens(name):
+    """Another width is another program: log probabilities may differ in rounding, ids do not."""
+    case = zoo.Case({"context_length": 320, **KINDS[name]})
+    model = Model(zoo.config_of(case))
+    params = zoo.lively(model)
+    wide, narrow = (Engine(model, params, slots=slots, length=320, queue=50) for slots in (8, 1))
+    random = np.random.default_rng(0)
+    requests = [
+        Request(random.integers(0, zoo.VOCAB, 20).tolist(), 250, SAMPLERS[seed % 4], seed, logprobs=0)
+        for seed in range(40)
+    ]
+    found = [[outcome(handle) for handle in map(engine.submit, requests)] for engine in (wide, narrow)]
+    assert sum(len(tokens) for tokens, _, _ in found[0]) == 10_000
+    for (tokens, scores, _), (others, theirs, _) in zip(*found, strict=True):
+        assert tokens == others
+        np.testing.assert_allclose([x.logprob for x in scores], [x.logprob for x in theirs], rtol=0, atol=1e-5)
 
 
 def test_evicted_prefixes_change_no_bit_and_the_limit_holds():
@@ -138,42 +128,6 @@ def test_log_probabilities_are_those_of_a_full_pass(name):
         for row, score in zip(full, handle.logprobs, strict=True):
             assert [token for token, _ in score.top] == np.argsort(-row)[:3].tolist()
             np.testing.assert_allclose([value for _, value in score.top], np.sort(row)[::-1][:3], atol=1e-5)
-
-
-STATES = zoo.evaluated()
-QUICK = ("attention-", "feedforward-")
-EVERY = [pytest.param(name, marks=() if name.startswith(QUICK) else pytest.mark.slow) for name in STATES]
-
-
-@pytest.mark.parametrize("name", EVERY)
-def test_every_state_survives_reading_in_chunks_insert_take_and_put(name):
-    """A prompt read in chunks, taken out and put into another row, then decoded in slot 1 of 2: as a full pass."""
-    from polygpt.generation import states
-
-    model = Model(STATES[name])
-    params, length = zoo.lively(model), zoo.LENGTH
-    tokens = jnp.asarray(np.random.default_rng(7).integers(0, zoo.VOCAB, (1, 11)))
-
-    @jax.jit
-    def run(params, tokens):
-        row = model.init_state(1, length)
-        row = model.hidden(params, tokens[:, :5], positions=jnp.arange(5)[None], state=row).state
-        block = states.take_block(row, 0, 5, length)
-        other = states.put_block(model.init_state(1, length), block, 0, length)
-        positions = 5 + jnp.arange(5)[None]
-        other = model.hidden(params, tokens[:, 5:10], positions=positions, state=other).state
-        state = states.insert(model.init_state(2, length), other, 1, 10, 4, length)
-        both = jnp.stack([jnp.zeros(1, jnp.int32), tokens[0, 10:]])
-        hidden = model.hidden(params, both, positions=jnp.array([[0], [10]]), state=state).hidden
-        restarted = states.restart(other, model.init_state(1, length), length)
-        again = model.hidden(params, tokens[:, :5], positions=jnp.arange(5)[None], state=restarted).hidden
-        decoder = model.module(params)
-        return decoder.logits(hidden)[1, 0], decoder.logits(again)[0, 4], model.logits(params, tokens)[0]
-
-    decoded, again, full = run(params, tokens)
-    tolerance = 1e-4 * np.abs(full).max()
-    np.testing.assert_allclose(decoded, full[10], rtol=0, atol=tolerance)
-    np.testing.assert_allclose(again, full[4], rtol=0, atol=tolerance)
 
 
 def test_samples_of_one_prompt_share_its_reading(monkeypatch):
@@ -266,34 +220,6 @@ def test_a_request_whose_numbers_are_damaged_fails_alone():
         assert [outcome(handle) for handle in [engine.submit(good) for _ in range(3)]] == [expected] * 3
 
 
-def test_requests_come_from_several_threads():
-    """Whoever waits steps; parts of each handle come in order and whole."""
-    engine, requests = engine_of("softmax"), requests_of(24)
-    expected = [outcome(engine.submit(request)) for request in requests]
-    found, done = {}, threading.Event()
-
-    def client(numbers):
-        for number in numbers:
-            handle = engine.submit(requests[number])
-            tokens = [token for part in handle for token in part.tokens]
-            assert tokens == handle.tokens
-            found[number] = (tokens, handle.logprobs, handle.finish_reason)
-
-    def step():
-        while not done.is_set():
-            engine.step()
-
-    threads = [threading.Thread(target=client, args=(range(start, 24, 4),)) for start in range(4)]
-    stepper = threading.Thread(target=step)
-    for thread in [*threads, stepper]:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    done.set()
-    stepper.join(60)
-    assert [found[number] for number in range(24)] == expected
-
-
 def test_a_stop_string_ends_a_request_and_parts_cover_the_text():
     tokenizer = train_tokenizer(TokenizerConfig(kind="char"), ["abcdefghijklmnopqrstuvwxyz0123456789."])
     engine = engine_of("softmax")
@@ -315,84 +241,6 @@ def test_a_stop_string_ends_a_request_and_parts_cover_the_text():
         stopped = run((word,))
         assert stopped.text == whole.text[: whole.text.index(word)]
         assert stopped.finish_reason == "stop"
-
-
-def test_an_interrupted_step_fails_what_ran_and_the_next_request_succeeds(monkeypatch):
-    engine = engine_of("softmax")
-    expected = outcome(engine.submit(Request([1, 2], 5, GREEDY)))
-    handle = engine.submit(Request([1, 2], 50, GREEDY))
-    engine.step(1)
-    with monkeypatch.context() as patch:
-        patch.setattr(type(engine), "_distribute", lambda *a: (_ for _ in ()).throw(MemoryError("no room")))
-        with pytest.raises(MemoryError):
-            engine.step()
-    with pytest.raises(MemoryError):
-        handle.result()
-    assert outcome(engine.submit(Request([1, 2], 5, GREEDY))) == expected
-
-
-def test_a_listener_gets_the_parts_the_failures_and_the_end(monkeypatch):
-    engine, heard = engine_of("softmax"), []
-
-    def listen(handle, part):
-        heard.append((handle, part))
-
-    handle = engine.submit(Request([1, 2], 9, GREEDY), listener=listen)
-    while engine.wait(0):
-        engine.step()
-    assert [token for _, part in heard for token in part.tokens] == handle.tokens
-    assert [part.finish_reason for _, part in heard if part.finish_reason] == ["length"]
-    assert {owner for owner, _ in heard} == {handle}
-    heard.clear()
-    waiting = engine.submit(Request([1, 2], 9, GREEDY), listener=listen)
-    waiting.cancel()
-    assert [(owner, part.finish_reason) for owner, part in heard] == [(waiting, "cancelled")]
-    assert not engine.wait(0)
-    heard.clear()
-    failing = engine.submit(Request([1, 2], 9, GREEDY), listener=listen)
-    with monkeypatch.context() as patch:
-        patch.setattr(type(engine), "_distribute", lambda *a: (_ for _ in ()).throw(MemoryError("no room")))
-        with pytest.raises(MemoryError):
-            engine.step()
-    assert heard == [(failing, None)]
-
-    def broken(handle, part):
-        raise OSError("gone")
-
-    gone, beside = (engine.submit(Request([1, 2], 9, GREEDY), listener=each) for each in (broken, None))
-    assert len(beside.result().tokens) == 9
-    with pytest.raises(OSError, match="gone"):
-        gone.result()
-
-
-def test_statistics_and_a_closed_engine():
-    model = engine_of("softmax").model
-    engine = Engine(model, zoo.lively(model), slots=8, chunk=CHUNK, queue=100)  # compiles nothing anew
-    prompt = list(range(20))
-    first = engine.submit(Request(prompt, 6, GREEDY)).result()
-    engine.submit(Request([5, *prompt], 6, GREEDY)).result()
-    second = engine.submit(Request([*prompt, 5], 6, GREEDY)).result()
-    assert (first.cached_tokens, second.cached_tokens) == (0, 16)
-    found = engine.statistics
-    assert (found.requests, found.prompt_tokens, found.cached_tokens, found.tokens) == (3, 62, 16, 18)
-    assert (found.slots, found.slots_in_use, found.queued, found.steps) == (8, 0, 0, 18)
-    handles = [engine.submit(Request([1, 2], 60, GREEDY)) for _ in range(10)]
-    engine.step(1)
-    while engine.statistics.slots_in_use < 8:
-        engine.step(1)
-    assert engine.statistics.queued == 2
-    handles[0].cancel()
-    assert engine.statistics.slots_in_use == 7
-    engine.step(1)  # the slot is free and taken again within one step
-    assert (engine.statistics.slots_in_use, engine.statistics.queued) == (8, 1)
-    engine.close(PolygptError("the end"))
-    for handle in handles[1:]:
-        with pytest.raises(PolygptError, match="the end"):
-            handle.result()
-    assert handles[0].finish_reason == "cancelled"
-    assert not engine.wait(5)
-    with pytest.raises(RequestError, match="closed"):
-        engine.submit(Request([1], 1, GREEDY))
 
 
 def test_everything_is_compiled_at_start_if_asked():

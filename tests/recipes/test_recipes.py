@@ -6,6 +6,7 @@ from importlib import resources
 
 import pytest
 
+from polygpt.config import parse_overrides
 from polygpt.errors import RequestError
 from polygpt.presets import preset
 from polygpt.recipes import load_recipe, recipe_names, resume_config, short_recipes
@@ -248,7 +249,15 @@ def test_a_run_goes_on_under_its_own_configuration_or_a_recipes(tiny_run, tiny_f
         resume_config(tiny_files, None, {})
 
 
-@pytest.mark.parametrize("name", ["demo", "own_text"])
-def test_a_tokenizers_path_takes_the_place_of_the_recipes_tokenizer(name):
-    tokenizer = load_recipe(name, {"tokenizer.path": "folder", "data.path": "x"}).tokenizer
-    assert (tokenizer.kind, tokenizer.path) == ("file", "folder")
+@pytest.mark.parametrize("name", ["demo", "own_text", "shakespeare_char_cpu", "small_bpe", "gpt2_fineweb_edu"])
+def test_a_tokenizers_place_takes_the_place_of_the_recipes_tokenizer(name):
+    for given in (["tokenizer.path=folder"], ["tokenizer={path: folder}"]):
+        tokenizer = load_recipe(name, parse_overrides([*given, "data.path=x"])).tokenizer
+        assert (tokenizer.kind, tokenizer.path, tokenizer.name) == ("file", "folder", None)
+    tokenizer = load_recipe(name, parse_overrides(["tokenizer.name=owner/name", "data.path=x"])).tokenizer
+    assert (tokenizer.kind, tokenizer.path, tokenizer.name) == ("hf", None, "owner/name")
+
+
+def test_a_tokenizers_place_that_is_null_changes_nothing():
+    tokenizer = load_recipe("shakespeare_char_cpu", parse_overrides(["tokenizer.path=null"])).tokenizer
+    assert tokenizer.kind == "char"

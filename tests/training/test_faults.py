@@ -1,5 +1,6 @@
 """Faults: whatever happens to a run, its newest verified step restores and the run goes on to the same numbers."""
 
+import dataclasses
 import json
 import os
 import random
@@ -7,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -210,7 +212,14 @@ def test_every_fingerprint_changes_with_what_it_is_of(run):
         path.write_text(text)
         return [name for name in own if own[name] != found[name]]
 
-    own = fingerprints(open_run(run))
+    opened = open_run(run)
+    own = fingerprints(opened)
+    for changes, name in (
+        ({"shards": SimpleNamespace(train=opened.shards.validation)}, "data"),
+        ({"tokenizer": SimpleNamespace(fingerprint="another")}, "tokenizer"),
+    ):
+        found = fingerprints(dataclasses.replace(opened, **changes))
+        assert [key for key in own if own[key] != found[key]] == [name]
     assert of("batch_size: 4", "batch_size: 8") == ["configuration"]
     assert of("mlp_dim: 32", "mlp_dim: 64") == ["configuration"]
     assert of("  seed: 0\n  init_seed", "  seed: 1\n  init_seed") == ["seed"]

@@ -27,7 +27,7 @@ def test_devices_that_are_not_used_are_said(workdir, monkeypatch):
     device = jax.local_devices()[0]
     monkeypatch.setattr("polygpt.training.facts.jax.local_devices", lambda: [device] * 8)
     (told,) = warnings_of(**{"training.schedule.warmup_steps": 1})
-    assert told == "8 cpu devices are here; training uses one, the first"
+    assert told == "8 cpu devices are here; training uses one, the first (mesh=auto takes all)"
 
 
 def test_a_vocabulary_far_larger_than_the_tokenizers_is_warned_of(workdir):

@@ -12,7 +12,8 @@ from polygpt.config import validate
 from polygpt.model import NO_EFFECTS, Model, ModelConfig
 from polygpt.training import Batch, Trainer, TrainingConfig
 from polygpt.training.meter import Meter
-from polygpt.training.step import Metrics, nll_sums
+from polygpt.training.state import Metrics
+from polygpt.training.step import nll_sums
 
 FIELDS = {
     "vocab_size": 13,

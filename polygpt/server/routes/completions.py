@@ -11,7 +11,7 @@ from polygpt.generation import Logprob, Part, as_prompts
 from polygpt.server.answers import Answer, Continued, Form, finish_reason
 from polygpt.server.bodies import read_body
 from polygpt.server.errors import invalid
-from polygpt.server.logprobs import chat_logprobs, completion_logprobs
+from polygpt.server.logprobs import Offsets, chat_logprobs, completion_logprobs
 from polygpt.server.sampling import check_count, constraint_of, works_of
 from polygpt.server.schemas import Completion
 from polygpt.server.served import Served
@@ -63,7 +63,7 @@ class CompletionForm(Form):
 
     def __init__(self, served: Served, body: Completion, prompts: int, echoed: list[Echo]):
         self.served, self.body, self.prompts, self.echoed = served, body, prompts, echoed
-        self.offsets = [0] * (prompts * body.n)
+        self.offsets = [Offsets(served) for _ in range(prompts * body.n)]
 
     def beginnings(self) -> list[dict[str, Any]]:
         """The echoed prompts; for `max_tokens` 0 they are the whole answer."""
@@ -101,7 +101,6 @@ class CompletionForm(Form):
                 choice["logprobs"]["content"] = chat_logprobs(self.served, tokens, scores, True)
         if self.body.return_token_ids:
             choice["token_ids"] = tokens
-        self.offsets[index] += len(text)
         return choice
 
 
