@@ -106,7 +106,9 @@ def main() -> None:
     for _ in range(arguments.rounds):
         for mesh in (None, *MESHES):
             seconds = compile_seconds(arguments.compile, mesh)
-            rounds.setdefault("one device" if mesh is None else describe_mesh(mesh.shape), []).append(seconds)
+            name = "one device" if mesh is None else describe_mesh(mesh.shape)
+            rounds.setdefault(name, []).append(seconds)
+            print(f"{name}: {seconds:.2f} s", flush=True)
     alone = statistics.median(rounds["one device"])
     for name, seconds in rounds.items():
         print(f"{name}: {statistics.median(seconds):.2f} s, {statistics.median(seconds) / alone:.2f} of one device")

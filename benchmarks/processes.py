@@ -3,7 +3,7 @@
     python benchmarks/processes.py [--rounds 5] [--seconds 8] [KEY=VALUE ...]
 
 Both runs are `polygpt train demo`. They take turns: while one runs for some seconds, the other is stopped by SIGSTOP.
-What is compared are the medians, over groups of ten steps, of the tokens per second in `metrics.jsonl`. Groups that
+What is compared are the medians, over groups of five steps, of the tokens per second in `metrics.jsonl`. Groups that
 contain a pause are slow, and few.
 """
 
@@ -21,7 +21,13 @@ import tempfile
 import time
 from pathlib import Path
 
-SETTINGS = ["training.steps=100000", "training.eval_every=0", "training.samples.every=0", "training.save_every=0"]
+SETTINGS = [
+    "training.steps=100000",
+    "training.eval_every=0",
+    "training.samples.every=0",
+    "training.save_every=0",
+    "training.log_every=5",
+]
 
 
 class Run:

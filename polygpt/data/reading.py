@@ -66,8 +66,8 @@ def open_bytes(path: Path) -> Iterator[BinaryIO]:
 class _Decompressed(io.RawIOBase):
     """A compressed stream of one or more frames; a truncated one is an error (`zstandard`'s own reader accepts it).
 
-    `magic` is what every frame begins with: other bytes after a frame are then ignored, as gzip(1) does (padding of a
-    tape, a signature).
+    `magic` is what every frame begins with: other bytes after a frame are then ignored, as gzip(1) does (a signature,
+    say). Zeros between frames are padding.
     """
 
     def __init__(self, raw: BinaryIO, new_frame: Callable[[], Any], magic: bytes = b""):
@@ -83,7 +83,7 @@ class _Decompressed(io.RawIOBase):
         while not self.pending:
             chunk = self.frame.unused_data or self.raw.read(1 << 16)
             if self.frame.eof:
-                chunk += self.raw.read(max(0, len(self.magic) - len(chunk)))
+                chunk = self._after_padding(chunk)
                 if not chunk.startswith(self.magic):
                     return 0
                 self.frame = self.new_frame()
@@ -96,3 +96,12 @@ class _Decompressed(io.RawIOBase):
         count = min(len(buffer), len(self.pending))
         buffer[:count], self.pending = self.pending[:count], self.pending[count:]
         return count
+
+    def _after_padding(self, chunk: bytes) -> bytes:
+        """`chunk` and what follows it, as far as it takes to tell whether another frame begins behind the zeros."""
+        while self.magic and len(chunk := chunk.lstrip(b"\0")) < len(self.magic):
+            more = self.raw.read(1 << 16)
+            if not more:
+                break
+            chunk += more
+        return chunk

@@ -67,6 +67,12 @@ def test_bytes_after_a_gzip_file_are_ignored_as_gzip_does(tmp_path, rest, frames
     assert texts(write(tmp_path / "a.txt.gz", gzip.compress(text.encode()) * frames + rest)) == [text * frames]
 
 
+@pytest.mark.parametrize("zeros", [1, 511, 70_000])
+def test_zeros_between_gzip_members_are_padding(tmp_path, zeros):
+    members = [gzip.compress(text.encode()) for text in ("one, " * 20_000, "two")]
+    assert texts(write(tmp_path / "a.txt.gz", (b"\0" * zeros).join([*members, b""]))) == ["one, " * 20_000 + "two"]
+
+
 @pytest.mark.parametrize("rest", [b"\x1f\x8bno gzip", gzip.compress(b"another")[:-5]])
 def test_another_gzip_member_that_is_damaged_is_refused(tmp_path, rest):
     with pytest.raises(RequestError, match="not a whole gzip file"):

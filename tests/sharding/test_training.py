@@ -111,8 +111,7 @@ def test_optimizer_states_are_placed_like_their_parameters(kind):
     from polygpt.model import Model
     from polygpt.presets import preset
     from polygpt.sharding import MESH_AXES, Scope
-    from polygpt.training.config import TrainingConfig
-    from polygpt.training.step import Trainer
+    from polygpt.training import Trainer, TrainingConfig
 
     model = Model(
         preset("gpt", vocab_size=256, embed_dim=128, attention={"num_heads": 8}, feedforward={"mlp_dim": 256})

@@ -48,6 +48,7 @@ def test_a_checkpoint_of_eight_devices_goes_on_on_others(eight, layout):
     shutil.rmtree(run / "checkpoints" / "step_00000012")
     ran = Processes(eight, processes, "train", "--resume", "--out", run, *mesh, devices=devices).wait()
     assert ran.codes == [0] * processes, ran.err
+    assert "changed: mesh" in ran.err[0]
     saved, restored = arrays(run, 6), ran.restored()
     assert {f"{'' if name.startswith('params.') else 'training.'}{name}" for name in restored} == saved.keys()
     for name, values in restored.items():
