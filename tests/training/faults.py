@@ -110,7 +110,7 @@ TRAINING_FAULTS = [
         "training/loop.py",
         "        if step > 0:\n            try:",
         "        if False:\n            try:",
-        "training/test_faults.py",
+        "training/test_interrupt.py",
     ),
     Fault(
         "training/loop.py",

@@ -68,6 +68,17 @@ def test_a_skipped_step_leaves_weights_and_optimizer_to_the_bit(workdir, plant, 
     assert 0 < float(metrics.update_ratio) < 1
 
 
+def test_a_run_that_has_stopped_changes_nothing_even_if_the_next_step_would_be_finite(workdir):
+    config = load_recipe("tiny.yaml", CHANGES | {"model.vocab_size": 13, "training.max_skipped_steps": 2})
+    trainer = Trainer(model_of(config.model), config.training)
+    tokens = jnp.ones((4, 16), jnp.int32)
+    state = trainer.init()
+    state = state._replace(guard=state.guard._replace(in_a_row=jnp.int32(2)))
+    after, metrics = jax.jit(trainer.step)(state, Batch(tokens, tokens, jnp.ones((4, 16))))
+    jax.tree.map(np.testing.assert_array_equal, after, state)
+    assert bool(metrics.stopped)
+
+
 @pytest.mark.parametrize("log_every", [1, 9])
 def test_too_many_skipped_steps_stop_the_run_and_keep_the_last_good_one(workdir, plant, log_every):
     """The loss is finite, so the weights are worth keeping; the step does not depend on when metrics are fetched."""
