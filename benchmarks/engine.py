@@ -16,8 +16,10 @@ Runs alternate; what counts is the ratio of medians.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 
@@ -123,7 +125,8 @@ def run(engine: Engine, requests: Sequence[Request]) -> list[int]:
 
 def throughput(lm: polygpt.LanguageModel, arguments: argparse.Namespace) -> dict:
     requests = requests_of(arguments.requests, lm.config.vocab_size)
-    engine, one, batch = engine_of(lm), engine_of(lm, 1), StaticBatch(lm)
+    engine, batch = engine_of(lm), StaticBatch(lm)
+    one = engine_of(lm, 1) if "sequential" in arguments.only else engine
 
     def through_the_engine() -> None:
         random, waiting = np.random.default_rng(1), list(requests)
@@ -146,14 +149,15 @@ def throughput(lm: polygpt.LanguageModel, arguments: argparse.Namespace) -> dict
     chosen = {name: tasks[name] for name in arguments.only.split(",")}
     run(engine, requests[:1])  # compiles
     if "static" in chosen:
-        for width in (128, 256, 384, 512):  # of prompts
-            batch([Request([1] * width, 1)] * SLOTS)
+        for start in range(0, len(requests), SLOTS):
+            batch([dataclasses.replace(each, max_new_tokens=1) for each in requests[start : start + SLOTS]])
     if "sequential" in chosen:
         run(one, requests[:1])
     seconds: dict[str, list[float]] = {name: [] for name in chosen}
     for _ in range(arguments.rounds):
         for name, task in chosen.items():
             seconds[name].append(timed(task))
+            print(f"{name}: {seconds[name][-1]:.2f} s", file=sys.stderr, flush=True)
     tokens = sum(request.max_new_tokens for request in requests)
     return {name: tokens / statistics.median(times) for name, times in seconds.items()}
 

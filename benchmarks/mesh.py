@@ -4,7 +4,8 @@
 
 Bytes are those of parameters and AdamW's state, from the shapes of each device's shards (tests compare them with arrays
 that are there). The ideal is 1/n of the whole on each of n devices. Compile times are of tracing and compiling on one
-device and on eight, in turn, without JAX's cache; they say how the partitioner's work grows, not how long a step runs.
+device and on eight, in turn, without JAX's cache, in CPU time; they say how the partitioner's work grows, not how long a
+step runs.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ from polygpt.training.step import Trainer
 MODELS = ("tiny_moe", "gpt2_xl")
 DEVICES = (1, 2, 4, 8)
 MESHES = (
-    MeshConfig(data=8),
     MeshConfig(fsdp=8),
-    MeshConfig(tensor=8),
     MeshConfig(data=2, fsdp=2, tensor=2),
+    MeshConfig(data=8),
+    MeshConfig(tensor=8),
     MeshConfig(data=2, expert=4),
 )
 
@@ -53,7 +54,7 @@ def state_bytes(name: str, fsdp: int) -> int:
 
 
 def compile_seconds(name: str, mesh: MeshConfig | None, **changes: object) -> float:
-    """Seconds to trace and compile the step; nothing is allocated but the batch."""
+    """Seconds of CPU time to trace and compile the step; nothing is allocated but the batch."""
     config = polygpt.preset(name, **changes)
     config = config if config.vocab_size else config.with_vocab(8192)
     scope = Scope.of(mesh)
@@ -65,9 +66,9 @@ def compile_seconds(name: str, mesh: MeshConfig | None, **changes: object) -> fl
     mask = np.ones(tokens.shape, np.float32)
     batch = Batch.of({"input": tokens, "target": tokens, "mask": mask}, scope)
     jax.clear_caches()
-    begun = time.perf_counter()
+    begun = time.process_time()
     trainer.compile_step(state, batch)
-    return time.perf_counter() - begun
+    return time.process_time() - begun
 
 
 def plot(found: dict[str, list[int]], path: Path) -> None:
@@ -93,6 +94,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".png"))
     parser.add_argument("--compile", metavar="MODEL", help="time the compilation of this preset's step instead")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--meshes", type=int, default=len(MESHES), help="only the first so many")
     arguments = parser.parse_args()
     if arguments.compile is None:
         found = {name: [state_bytes(name, count) for count in DEVICES] for name in MODELS}
@@ -104,7 +106,7 @@ def main() -> None:
     jax.config.update("jax_enable_compilation_cache", False)
     rounds: dict[str, list[float]] = {}
     for _ in range(arguments.rounds):
-        for mesh in (None, *MESHES):
+        for mesh in (None, *MESHES[: arguments.meshes]):
             seconds = compile_seconds(arguments.compile, mesh)
             name = "one device" if mesh is None else describe_mesh(mesh.shape)
             rounds.setdefault(name, []).append(seconds)

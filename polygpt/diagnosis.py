@@ -221,9 +221,13 @@ def _devices() -> list[dict[str, Any]]:
 
 
 def _interconnect() -> str:
-    """How the devices of this machine are joined, in words."""
-    local = jax.local_devices()
-    if len(local) == 1:
+    """How the devices are joined, in words: those of this process, and the processes."""
+    count = process_count()
+    return _links() + (f"; {count} processes over the network" if count > 1 else "")
+
+
+def _links() -> str:
+    if len(jax.local_devices()) == 1:
         return "one device"
     match jax.default_backend():
         case "gpu":

@@ -1,6 +1,9 @@
 """`polygpt doctor`: a kernel or a sum that is wrong is found, and what is right passes."""
 
 import json
+import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -76,3 +79,20 @@ def test_a_wrong_sum_is_a_problem(monkeypatch):
 def test_links_are_read_from_nvidias_table():
     assert parse_links(TOPOLOGY) == "NVLink (18 links) and PCIe (SYS)"
     assert parse_links("") is None
+
+
+@pytest.mark.slow
+def test_two_processes_sum_over_the_devices_of_both_and_the_first_one_answers():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        address = "127.0.0.1:" + str(found.getsockname()[1])
+    words = [sys.executable, "-m", "polygpt", "doctor", "--json", "--coordinator", address, "--num-processes", "2"]
+    both = [
+        subprocess.Popen([*words, "--process-id", index], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for index in "01"
+    ]
+    (first, _), (second, _) = (each.communicate(timeout=300) for each in both)
+    assert [each.returncode for each in both] == [0, 0]
+    facts = json.loads(first)
+    assert (facts["processes"], facts["all_reduce"]["devices"], facts["all_reduce"]["correct"]) == (2, 2, True)
+    assert second == ""

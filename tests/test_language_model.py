@@ -1,5 +1,6 @@
 """What a user holds: likelihoods, logits and generation of one model, and the requests it refuses."""
 
+import time
 from dataclasses import replace
 from unittest.mock import ANY
 
@@ -94,6 +95,13 @@ def test_a_model_without_tokenizer_generates_from_ids():
 def test_tokens_per_second_are_those_of_decoding(lm):
     assert lm.generate("ab", max_new_tokens=2).tokens_per_second > 0
     assert lm.generate("ab", max_new_tokens=2, beams=2).tokens_per_second is None
+
+
+def test_tokens_per_second_of_the_first_call_count_no_compilation(lm):
+    fresh = build(lm.config.replace(embed_dim=20), tokenizer=lm.tokenizer)  # no program is compiled for this size yet
+    began = time.perf_counter()
+    first = fresh.generate("ab", max_new_tokens=4)
+    assert 4 / first.tokens_per_second < 0.2 * (time.perf_counter() - began)
 
 
 @pytest.mark.parametrize(

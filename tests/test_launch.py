@@ -70,7 +70,7 @@ def test_jax_finds_the_cluster_in_the_variables_that_srun_sets(monkeypatch):
     for name, value in job.items():
         monkeypatch.setenv(name, value)
     assert SlurmCluster.is_env_present()
-    assert SlurmCluster.get_coordinator_address(None).startswith("node11:")
+    assert SlurmCluster.get_coordinator_address(None, None).startswith("node11:")
     assert (SlurmCluster.get_process_count(), SlurmCluster.get_process_id()) == (4, 3)
 
 

@@ -49,9 +49,11 @@ def plan(name: str, overrides: tuple[str, ...], accelerator: str, fit: bool, as_
     for each device, unless training.batch_size and other training. settings say otherwise.
     """
     from polygpt.config import dotted_to_nested, parse_overrides
+    from polygpt.recipes import named_fields
 
     changes = parse_overrides(overrides)
     check_settings(dotted_to_nested(changes))
+    named_fields(name)  # refuses a misspelled one
 
     from polygpt.planning import find_fitting, layout_settings, make_plan, planned_run
 

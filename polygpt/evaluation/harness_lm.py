@@ -98,6 +98,8 @@ class HarnessLM(TemplateLM):
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """The continuation of each context, up to the first of its stop strings."""
+        if not requests:
+            return []
         asked, streams = zip(*(self._asked(*request.args, seed) for seed, request in enumerate(requests)), strict=True)
         engine = engine_for(self.lm.model, self.lm.params, asked, vocab_size=self.lm.tokenizer.vocab_size)
         texts = [handle.text for handle in run_all(engine, asked, streams, progress=self._progress)]

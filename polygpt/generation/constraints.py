@@ -163,7 +163,12 @@ class Matcher:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise RequestError(f"the constraint cannot be followed: {_first_line(self._matcher.get_error())}")
+            reason = _first_line(self._matcher.get_error())
+            raise RequestError(
+                "the constraint cannot be met: no text matches it"
+                if reason.startswith("NoExtension")
+                else f"the constraint cannot be followed: {reason}"
+            )
 
 
 def _as_schema(schema: Mapping[str, Any] | str | bool) -> str:

@@ -221,6 +221,7 @@ class Engine:
         active = np.array([handle is not None and not handle.ended for handle in self._running])
         if not active.any():
             return parts
+        self._runner.compile_decoding(active)
         began = time.perf_counter()
         guesses = None if self._draft is None else guess_next(self._draft, self._runner, self._running, active)
         if guesses is not None and guesses.counts.any():

@@ -107,7 +107,6 @@ class SlotRunner:
         masks: UInt32[np.ndarray, "B W"] | None = None,
     ) -> Decoded:
         """Up to `most` tokens more in every active slot; one if there are masks."""
-        self._compile_decoding(active)
         most = 1 if masks is not None else min(most, CHUNK)
         return self._decode(active, most, until_free, masks)
 
@@ -146,15 +145,15 @@ class SlotRunner:
         self._state = self._programs.append(
             self.params, self._state, np.int32(0), np.zeros(FORCED, np.int32), np.int32(0)
         )
-        self._compile_decoding(nothing)
+        self.compile_decoding(nothing)
         if speculate:
             self.verify(nothing, Guesses(np.zeros((self.slots, GUESSES), np.int32), none))
         if self._draft is not None:
             self.draft(nothing)
         jax.block_until_ready(self._state)
 
-    def _compile_decoding(self, active: np.ndarray) -> None:
-        """Compiles decoding by a call that decodes nothing, so that the time of compilation is not that of a step."""
+    def compile_decoding(self, active: Bool[np.ndarray, "B"]) -> None:
+        """Compiles `decode` by a call that decodes nothing, so that the time of compilation is not that of a step."""
         if not self._ready:
             jax.block_until_ready(self._decode(active, 0, until_free=False))
             self._ready = True

@@ -175,15 +175,16 @@ def _loss_and_gradients(
     capped = rule.capped(jnp.matmul(hidden, weight, preferred_element_type=jnp.float32))
     logits = _masked(rule, capped, split)
     maximum, exps, denominator = _softmax(logits, split)
-    nll = jnp.log(denominator) + maximum - _chosen(logits, targets, split)
+    chosen = _chosen(logits, targets, split)
+    nll = (jnp.log(denominator) + maximum - chosen)[:, 0]
     hit = _columns(logits, split) == targets[:, None]
-    d_logits = exps * (token_weights / denominator)[:, None] - jnp.where(hit, token_weights[:, None], 0)
+    d_logits = exps * (token_weights[:, None] / denominator) - jnp.where(hit, token_weights[:, None], 0)
     if rule.cap is not None:
         d_logits = d_logits * (1 - jnp.square(capped / rule.cap))
     d_logits = d_logits.astype(hidden.dtype)
     d_weight = weight_gradient(hidden, d_logits, jnp.float32)
-    d_hidden = d_logits @ weight.T
-    return (nll * token_weights).sum(), d_hidden if split is None else lax.psum(d_hidden, split.axes), d_weight
+    total, d_hidden = (nll * token_weights).sum(), d_logits @ weight.T
+    return total, d_hidden if split is None else lax.psum(d_hidden, split.axes), d_weight
 
 
 def _columns(logits: Float[Array, "M V"], split: _VocabSplit | None) -> Int[Array, " V"]:
@@ -200,21 +201,21 @@ def _masked(rule: LogitRule, logits: Float[Array, "M V"], split: _VocabSplit | N
 
 def _softmax(
     logits: Float[Array, "M V"], split: _VocabSplit | None
-) -> tuple[Float[Array, " M"], Float[Array, "M V"], Float[Array, " M"]]:
+) -> tuple[Float[Array, "M 1"], Float[Array, "M V"], Float[Array, "M 1"]]:
     """The maximum of each row, exp(logits - maximum), and the sum of that."""
-    maximum = logits.max(-1)
+    maximum = logits.max(-1, keepdims=True)
     maximum = maximum if split is None else lax.pmax(maximum, split.axes)
-    exps = jnp.exp(logits - maximum[:, None])
-    denominator = exps.sum(-1)
+    exps = jnp.exp(logits - maximum)
+    denominator = exps.sum(-1, keepdims=True)
     return maximum, exps, denominator if split is None else lax.psum(denominator, split.axes)
 
 
-def _chosen(logits: Float[Array, "M V"], targets: Int[Array, " M"], split: _VocabSplit | None) -> Float[Array, " M"]:
+def _chosen(logits: Float[Array, "M V"], targets: Int[Array, " M"], split: _VocabSplit | None) -> Float[Array, "M 1"]:
     """The logit of each target."""
     if split is None:
-        return jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-    own = targets - split.first
-    found = jnp.take_along_axis(logits, own.clip(0, logits.shape[1] - 1)[:, None], axis=-1)[:, 0]
+        return jnp.take_along_axis(logits, targets[:, None], axis=-1)
+    own = targets[:, None] - split.first
+    found = jnp.take_along_axis(logits, own.clip(0, logits.shape[1] - 1), axis=-1)
     return lax.psum(jnp.where((own >= 0) & (own < logits.shape[1]), found, 0), split.axes)
 
 

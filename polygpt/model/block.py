@@ -57,7 +57,6 @@ class Block(nnx.Module):
             return dropout(y, self.dropout, context.fold(3).key)
 
         y = self.arrange(x, attention, feedforward)
-        context.record("residual", lambda: y)
         return y, LayerState(after["attention"], after["feedforward"]), after["effects"]
 
 

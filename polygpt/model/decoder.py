@@ -188,6 +188,7 @@ class Decoder(nnx.Module):
             whole_batch = jax.tree.map(lambda leaf: leaf[index], loads.get(entry))
             own = dataclasses.replace(context.fold(index * len(graphs) + entry), loads=whole_batch, captured={})
             y, after, effects = layer(x, own, before)
+            own.record("residual", lambda: y)
             return y, after, (effects, own.captured)
 
         run = rematerialized(run, remat)

@@ -36,6 +36,7 @@ __all__ = [
     "short_recipes",
     "verdict",
     "without_band",
+    "without_mesh",
 ]
 
 

@@ -4,7 +4,7 @@ Parameters and activations name their axes logically (`embed`, `heads`, `batch`)
 each of them is split over; nothing outside this package knows.
 """
 
-from polygpt.sharding.collectives import Collective, bytes_by_axes, collectives
+from polygpt.sharding.communication import Collective, bytes_by_axes, collectives
 from polygpt.sharding.config import MESH_AXES, MeshConfig, MeshOnly, MeshSetting
 from polygpt.sharding.fit import bytes_per_device, check_fit, check_rows, replication
 from polygpt.sharding.hlo import products

@@ -32,8 +32,9 @@ def job(run, program):
 def test_each_prompt_has_its_line_in_order_with_its_own_settings(job, run):
     done = job(*OPTIONS)
     assert (done.code, done.out) == (0, ""), done.err
-    assert done.err == "5 of 5 prompts, " + done.err[len("5 of 5 prompts, ") :]
-    assert done.err.endswith("\nout.jsonl: 5 lines added\n")
+    *_, progress, last = done.err.splitlines()  # a slow machine says more often how far it is
+    assert progress.startswith("5 of 5 prompts, ")
+    assert last == "out.jsonl: 5 lines added"
     lines = list(map(json.loads, Path("out.jsonl").read_text().splitlines()))
     lm = load(run, weights="auto")
     for asked, line in zip(LINES, lines, strict=True):

@@ -177,6 +177,7 @@ def test_generated_schemas(write, count):
         ({"schema": False}, "cannot be"),
         ({"regex": "(a"}, "regex"),
         ({"regex": 3}, "text"),
+        ({"regex": r"[^\s\S]"}, "no text matches"),
         ({"choices": []}, "choices"),
         ({"grammar": "start: nothing"}, "grammar"),
         ({"regex": "a", "choices": ["b"]}, "one constraint"),

@@ -44,7 +44,7 @@ def models():
 def server(models):
     with serving.running(models, slots=4) as live, live.client() as client:
         for name in models:  # compiled before anybody waits
-            client.completions.create(model=name, prompt="a", max_tokens=2, logprobs=1)
+            client.with_options(timeout=600).completions.create(model=name, prompt="a", max_tokens=2, logprobs=1)
         yield live
 
 

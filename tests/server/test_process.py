@@ -70,15 +70,15 @@ def rest_of(connection):
 
 
 def test_sigterm_refuses_new_requests_finishes_running_ones_and_exits_with_0(folder):
-    with started(folder, "--slots", 2) as (process, url):
+    with started(folder, "--slots", 2, "--shutdown-seconds", 120) as (process, url):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
         assert client.completions.create(model="tiny", prompt="the", max_tokens=3).choices
-        running = begin(url, max_tokens=2000)
+        running = begin(url, max_tokens=500)
         process.send_signal(signal.SIGTERM)
         refused = first_refusal(client)
         assert (refused.status_code, refused.code) == (503, "shutting_down")
         assert b"data: [DONE]" in rest_of(running)
-        assert process.wait(30) == 0
+        assert process.wait(120) == 0
         log = [json.loads(line) for line in process.stderr.read().splitlines() if line.startswith("{")]
         assert [line["status"] for line in log if "status" in line].count(503) == 1
 
@@ -138,5 +138,5 @@ def test_a_missing_extra_is_named(folder, tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     command = [sys.executable, "-m", "polygpt", "serve", str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "pip install 'polygpt[serve]'" in done.stderr

@@ -33,7 +33,7 @@ TRAINING_FAULTS = [
         "np.arange(min(self.batches or count, count))",
         "training",
     ),
-    Fault("training/loop.py", "batch(step + self.saving", "batch(step + 1 + self.saving", "training"),
+    Fault("training/loop.py", "self.loader, step + self.saving", "self.loader, step + 1 + self.saving", "training"),
     Fault("training/loop.py", "if fetch and self.interrupt", "if self.interrupt", "training/test_restoring.py"),
     Fault("training/restoring.py", "saving.batch_offset += spike - step", "pass", "training/test_restoring.py"),
     Fault(
@@ -114,7 +114,7 @@ TRAINING_FAULTS = [
     ),
     Fault(
         "training/loop.py",
-        "if resume and (out / CONFIG).is_file():  # whoever",
+        "if is_main() and resume and (out / CONFIG).is_file():  # whoever",
         "if False:  # whoever",
         "training/test_faults.py training/test_saving.py",
     ),
@@ -182,8 +182,8 @@ TRAINING_FAULTS = [
     ),
     Fault(
         "checkpoint/steps.py",
-        'partial = root / f".{final.name}.{secrets.token_hex(4)}.partial"',
-        "partial = root / final.name",
+        'lambda: f".{final.name}.{secrets.token_hex(4)}.partial")',
+        "lambda: final.name)",
         "checkpoint/test_steps.py",
     ),
     Fault("checkpoint/steps.py", "return step == self.best or ", "return ", "checkpoint/test_steps.py"),

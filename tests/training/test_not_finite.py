@@ -57,6 +57,8 @@ def test_losses_that_are_not_finite_stop_the_run_and_keep_the_newest_checkpoint(
         train(load_recipe("tiny.yaml", MUCH_TOO_FAST | changes), "run", listeners=[seen.append])
     assert [event.step for event in seen if isinstance(event, Stepped)] == [1]
     assert [(event.step, event.in_a_row) for event in seen if isinstance(event, Skipped)] == [(2, 1), (3, 2), (4, 3)]
+    kept = sorted(path.name for path in (workdir / "run/checkpoints").iterdir())
+    assert kept == ["step_00000002", "step_00000003"], "the step at which it stopped is not worth keeping"
 
 
 def test_float16_parameters_train_save_and_resume(workdir, program):

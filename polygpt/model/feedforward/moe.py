@@ -135,10 +135,10 @@ class MoE(Experts):
         if context.training and config.dispatch == "capacity":
             confidence = jax.nn.softmax(logits).max(-1)
             routing = _with_capacity(choices, confidence, config, config.capacity(x.shape[1]))
-            y, dropped = self._serve(flat, weights, routing), (routing.slot_of >= routing.pair_of.size).mean()
+            y = self._serve(flat, weights, routing)
         else:
-            y, dropped = self._serve_all(flat, weights, choices.reshape(-1, config.top_k)), jnp.zeros(())
-        return y.reshape(x.shape), self._effects(logits, choices, dropped, context) if context.training else NO_EFFECTS
+            y, routing = self._serve_all(flat, weights, choices.reshape(-1, config.top_k))
+        return y.reshape(x.shape), self._effects(logits, choices, routing, context) if context.training else NO_EFFECTS
 
     def _noise(self, x: Float[Array, "B T D"], context: Context) -> Float[Array, "B T D"] | None:
         """What the router's input is multiplied by."""
@@ -175,23 +175,25 @@ class MoE(Experts):
 
     def _serve_all(
         self, x: Float[Array, "M D"], weights: Float[Array, "M k"], choices: Int[Array, "M k"]
-    ) -> Float[Array, "M D"]:
+    ) -> tuple[Float[Array, "M D"], _Routing | None]:
         """`_serve` without dropping any. Devices that share the experts serve all of their tokens, each by its own."""
         own = self.up[...].shape[0]
         if own == self.config.num_experts:
-            return self._serve(x, weights, _dropless(choices, own))
+            routing = _dropless(choices, own)
+            return self._serve(x, weights, routing), routing
         x, weights, choices = from_peers((x, weights, choices))
         mine = choices - first_own_expert(own)
         mine = jnp.where((mine >= 0) & (mine < own), mine, own)
-        return to_peers(self._serve(x, weights, _dropless_among(mine, own, self.config.num_experts // own)))
+        return to_peers(self._serve(x, weights, _dropless_among(mine, own, self.config.num_experts // own))), None
 
     def _effects(
         self,
         logits: Float[Array, "B T E"],
         choices: Int[Array, "B T k"],
-        dropped_share: Float[Array, ""],
+        routing: _Routing | None,
         context: Context,
     ) -> Effects:
+        """`routing` says which choices were dropped; None: none were."""
         config = self.config
         own = mean_over_devices(jnp.bincount(choices.reshape(-1), length=config.num_experts) / choices.size)
         load = own if context.loads is None else context.loads["load"]  # f_e
@@ -201,9 +203,10 @@ class MoE(Experts):
             losses["load_balance"] = config.load_balance_loss * config.num_experts * (load * importance).sum()
         if config.z_loss:
             losses["z_loss"] = config.z_loss * mean_over_devices(jnp.square(jax.nn.logsumexp(logits, -1)).mean())
+        dropped = jnp.zeros(1, bool) if routing is None else routing.slot_of >= routing.pair_of.size
         metrics = {
             "expert_load_max": load.max() * config.num_experts,  # 1 is even
-            "dropped_share": mean_over_devices(dropped_share),
+            "dropped_share": mean_over_devices(dropped.mean()),
         }
         return Effects(losses, metrics, {"load": own})
 

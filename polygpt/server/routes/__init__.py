@@ -31,7 +31,6 @@ __all__ = [
     "completions",
     "detokenize",
     "health",
-    "inspect",
     "metrics",
     "model",
     "models",
