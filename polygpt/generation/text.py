@@ -78,7 +78,8 @@ class TextStream:
         new = self._decode(self._context, [*self._unfinished, token])
         if self._unfinished:
             alone = self._decode([*self._context, *self._unfinished], [token])
-            if new == self.text[len(self._settled) :] + alone:  # `token` does not continue the character
+            # Then `token` does not continue the character. (A token that adds nothing may be the next byte of one.)
+            if alone and new == self.text[len(self._settled) :] + alone:
                 self._settle()
                 new = alone
         self._unfinished.append(token)
