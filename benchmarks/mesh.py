@@ -4,8 +4,8 @@
 
 Bytes are those of parameters and AdamW's state, from the shapes of each device's shards (tests compare them with arrays
 that are there). The ideal is 1/n of the whole on each of n devices. Compile times are of tracing and compiling on one
-device and on eight, in turn, without JAX's cache, in CPU time; they say how the partitioner's work grows, not how long a
-step runs.
+device and on eight, in turn, without JAX's cache, in CPU time; they say how the partitioner's work grows, not how long
+a step runs.
 """
 
 from __future__ import annotations
