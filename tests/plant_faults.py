@@ -65,7 +65,10 @@ FAULTS = [
         "model/test_moe.py",
     ),
     Fault(
-        "model/initial.py", "jax.random.fold_in(key, path_hash)", "jax.random.fold_in(key, 0)", "model/test_model.py"
+        "model/initial.py",
+        "jax.random.fold_in(key, path_hash), block)\n        return",
+        "jax.random.fold_in(key, 0), block)\n        return",
+        "model/test_model.py",
     ),
     Fault(
         "model/initial.py",
@@ -133,9 +136,7 @@ FAULTS = [
         "interop/test_settings.py interop/test_huggingface.py",
     ),
     # generation
-    Fault("generation/engine.py", "settings.limit.max() - 1)", "settings.limit.max() - 2)", "generation"),
-    Fault("generation/engine.py", "tokens[: self.budget - self.taken]", "tokens[: self.budget]", "generation"),
-    Fault("generation/programs.py", "position + 1 >= settings.limit", "position >= settings.limit", "generation"),
+    Fault("generation/slots.py", "history.length >= asked.limit", "history.length > asked.limit", "generation"),
     Fault("generation/sampling.py", "jax.random.key(seed), position)", "jax.random.key(seed), 0)", "generation"),
     Fault("generation/sampling.py", "jax.random.key(seed), position)", "jax.random.key(0), position)", "generation"),
     Fault("generation/sampling.py", "(top_p < 1) & (logits < cut)", "(top_p < 1) & (logits <= cut)", "generation"),

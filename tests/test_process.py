@@ -131,7 +131,7 @@ def test_what_cannot_be_kept_is_said():
 def test_a_containers_limit_counts_as_the_memory(monkeypatch, tmp_path):
     limit = tmp_path / "memory.max"
     monkeypatch.setattr(process, "_MEMORY_LIMITS", (limit, tmp_path / "none"))
-    whole = process._memory()
+    whole = process.machine_memory()
     for text, expected in [("max\n", whole), ("1073741824\n", 2**30), (f"{2 * whole}\n", whole)]:
         limit.write_text(text)
-        assert process._memory() == expected
+        assert process.machine_memory() == expected

@@ -77,7 +77,7 @@ REQUESTS = {
     "no format": (["export", "theirs", "--out", "new"], 2, "Missing option '--format'"),
     "another width": ([*IMPORT, "model.embed_dim=32"], 2, "in the model asked for; remove the override"),
     "fewer ids": ([*IMPORT, "model.vocab_size=49"], 2, "model.vocab_size=49: this model has 50 ids, and none can be"),
-    "ids that are none": ([*IMPORT, "model.vocab_size=x"], 2, "model.vocab_size=x"),
+    "ids that are none": ([*IMPORT, "model.vocab_size=x"], 2, "model.vocab_size: must be a valid integer, not 'x'"),
     "a key": ([*IMPORT, "model.num_layer=1"], 2, "did you mean 'num_layers'?"),
     "a key of a run": ([*IMPORT, "training.steps=1"], 2, "this is a model without a run; write model.KEY=VALUE"),
     "no tokenizer": (["generate", "bare", "--prompt", "a"], 2, "this model has no tokenizer"),

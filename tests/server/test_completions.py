@@ -154,7 +154,7 @@ def test_usage_and_what_was_cached(client, lm):
 
 def test_a_full_context_ends_with_length(client, lm):
     ids = [5] * (lm.config.context_length - 3)
-    found = client.completions.create(model="tiny", prompt=ids, max_tokens=9, logit_bias={"0": -100})
+    found = client.completions.create(model="tiny", prompt=ids, max_tokens=9, logit_bias={"0": -100}, seed=1)
     assert (found.choices[0].finish_reason, found.usage.completion_tokens) == ("length", 3)
     full = client.completions.create(model="tiny", prompt=[5] * lm.config.context_length, max_tokens=9)
     assert (full.choices[0].text, full.choices[0].finish_reason) == ("", "length")

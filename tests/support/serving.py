@@ -140,7 +140,7 @@ def running(models, keys=(), draft=None, **settings):
         yield live
     finally:
         server.should_exit = True
-        thread.join(20)
+        thread.join(60)
         assert not thread.is_alive()
 
 
