@@ -90,6 +90,11 @@ def test_every_room_is_in_the_order():
     assert {room_of(module) for module in MODULES if module != "polygpt"} == set(ROOMS)
 
 
+def test_the_page_on_the_architecture_lists_the_rooms_in_their_order():
+    table = re.findall(r"^\| (`.*?) \|", (ROOT / "docs/architecture.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert re.findall(r"`(\w+)`", " ".join(table))[: len(ROOMS) - 1] == ROOMS[:-1]
+
+
 @ALL_FILES
 def test_a_room_imports_only_rooms_above_it_and_by_their_door(path):
     module = name_of(path)
