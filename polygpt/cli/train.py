@@ -20,7 +20,7 @@ from polygpt.process import command_line
 @overrides_argument
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The run's folder.")
 @click.option("--resume", is_flag=True, help="Continue the run in --out; needs no recipe.")
-@click.option("--short", is_flag=True, help="The recipe's short form: minutes on a laptop, with a band of its own.")
+@click.option("--short", is_flag=True, help="The recipe's short form: a minute or two on a laptop.")
 @click.option("--check", is_flag=True, help="Exit with 1 if the validation loss is outside the recipe's band.")
 @click.option("--profile", metavar="START:STOP", help="Trace these steps with JAX's profiler into RUN/profile.")
 @click.option("--coordinator", metavar="HOST:PORT", help="Train in several processes: the address of process 0.")
