@@ -142,8 +142,8 @@ def running(models, keys=(), draft=None, **settings):
         server.should_exit = True
         thread.join(30)
         if thread.is_alive():
-            # Seen at the end of whole runs of the suite, not of these tests alone; the cause is not known. That a server
-            # stops is tested with processes of its own (test_process.py).
+            # Seen at the end of whole runs of the suite, not of these tests alone; the cause is not known. Whether a
+            # server stops is tested with processes of its own (test_process.py).
             server.force_exit = True
             thread.join(10)
 
