@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from polygpt.cli.output import dtype_option, json_option, print_json, reading, w
 if TYPE_CHECKING:
     from polygpt.server import Served, ServerSettings
 
+PACKAGES = ("prometheus_client", "starlette", "uvicorn")
 MISSING = "serving needs the extra 'serve': pip install 'polygpt[serve]'"
 SHORTEST_KEY = 16  # characters; a shorter one could be guessed
 
@@ -61,12 +63,8 @@ def serve(
     that run finish, and exits with 0.
     """
     keys = () if api_key_file is None else _read_keys(api_key_file)
-    try:
-        import prometheus_client  # noqa: F401
-        import starlette  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError:
-        raise click.ClickException(MISSING) from None
+    if not all(find_spec(package) for package in PACKAGES):
+        raise click.ClickException(MISSING)
     from polygpt.config import parse_overrides, validate
     from polygpt.server import Served, ServerSettings, listen
 

@@ -61,13 +61,18 @@ def describe_mesh(shape: Sequence[int] | Mapping[str, int]) -> str:
 def _wrong_count(config: MeshConfig, devices: int) -> str:
     asked = {name: size for name, size in zip(MESH_AXES, config.shape, strict=True) if size > 1} or {"data": 1}
     product = " × ".join(f"{name} {size}" for name, size in asked.items())
+    if devices == 1:
+        simulated = (
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={config.devices} simulates {config.devices} on a CPU"
+        )
+        return f"mesh: {product} is a mesh of {config.devices} devices, but there is 1; leave it out ({simulated})"
     written = [
         " ".join(f"mesh.{name}={count}" for name, count in zip(asked, sizes, strict=True))
         for sizes in _nearest(tuple(asked.values()), devices)
     ]
     return (
-        f"mesh: {product} is a mesh of {config.devices} device{'s' * (config.devices > 1)}, but there "
-        f"{'are' if devices > 1 else 'is'} {devices}; {devices} would be {' or '.join(written)} "
+        f"mesh: {product} is a mesh of {config.devices} device{'s' * (config.devices > 1)}, but there are {devices}; "
+        f"{devices} would be {' or '.join(written)} "
         "(mesh=auto chooses by itself)"
     )
 

@@ -27,7 +27,7 @@ from polygpt.training.interrupt import Interrupted, InterruptFlag, Stop
 from polygpt.training.jobs import Evaluation, Job, Samples, Validation, is_due, language_models
 from polygpt.training.listeners import standard_listeners
 from polygpt.training.listeners.trackers import check_trackers
-from polygpt.training.mesh import mesh_of
+from polygpt.training.mesh import check_devices, mesh_of
 from polygpt.training.meter import Meter
 from polygpt.training.optimizers import ParameterGroups
 from polygpt.training.profiling import Profile
@@ -114,6 +114,8 @@ def _opened(config: RunConfig | None, out: Path, resume: bool, emit: Listener) -
         with naming(f"training.evaluations.{index}"):
             evaluation.check()
     check_trackers(config.training.trackers if config is not None else ())
+    if config is not None:
+        check_devices(config)
 
     def note(text: str) -> None:
         emit(Note(text))

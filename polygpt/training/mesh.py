@@ -15,8 +15,28 @@ def mesh_of(config: RunConfig, model: Model, emit: Listener = lambda note: None)
     """The mesh of a run; None for one device. Several processes always share one mesh of all their devices.
 
     Raises:
-        RequestError: the mesh does not fit the devices, or the model or the batch does not fit the mesh.
+        RequestError: as `check_devices`, or the model does not fit the mesh.
     """
+    scope, note = _chosen(config)
+    if note is not None:
+        emit(Note(note))
+    if scope is not None:
+        for note in check_fit(model.parameters, scope):
+            emit(Note(f"mesh: {note}", warning=True))
+    return scope
+
+
+def check_devices(config: RunConfig) -> None:
+    """Checks what can be checked of the mesh before there is a model.
+
+    Raises:
+        RequestError: the mesh does not fit the devices, or the batch does not fit the mesh.
+    """
+    _chosen(config)
+
+
+def _chosen(config: RunConfig) -> tuple[Scope | None, str | None]:
+    """The mesh of a run, and a note if it is not the one that was asked for."""
     training, devices = config.training, jax.device_count()
     rows, setting = training.batch_size, "training.batch_size"
     if training.accumulation_steps > 1:
@@ -25,11 +45,7 @@ def mesh_of(config: RunConfig, model: Model, emit: Listener = lambda note: None)
     if process_count() > 1 and (mesh is None or (config.mesh == "auto" and mesh.devices < devices)):
         mesh = MeshConfig(data=devices)
         note = f"mesh: data {devices}, the devices of {process_count()} processes"
-    if note is not None:
-        emit(Note(note))
     scope = Scope.of(mesh)
     if scope is not None:
         check_rows(rows, scope, setting)
-        for note in check_fit(model.parameters, scope):
-            emit(Note(f"mesh: {note}", warning=True))
-    return scope
+    return scope, note
