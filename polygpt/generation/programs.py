@@ -15,9 +15,9 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from polygpt.generation import states
-from polygpt.generation.asking import Asked
 from polygpt.generation.penalties import History
 from polygpt.generation.sampling import NOT_FINITE
+from polygpt.generation.slot_settings import SlotSettings
 from polygpt.generation.slots import Decoded, Masks, Slots, append_token, extend, next_token, nothing_decoded
 from polygpt.model import Model, ModelConfig, Params, model_of
 
@@ -36,11 +36,11 @@ class SlotPrograms(NamedTuple):
     insert_state(state, row, length, slot) -> state: the same for a decoding state alone.
     append(params, slots, slot, tokens [FORCED], count) -> slots: with tokens at the end of a sequence that were not
         sampled; the model reads all but the last.
-    decode(params, slots, asked, active [B], most, until_free, masks) -> (slots, Decoded): up to `most` tokens a row;
+    decode(params, slots, settings, active [B], most, until_free, masks) -> (slots, Decoded): up to `most` tokens a row;
         fewer if all rows are done, or one of them and `until_free`. `masks` hold for one token.
-    verify(params, slots, asked, active [B], drafts [B, K], counts [B], masks) -> (slots, Decoded): as many of a row's
+    verify(params, slots, settings, active [B], drafts [B, K], counts [B], masks) -> (slots, Decoded): as many of a row's
         drafted tokens as would have been sampled, and one more, in one pass.
-    draft(params, state, slots, asked, active [B], steps) -> (state, drafts [B, steps]): what this model would sample,
+    draft(params, state, slots, settings, active [B], steps) -> (state, drafts [B, steps]): what this model would sample,
         whose decoding state follows the sequences of another's `slots`; `steps` is static.
     """
 
@@ -120,7 +120,13 @@ def _append(model: Model, length: int) -> jax.stages.Wrapped:
 def _decode(model: Model, vocab: int) -> jax.stages.Wrapped:
     @partial(jax.jit, donate_argnums=1)
     def decode(
-        params: Params, slots: Slots, asked: Asked, active: Array, most: Array, until_free: Array, masks: Masks
+        params: Params,
+        slots: Slots,
+        settings: SlotSettings,
+        active: Array,
+        most: Array,
+        until_free: Array,
+        masks: Masks,
     ) -> tuple[Slots, Decoded]:
         decoder = model.module(params)
         slots = slots._replace(done=slots.done | ~active)
@@ -137,7 +143,7 @@ def _decode(model: Model, vocab: int) -> jax.stages.Wrapped:
             newest = jnp.take_along_axis(slots.history.tokens, last, axis=1)
             output = decoder(newest, positions=last, state=slots.state)
             logits = decoder.logits(output.hidden[:, 0])
-            slots, decoded, _ = extend(slots, decoded, logits, asked, masks, ~slots.done, vocab)
+            slots, decoded, _ = extend(slots, decoded, logits, settings, masks, ~slots.done, vocab)
             return slots._replace(state=output.state), decoded
 
         return lax.while_loop(unfinished, step, (slots, nothing_decoded(*slots.bias.shape)))
@@ -148,7 +154,7 @@ def _decode(model: Model, vocab: int) -> jax.stages.Wrapped:
 def _verify(model: Model, vocab: int) -> jax.stages.Wrapped:
     @partial(jax.jit, donate_argnums=1)
     def verify(
-        params: Params, slots: Slots, asked: Asked, active: Array, drafts: Array, counts: Array, masks: Masks
+        params: Params, slots: Slots, settings: SlotSettings, active: Array, drafts: Array, counts: Array, masks: Masks
     ) -> tuple[Slots, Decoded]:
         decoder = model.module(params)
         slots = slots._replace(done=slots.done | ~active)
@@ -170,7 +176,7 @@ def _verify(model: Model, vocab: int) -> jax.stages.Wrapped:
         def step(carry: tuple[Slots, Decoded, Array]) -> tuple[Slots, Decoded, Array]:
             slots, decoded, agrees = carry
             at = decoded.steps
-            slots, decoded, token = extend(slots, decoded, logits[:, at], asked, masks, agrees, vocab)
+            slots, decoded, token = extend(slots, decoded, logits[:, at], settings, masks, agrees, vocab)
             return slots, decoded, agrees & ~slots.done & (at < counts) & (token == ahead[:, at])
 
         begin = slots._replace(state=None), nothing_decoded(*slots.bias.shape), ~slots.done
@@ -183,7 +189,7 @@ def _verify(model: Model, vocab: int) -> jax.stages.Wrapped:
 def _draft(model: Model, length: int, vocab: int) -> jax.stages.Wrapped:
     @partial(jax.jit, donate_argnums=1, static_argnames="steps")
     def draft(
-        params: Params, state: PyTree, slots: Slots, asked: Asked, active: Array, *, steps: int
+        params: Params, state: PyTree, slots: Slots, settings: SlotSettings, active: Array, *, steps: int
     ) -> tuple[PyTree, Array]:
         decoder = model.module(params)
         slots = slots._replace(done=slots.done | ~active, state=None)
@@ -193,7 +199,7 @@ def _draft(model: Model, length: int, vocab: int) -> jax.stages.Wrapped:
             logits = decoder.logits(hidden)[:, :wide]
             short = wide - logits.shape[1]  # either model may have more ids than the tokenizer that they share
             logits = jnp.pad(logits, ((0, 0), (0, short)), constant_values=-jnp.inf)
-            token = next_token(logits, asked, slots.history, slots.bias, masks, vocab)
+            token = next_token(logits, settings, slots.history, slots.bias, masks, vocab)
             return slots._replace(history=append_token(slots.history, token, ~slots.done)), jnp.maximum(token, 0)
 
         # The last two tokens are read: of the last round the model may have seen all but these.

@@ -8,11 +8,11 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Int, UInt32
 
-from polygpt.generation.asking import Asked, ask
 from polygpt.generation.prefix_cache import PrefixCache
 from polygpt.generation.programs import FORCED, slot_programs
 from polygpt.generation.reader import PromptReader
 from polygpt.generation.requests import Request
+from polygpt.generation.slot_settings import SlotSettings, settings_of
 from polygpt.generation.slots import CHUNK, Decoded, Masks, empty_slots
 from polygpt.generation.speculation import GUESSES, Draft, Guesses
 from polygpt.model import Model, Params
@@ -54,7 +54,7 @@ class SlotRunner:
         """Free slots and empty readers."""
         self._state = empty_slots(self.model.config, self.slots, self.length)
         self.requests: list[Request | None] = [None] * self.slots
-        self._asked = None
+        self._settings = None
         self.reader.reset()
         if self._draft is not None:
             self._draft_state = empty_slots(self._draft.model.config, self.slots, self.length).state
@@ -81,7 +81,7 @@ class SlotRunner:
         tokens = np.zeros(self.length, np.int32)
         tokens[: len(prompt)] = prompt
         self._insert(slot, tokens, len(prompt), request.sampler.logit_bias)
-        self.requests[slot], self._asked = request, None
+        self.requests[slot], self._settings = request, None
 
     def clear(self, slot: int) -> None:
         """Removes numbers that are not finite, which a mask does not keep from the next sequence in the slot."""
@@ -175,10 +175,10 @@ class SlotRunner:
             row = self._draft_reader.row
             self._draft_state = self._draft_programs.insert_state(self._draft_state, row, count, place)
 
-    def _arrays(self) -> Asked:
-        if self._asked is None:
-            self._asked = jax.device_put(ask(self.requests, self.length))
-        return self._asked
+    def _arrays(self) -> SlotSettings:
+        if self._settings is None:
+            self._settings = jax.device_put(settings_of(self.requests, self.length))
+        return self._settings
 
     def _masks(self, masks: np.ndarray | None) -> Masks:
         return self._no_masks if masks is None else Masks(np.True_, masks)

@@ -10,10 +10,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
 
-from polygpt.generation.asking import Asked
 from polygpt.generation.penalties import History, edit_logits
 from polygpt.generation.requests import MOST_LOGPROBS
 from polygpt.generation.sampling import NOT_FINITE, are_finite, choose, token_keys
+from polygpt.generation.slot_settings import SlotSettings
 from polygpt.model import ModelConfig, model_of
 
 # Tokens that are decoded before the host looks at them, at most.
@@ -83,16 +83,20 @@ def extend(
     slots: Slots,
     decoded: Decoded,
     logits: Float[Array, "B V"],
-    asked: Asked,
+    settings: SlotSettings,
     masks: Masks,
     rows: Bool[Array, "B"],
     vocab: int,
 ) -> tuple[Slots, Decoded, Int[Array, "B"]]:
     """One token more for those `rows`; also the tokens."""
-    token = next_token(logits, asked, slots.history, slots.bias, masks, vocab)
-    decoded = _record(decoded, token, logits, asked.logprobs, rows)
+    token = next_token(logits, settings, slots.history, slots.bias, masks, vocab)
+    decoded = _record(decoded, token, logits, settings.logprobs, rows)
     history = append_token(slots.history, token, rows)
-    ends = (token[:, None] == asked.stop_tokens).any(axis=1) | (token == NOT_FINITE) | (history.length >= asked.limit)
+    ends = (
+        (token[:, None] == settings.stop_tokens).any(axis=1)
+        | (token == NOT_FINITE)
+        | (history.length >= settings.limit)
+    )
     return slots._replace(history=history, done=slots.done | (rows & ends)), decoded, token
 
 
@@ -105,16 +109,21 @@ def append_token(history: History, token: Int[Array, "B"], rows: Bool[Array, "B"
 
 
 def next_token(
-    logits: Float[Array, "B V"], asked: Asked, history: History, bias: Float[Array, "B V"], masks: Masks, vocab: int
+    logits: Float[Array, "B V"],
+    settings: SlotSettings,
+    history: History,
+    bias: Float[Array, "B V"],
+    masks: Masks,
+    vocab: int,
 ) -> Int[Array, "B"]:
     """The next token of each row, `NOT_FINITE` where there is none."""
     finite = are_finite(logits)
-    edited = edit_logits(logits, asked.penalties, history, asked.stop_tokens, bias)
+    edited = edit_logits(logits, settings.penalties, history, settings.stop_tokens, bias)
     edited = lax.cond(masks.given, lambda: _mask(edited, logits, masks.words), lambda: edited)
     if vocab < logits.shape[-1]:
         edited = jnp.where(jnp.arange(logits.shape[-1]) < vocab, edited, -jnp.inf)
-    keys = token_keys(asked.seed, history.length)
-    return jnp.where(finite, choose(edited, asked.sampling, keys), NOT_FINITE)
+    keys = token_keys(settings.seed, history.length)
+    return jnp.where(finite, choose(edited, settings.sampling, keys), NOT_FINITE)
 
 
 def _mask(edited: Float[Array, "B V"], logits: Float[Array, "B V"], words: UInt32[Array, "B W"]) -> Float[Array, "B V"]:

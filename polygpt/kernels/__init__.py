@@ -14,7 +14,7 @@ from polygpt.kernels.experts import (
     take_rows,
     to_peers,
 )
-from polygpt.kernels.heads import on_own_heads
+from polygpt.kernels.head_shards import sharded_over_heads
 from polygpt.kernels.loss import LogitRule, nll_of_logits, token_nll, weighted_nll
 from polygpt.kernels.packed import ALIGNMENT, WEIGHT_TYPES, WeightType, pack, pack_rows
 from polygpt.kernels.regularization import dropout
@@ -53,13 +53,13 @@ __all__ = [
     "matmul",
     "mean_over_devices",
     "nll_of_logits",
-    "on_own_heads",
     "pack",
     "pack_rows",
     "project_to_vocabulary",
     "reference_attention",
     "send_back",
     "send_to_experts",
+    "sharded_over_heads",
     "take_rows",
     "to_peers",
     "token_nll",

@@ -97,7 +97,7 @@ def _take_backward(readers: Int[Array, "M c"], d_y: Float[Array, "R D"]) -> tupl
 take_rows.defvjp(_take_forward, _take_backward)
 
 
-# --- On a mesh, within `on_own_parts` ------------------------------------------------------------------------
+# --- On a mesh, within `sharded` ------------------------------------------------------------------------
 
 
 def mean_over_devices(x: Array) -> Array:

@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from polygpt.kernels.weights import weight_gradient
-from polygpt.sharding import axes_of, current_mesh, device_index, on_own_parts
+from polygpt.sharding import axes_of, current_mesh, device_index, sharded
 
 # The logit of padding ids: a probability of exactly 0, and no infinity in the gradient.
 PADDING_LOGIT = -1e30
@@ -73,7 +73,7 @@ def token_nll(
         return nll.reshape(targets.shape)
 
     rows = axes_of("batch")
-    return on_own_parts(own, splits, (rows, axes_of(None, "vocab"), rows), rows)(hidden, weight, targets)
+    return sharded(own, splits, (rows, axes_of(None, "vocab"), rows), rows)(hidden, weight, targets)
 
 
 def weighted_nll(
@@ -122,7 +122,7 @@ def _on_mesh(hidden: Array, weight: Array, targets: Array, token_weights: Array,
         return total, d_hidden, d_weight
 
     rows, columns = axes_of("batch"), axes_of(None, "vocab")
-    run = on_own_parts(own, splits, (rows, columns, rows, rows), (axes_of(), rows, columns))
+    run = sharded(own, splits, (rows, columns, rows, rows), (axes_of(), rows, columns))
     return run(hidden, weight, targets, token_weights)
 
 

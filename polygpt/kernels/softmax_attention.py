@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from polygpt.errors import RequestError
 from polygpt.kernels.blocked import BLOCK, blocked_attention
-from polygpt.kernels.heads import on_own_heads
+from polygpt.kernels.head_shards import sharded_over_heads
 from polygpt.kernels.pallas import pallas_attention
 from polygpt.kernels.regularization import dropout
 from polygpt.kernels.scores import ScoreInputs, ScoreRule, visible
@@ -93,7 +93,7 @@ def attention(
         return _attention(q, k, v, rule, ScoreInputs(*heads, segment_ids, key), implementation)
 
     heads = inputs.sinks, inputs.slopes
-    return on_own_heads(own, q, k, v, rows=inputs.segment_ids, heads=heads, key=inputs.key)
+    return sharded_over_heads(own, q, k, v, rows=inputs.segment_ids, heads=heads, key=inputs.key)
 
 
 def _attention(

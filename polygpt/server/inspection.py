@@ -80,7 +80,7 @@ async def inspect(request: Request) -> JSONResponse:
     ids = await _ids_of(body, served)
     facts_of(request).prompt_tokens = len(ids)
     _check(body, served, len(ids))
-    return JSONResponse(await served.aside.run(answer, served, ids, body))
+    return JSONResponse(await served.background.run(answer, served, ids, body))
 
 
 async def _ids_of(body: Inspect, served: Served) -> list[int]:

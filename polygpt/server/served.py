@@ -11,7 +11,7 @@ from polygpt.errors import RequestError
 from polygpt.generation import Engine, Logprob, ScoredGeneration
 from polygpt.inspection import score_tokens
 from polygpt.language_model import LanguageModel
-from polygpt.server.aside import Aside
+from polygpt.server.background import BackgroundWorker
 from polygpt.server.errors import invalid, too_long
 from polygpt.server.runner import Runner
 from polygpt.server.schemas import MOST_LOGPROBS
@@ -61,11 +61,11 @@ class Served:
             )
 
         self.runner = Runner(make_engine, name, settings.slots, settings.queue)
-        self.aside = Aside(name, settings.slots + settings.queue)
+        self.background = BackgroundWorker(name, settings.slots + settings.queue)
 
     def close(self, seconds: float = 10.0) -> bool:
         """Ends the threads; returns whether they have ended within so many seconds."""
-        return self.runner.close(seconds) & self.aside.close(seconds)
+        return self.runner.close(seconds) & self.background.close(seconds)
 
     def facts(self) -> dict[str, Any]:
         """What `/v1/settings` tells of it."""
@@ -83,7 +83,7 @@ class Served:
 
     async def score(self, tokens: list[int], top: int) -> list[Logprob | None]:
         """The log probability of each token after those before it, and of the `top` likeliest; None for the first."""
-        scores = await self.aside.run(score_tokens, self.lm.model, self.lm.params, tokens, MOST_LOGPROBS)
+        scores = await self.background.run(score_tokens, self.lm.model, self.lm.params, tokens, MOST_LOGPROBS)
         own, ids = scores.logprobs.tolist(), scores.top_tokens[:, :top].tolist()
         best = [tuple(zip(*pair, strict=True)) for pair in zip(ids, scores.top_logprobs[:, :top].tolist(), strict=True)]
         return [None, *map(Logprob, own, best)]
@@ -91,7 +91,7 @@ class Served:
     async def beams(self, tokens: list[int], beams: int, n: int, max_tokens: int) -> list[ScoredGeneration]:
         """The `n` likeliest continuations that `beams` beams find."""
         search = partial(self.lm.generate, tokens, beams=beams, n=n, max_new_tokens=max_tokens)
-        return await self.aside.run(search)
+        return await self.background.run(search)
 
     @property
     def knows_tools(self) -> bool:

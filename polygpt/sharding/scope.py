@@ -83,7 +83,7 @@ class Scope(NamedTuple):
 
 # Part of the key of JAX's caches, so that a function traced outside is traced again inside.
 _scope = jax.make_user_context(default_value=None)
-# What the arrays are split over of which a device has its part only, within `on_own_parts`.
+# What the arrays are split over of which a device has its part only, within `sharded`.
 _own = jax.make_user_context(default_value=())
 
 
@@ -158,7 +158,7 @@ _MOVES = frozenset(
 )
 
 
-def on_own_parts(function: Callable, splits: Splits, in_axes: PyTree, out_axes: PyTree) -> Callable:
+def sharded(function: Callable, splits: Splits, in_axes: PyTree, out_axes: PyTree) -> Callable:
     """`function` run by every device on its own parts of the arrays; no mesh is in scope within it.
 
     Args:
@@ -200,10 +200,10 @@ def axes_of(*axes: str | None) -> Leaf:
 
 
 def own_splits() -> dict[str, tuple[str, ...]]:
-    """Within `on_own_parts`, its `splits`; elsewhere nothing is split."""
+    """Within `sharded`, its `splits`; elsewhere nothing is split."""
     return dict(_own.value)
 
 
 def device_index(names: tuple[str, ...]) -> Int[Array, ""] | int:
-    """Which part of what is split over these mesh axes this device has, within `on_own_parts`."""
+    """Which part of what is split over these mesh axes this device has, within `sharded`."""
     return lax.axis_index(names) if names else 0

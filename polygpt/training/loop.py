@@ -29,13 +29,13 @@ from polygpt.training.listeners import standard_listeners
 from polygpt.training.listeners.trackers import check_trackers
 from polygpt.training.mesh import check_devices, mesh_of
 from polygpt.training.meter import Meter
+from polygpt.training.multiprocess import check_same_request, finished_by_all, opened_by_all
 from polygpt.training.optimizers import ParameterGroups
 from polygpt.training.profiling import Profile
 from polygpt.training.restoring import Restoring
 from polygpt.training.resume import with_changes
 from polygpt.training.run_folder import Run, create_run, naming, open_run, write_config
 from polygpt.training.saving import Saving
-from polygpt.training.several import check_same_request, finished_by_all, opened_by_all
 from polygpt.training.state import Batch, TrainState
 from polygpt.training.step import Trainer
 

@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 from pydantic import Field, PositiveInt, model_validator
 
-from polygpt.kernels import on_own_heads
+from polygpt.kernels import sharded_over_heads
 from polygpt.model.attention.projections import HeadsConfig, Projections
 from polygpt.model.parts import Context, Initializer, Scope
 from polygpt.model.rope import Rotation, rotate
@@ -108,7 +108,7 @@ class LinearAttention(Projections):
             start = LinearState(jnp.zeros((batch, heads, size, size)), jnp.zeros((batch, heads, size)))
             return _mix(q, k, v, rows, decay, start, self.config)[0]
 
-        return self.merge(on_own_heads(own, q, k, v, rows, kv_heads=decay).astype(x.dtype)), None
+        return self.merge(sharded_over_heads(own, q, k, v, rows, kv_heads=decay).astype(x.dtype)), None
 
 
 class _Rows(NamedTuple):

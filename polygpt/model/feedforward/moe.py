@@ -16,8 +16,8 @@ from polygpt.kernels import first_own_expert, from_peers, mean_over_devices, tak
 from polygpt.model.feedforward.experts import Experts, ExpertsConfig
 from polygpt.model.feedforward.glu import GLUConfig
 from polygpt.model.feedforward.mlp import MLPConfig
-from polygpt.model.own_rows import on_own_rows
 from polygpt.model.parts import NO_EFFECTS, Context, Effects, FeedForwardConfig, Initializer, Scope
+from polygpt.model.row_shards import sharded_over_rows
 
 if TYPE_CHECKING:
     from polygpt.model.config import ModelConfig
@@ -119,7 +119,7 @@ class MoE(Experts):
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, state: None = None
     ) -> tuple[Float[Array, "B T D"], None, Effects]:
-        y, effects = on_own_rows(MoE._routed, self, x, context, self._noise(x, context))
+        y, effects = sharded_over_rows(MoE._routed, self, x, context, self._noise(x, context))
         if self.shared is not None:
             y = y + self.shared(x, context)[0]
         return y, None, effects

@@ -13,8 +13,8 @@ from pydantic import PositiveInt
 from polygpt.errors import RequestError
 from polygpt.model.feedforward.experts import Experts, ExpertsConfig
 from polygpt.model.feedforward.pool import Pool, Token
-from polygpt.model.own_rows import on_own_rows
 from polygpt.model.parts import NO_EFFECTS, Context, Effects, Initializer
+from polygpt.model.row_shards import sharded_over_rows
 
 if TYPE_CHECKING:
     from polygpt.model.config import ModelConfig
@@ -72,7 +72,7 @@ class SoftMoE(Experts):
                 "feedforward.kind=soft_moe mixes all tokens of a sequence in training and cannot keep packed documents "
                 "(segment_ids) apart; use causal_soft_moe or moe"
             )
-        y, effects = on_own_rows(SoftMoE._stateless, self, x, context)
+        y, effects = sharded_over_rows(SoftMoE._stateless, self, x, context)
         return y, None, effects
 
     def _stateless(
@@ -177,7 +177,7 @@ class CausalSoftMoE(SoftMoE):
         self, x: Float[Array, "B T D"], context: Context, state: _Blocks | None = None
     ) -> tuple[Float[Array, "B T D"], _Blocks | None, Effects]:
         if state is None:
-            y, effects = on_own_rows(CausalSoftMoE._stateless, self, x, context)
+            y, effects = sharded_over_rows(CausalSoftMoE._stateless, self, x, context)
             return y, None, effects
         logits = self._logits(x)
         context.record("experts", lambda: _shares(logits))

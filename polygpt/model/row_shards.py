@@ -12,10 +12,10 @@ from flax.traverse_util import unflatten_dict
 from jaxtyping import Array, Float, PyTree
 
 from polygpt.model.parts import Context, Effects
-from polygpt.sharding import axes_of, current_mesh, on_own_parts
+from polygpt.sharding import axes_of, current_mesh, sharded
 
 
-def on_own_rows(
+def sharded_over_rows(
     method: Callable[..., tuple[Float[Array, "B T D"], Effects]],
     module: Any,
     x: Float[Array, "B T D"],
@@ -59,4 +59,4 @@ def on_own_rows(
         jax.tree.map(lambda _: axes_of(), whole),
     )
     values = {path: parameter.get_value() for path, parameter in parameters.items()}
-    return on_own_parts(own, splits, in_axes, (batch, axes_of()))(values, x, by_row, whole)
+    return sharded(own, splits, in_axes, (batch, axes_of()))(values, x, by_row, whole)

@@ -17,7 +17,7 @@ STOP_TOKENS = 8
 _IDLE = Request((0,), 1, Sampler(temperature=0.0))
 
 
-class Asked(NamedTuple):
+class SlotSettings(NamedTuple):
     """What each of B rows asks for.
 
     Attributes:
@@ -37,7 +37,7 @@ class Asked(NamedTuple):
     logprobs: Int[Array, "B"]
 
 
-def ask(requests: Sequence[Request | None], longest: int) -> Asked:
+def settings_of(requests: Sequence[Request | None], longest: int) -> SlotSettings:
     """The arrays of the requests; None is a free slot. Sequences end at `longest` tokens."""
     rows = [_IDLE if request is None else request for request in requests]
     samplers = [request.sampler for request in rows]
@@ -49,7 +49,7 @@ def ask(requests: Sequence[Request | None], longest: int) -> Asked:
         row[: len(request.stops)] = request.stops
     limits = [min(len(request.prompt) + request.max_new_tokens, longest) for request in rows]
     logprobs = [-1 if request.logprobs is None else request.logprobs for request in rows]
-    return Asked(
+    return SlotSettings(
         stack_samplers(samplers),
         stack_penalties(samplers),
         np.array([request.seed for request in rows], np.uint32),

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, PyTree
 
-from polygpt.sharding import axes_of, current_mesh, device_index, on_own_parts
+from polygpt.sharding import axes_of, current_mesh, device_index, sharded
 
 
-def on_own_heads(
+def sharded_over_heads(
     function: Callable[..., Float[Array, "B T N H"]],
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
@@ -57,7 +57,7 @@ def on_own_heads(
     queries, keys = axes_of("batch", None, "heads"), axes_of("batch", None, "kv_heads")
     trees: tuple[Any, ...] = first("batch", rows), first("heads", heads), first("kv_heads", kv_heads)
     in_axes = (queries, keys, keys, *trees, None if key is None else axes_of())
-    return on_own_parts(own, splits, in_axes, queries)(q, k, v, rows, heads, kv_heads, key)
+    return sharded(own, splits, in_axes, queries)(q, k, v, rows, heads, kv_heads, key)
 
 
 def _serving(x: Array, first: Int[Array, ""], heads: int, group: int, axis: int) -> Array:

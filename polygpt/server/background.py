@@ -1,4 +1,4 @@
-"""A thread for computations that are no part of the engine: scores of a prompt, beams, looks inside the model."""
+"""A thread beside the engine for other computations: scores of a prompt, beams, looks inside the model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from polygpt.server.errors import ApiError
 T = TypeVar("T")
 
 
-class Aside:
+class BackgroundWorker:
     """Runs one computation at a time beside the engine, in the order in which they come.
 
     Attributes:
@@ -24,7 +24,7 @@ class Aside:
     def __init__(self, name: str, limit: int):
         self.limit, self.waiting = limit, 0
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name=f"aside {name}", daemon=True)
+        self._thread = threading.Thread(target=self._work, name=f"background {name}", daemon=True)
 
     async def run(self, compute: Callable[..., T], *arguments: Any) -> T:
         """What `compute(*arguments)` gives. One that is cancelled before it begins is left out.
