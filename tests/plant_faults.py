@@ -136,7 +136,7 @@ FAULTS = [
         "interop/test_settings.py interop/test_huggingface.py",
     ),
     # generation
-    Fault("generation/slots.py", "history.length >= asked.limit", "history.length > asked.limit", "generation"),
+    Fault("generation/slots.py", "history.length >= settings.limit", "history.length > settings.limit", "generation"),
     Fault("generation/sampling.py", "jax.random.key(seed), position)", "jax.random.key(seed), 0)", "generation"),
     Fault("generation/sampling.py", "jax.random.key(seed), position)", "jax.random.key(0), position)", "generation"),
     Fault("generation/sampling.py", "(top_p < 1) & (logits < cut)", "(top_p < 1) & (logits <= cut)", "generation"),

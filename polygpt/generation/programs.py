@@ -38,10 +38,10 @@ class SlotPrograms(NamedTuple):
         sampled; the model reads all but the last.
     decode(params, slots, settings, active [B], most, until_free, masks) -> (slots, Decoded): up to `most` tokens a row;
         fewer if all rows are done, or one of them and `until_free`. `masks` hold for one token.
-    verify(params, slots, settings, active [B], drafts [B, K], counts [B], masks) -> (slots, Decoded): as many of a row's
-        drafted tokens as would have been sampled, and one more, in one pass.
-    draft(params, state, slots, settings, active [B], steps) -> (state, drafts [B, steps]): what this model would sample,
-        whose decoding state follows the sequences of another's `slots`; `steps` is static.
+    verify(params, slots, settings, active [B], drafts [B, K], counts [B], masks) -> (slots, Decoded): as many of a
+        row's drafted tokens as would have been sampled, and one more, in one pass.
+    draft(params, state, slots, settings, active [B], steps) -> (state, drafts [B, steps]): what this model would
+        sample, whose decoding state follows the sequences of another's `slots`; `steps` is static.
     """
 
     restart: jax.stages.Wrapped

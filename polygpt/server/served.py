@@ -28,7 +28,7 @@ class Served:
         name: the public name.
         lm: the model.
         runner: runs its jobs.
-        aside: computes what is no part of the engine.
+        background: computes what is no part of the engine.
         length: tokens of a sequence at most, prompt included.
     """
 

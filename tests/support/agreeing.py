@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 from polygpt import distributed
 from polygpt.errors import PolygptError, RequestError
-from polygpt.training import RunConfig, several
+from polygpt.training import RunConfig, multiprocess
 
 COORDINATOR, COUNT, INDEX, FOLDER = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
 RUN = {
@@ -42,24 +42,24 @@ def exchanges():
 
 
 def same():
-    several.check_same_request(config(), FOLDER, resume=False)
+    multiprocess.check_same_request(config(), FOLDER, resume=False)
     with distributed.shared_folder(FOLDER / "new" / "folder", "--out"):
         return "agreed"
 
 
 def another_configuration():
-    several.check_same_request(config(batch_size=8 * (1 + INDEX), seed=INDEX), FOLDER, resume=False)
+    multiprocess.check_same_request(config(batch_size=8 * (1 + INDEX), seed=INDEX), FOLDER, resume=False)
 
 
 def another_version():
-    version, several.metadata = (
-        several.metadata.version,
+    version, multiprocess.metadata = (
+        multiprocess.metadata.version,
         SimpleNamespace(
             version=lambda name: "0.0.1" if name == "flax" and INDEX else version(name),
-            PackageNotFoundError=several.metadata.PackageNotFoundError,
+            PackageNotFoundError=multiprocess.metadata.PackageNotFoundError,
         ),
     )
-    several.check_same_request(config(), FOLDER, resume=False)
+    multiprocess.check_same_request(config(), FOLDER, resume=False)
 
 
 def another_folder():
@@ -72,8 +72,8 @@ def another_folder():
 
 def other_data():
     splits = SimpleNamespace(validation=SimpleNamespace(fingerprint="same"))
-    several.fingerprints = lambda run: {"data": f"tokens of {INDEX}", "seed": "1"}
-    several.opened_by_all(SimpleNamespace(shards=splits), None, FOLDER, resume=False)
+    multiprocess.fingerprints = lambda run: {"data": f"tokens of {INDEX}", "seed": "1"}
+    multiprocess.opened_by_all(SimpleNamespace(shards=splits), None, FOLDER, resume=False)
 
 
 def stopping():
