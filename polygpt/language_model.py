@@ -250,7 +250,7 @@ class LanguageModel:
             on_text: called with each new piece of text as soon as it can no longer change; for a single prompt.
             beams: search for the likeliest continuation, keeping so many at every step, instead of sampling. Gives
                 `ScoredGeneration`s; with n, the n best of each prompt.
-            draft: guess tokens, by `lookup` of what followed the last few earlier in the sequence or by a smaller model
+            draft: draft tokens, by `lookup` of what followed the last few earlier in the sequence or by a smaller model
                 with the same tokenizer, and check several in one pass: the same text, sooner.
             past_context: go on past the context length: attention then sees a sliding window (`windowed`).
             settings: of a `Sampler`: temperature (0 is greedy), top_k, top_p, min_p, repetition_penalty,

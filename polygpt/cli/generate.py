@@ -197,10 +197,10 @@ def _stream(lm: LanguageModel, prompt: str, settings: dict) -> None:
 def _report(lm: LanguageModel, prompt: str, result: Generation, chat: bool) -> None:
     speed = "" if result.tokens_per_second is None else f" {result.tokens_per_second:,.0f} tokens/s,"
     whole, context = len(lm.prompt_tokens(prompt, chat)) + len(result.tokens), lm.config.context_length
-    guessed = "" if result.acceptance is None else f" {result.acceptance:.0%} of the guesses right,"
+    drafted = "" if result.acceptance is None else f" {result.acceptance:.0%} of the draft accepted,"
     past = f"; {whole - context} of them past the context_length of {context}" if whole > context else ""
     count = f"{len(result.tokens)} token" + ("" if len(result.tokens) == 1 else "s")
-    click.echo(f"{count},{speed}{guessed} finished: {result.finish_reason}{past}", err=True)
+    click.echo(f"{count},{speed}{drafted} finished: {result.finish_reason}{past}", err=True)
 
 
 def _checked(prompt: str) -> str:

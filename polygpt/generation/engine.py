@@ -17,13 +17,13 @@ import jax
 import numpy as np
 
 from polygpt.errors import PolygptError, RequestError
-from polygpt.generation.guessing import guess_next, learn
+from polygpt.generation.drafting import draft_next, learn
 from polygpt.generation.handle import Handle, Listener, Part, forced_tokens, scores_of
 from polygpt.generation.prefix_cache import PrefixCache
 from polygpt.generation.requests import Request, check_requests
 from polygpt.generation.runner import SlotRunner
 from polygpt.generation.slots import CHUNK, Decoded
-from polygpt.generation.speculation import Draft, Guesses, Lookup, Speculation, check_draft
+from polygpt.generation.speculation import Draft, DraftTokens, Lookup, Speculation, check_draft
 from polygpt.generation.statistics import Statistics
 from polygpt.generation.text import TextStream
 from polygpt.model import Model, Params
@@ -62,7 +62,7 @@ class Engine:
             chunk: tokens of a prompt that are read at once between steps of decoding, and a block of the prefix cache.
             cache_bytes: of the prefix cache; 0 keeps nothing.
             vocab_size: ids from here on are never sampled (the tokenizer's, where the model's is larger).
-            draft: guess tokens and check several in one pass, by `lookup` in the sequence itself or by a draft model;
+            draft: draft tokens and check several in one pass, by `lookup` in the sequence itself or by a draft model;
                 requests with constraints do without.
 
         Raises:
@@ -223,12 +223,12 @@ class Engine:
             return parts
         self._runner.compile_decoding(active)
         began = time.perf_counter()
-        guesses = None if self._draft is None else guess_next(self._draft, self._runner, self._running, active)
-        if guesses is not None and guesses.counts.any():
-            decoded = self._runner.verify(active, guesses, masks)
+        drafts = None if self._draft is None else draft_next(self._draft, self._runner, self._running, active)
+        if drafts is not None and drafts.counts.any():
+            decoded = self._runner.verify(active, drafts, masks)
         else:
             decoded = self._runner.decode(active, self._limit(active, most), bool(self._waiting), masks)
-        self._distribute(decoded, active, began, guesses, parts)
+        self._distribute(decoded, active, began, drafts, parts)
         return parts
 
     def _limit(self, active: np.ndarray, most: int | None) -> int:
@@ -264,22 +264,22 @@ class Engine:
         decoded: Decoded,
         active: np.ndarray,
         began: float,
-        guesses: Guesses | None,
+        drafts: DraftTokens | None,
         parts: list[tuple[Handle, Part]],
     ) -> None:
         wanted = any(handle is not None and handle.request.logprobs is not None for handle in self._running)
         decoded = jax.device_get(decoded if wanted else decoded[:3])
         steps, seconds = int(decoded[0]), time.perf_counter() - began
         self._step_seconds = seconds / max(steps, 1)
-        verified = guesses is not None and bool(guesses.counts.any())
+        verified = drafts is not None and bool(drafts.counts.any())
         self._counts["steps"] += 1 if verified else steps
         for slot in np.flatnonzero(active):
             handle, count = self._running[slot], decoded[1][slot]
             tokens = decoded[2][slot, :count].tolist()
             scores = [] if handle.request.logprobs is None else scores_of(decoded, slot, handle.request.logprobs)
-            if guesses is not None:
-                guessed, right = learn(handle, tokens, int(guesses.counts[slot]), steps)
-                self._counts["drafted"] += guessed
+            if drafts is not None:
+                drafted, right = learn(handle, tokens, int(drafts.counts[slot]), steps)
+                self._counts["drafted"] += drafted
                 self._counts["accepted"] += right
             before = handle.room
             self._give(handle, partial(handle.receive, tokens, scores), slot, parts)

@@ -14,7 +14,7 @@ from polygpt.generation.reader import PromptReader
 from polygpt.generation.requests import Request
 from polygpt.generation.slot_settings import SlotSettings, settings_of
 from polygpt.generation.slots import CHUNK, Decoded, Masks, empty_slots
-from polygpt.generation.speculation import GUESSES, Draft, Guesses
+from polygpt.generation.speculation import DRAFTED, Draft, DraftTokens
 from polygpt.model import Model, Params
 
 
@@ -113,27 +113,27 @@ class SlotRunner:
     def verify(
         self,
         active: Bool[np.ndarray, "B"],
-        guesses: Guesses,
+        drafts: DraftTokens,
         masks: UInt32[np.ndarray, "B W"] | None = None,
     ) -> Decoded:
-        """In every active slot as many of its guesses as are right, and a token more."""
+        """In every active slot as many of its drafts as are right, and a token more."""
         given = self._masks(masks)
         self._state, decoded = self._programs.verify(
-            self.params, self._state, self._arrays(), active, guesses.tokens, guesses.counts, given
+            self.params, self._state, self._arrays(), active, drafts.tokens, drafts.counts, given
         )
         return decoded
 
     def draft(self, active: Bool[np.ndarray, "B"]) -> Int[np.ndarray, "B K"]:
         """What the draft model would sample in every active slot."""
-        self._draft_state, guesses = self._draft_programs.draft(
+        self._draft_state, drafts = self._draft_programs.draft(
             self._draft.params,
             self._draft_state,
             self._state._replace(state=None),
             self._arrays(),
             active,
-            steps=GUESSES,
+            steps=DRAFTED,
         )
-        return np.asarray(guesses)
+        return np.asarray(drafts)
 
     def compile(self, *, speculate: bool) -> None:
         """Compiles every program, those of speculation only if asked; the slots must be free."""
@@ -147,7 +147,7 @@ class SlotRunner:
         )
         self.compile_decoding(nothing)
         if speculate:
-            self.verify(nothing, Guesses(np.zeros((self.slots, GUESSES), np.int32), none))
+            self.verify(nothing, DraftTokens(np.zeros((self.slots, DRAFTED), np.int32), none))
         if self._draft is not None:
             self.draft(nothing)
         jax.block_until_ready(self._state)

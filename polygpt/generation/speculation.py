@@ -1,7 +1,7 @@
-"""Speculation: tokens are guessed, and the model checks several in one pass.
+"""Speculation: tokens are drafted, and the model checks several in one pass.
 
-The random key of a token is a function of (seed, position) alone, so a guess is right exactly if it is the token that
-would have been sampled: the text is that without speculation.
+The random key of a token is a function of (seed, position) alone, so a draft token is accepted exactly if it is the
+token that would have been sampled: the text is that without speculation.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from polygpt.errors import RequestError
 from polygpt.generation.states import cuttable
 from polygpt.model import Model, Params
 
-# Tokens that are guessed at once.
-GUESSES = 7
+# Tokens that are drafted at once.
+DRAFTED = 7
 # Prompt look-up follows the last occurrence of as many of the sequence's last tokens as it finds, of these numbers.
 NGRAMS = (4, 3, 2)
-# After guesses of which none was right look-up pauses for so many steps, twice as many each time, up to the second.
+# After drafts of which none was right look-up pauses for so many steps, twice as many each time, up to the second.
 PAUSE, LONGEST_PAUSE = 1, 64
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A smaller model that guesses what the model will sample; it must have the same tokenizer."""
+    """A smaller model that drafts what the model will sample; it must have the same tokenizer."""
 
     model: Model
     params: Params
@@ -37,7 +37,7 @@ Speculation = Literal["lookup"] | Draft
 
 
 def check_rewindable(model: Model, length: int, role: str) -> None:
-    """Refuses a model whose decoding state cannot go back to before a wrong guess.
+    """Refuses a model whose decoding state cannot go back to before a rejected draft token.
 
     Raises:
         RequestError: some layer keeps a ring, a recurrence or a pool.
@@ -49,12 +49,12 @@ def check_rewindable(model: Model, length: int, role: str) -> None:
             if not all(cuttable(part, length)):
                 raise RequestError(
                     f"speculation is not possible: {slot} {kind} of {role} keeps a state that cannot go back to before "
-                    "a wrong guess; leave draft out"
+                    "a rejected draft token; leave draft out"
                 )
 
 
 class Lookup:
-    """Guesses the tokens that followed the same few tokens earlier in the sequence (prompt look-up)."""
+    """Drafts the tokens that followed the same few tokens earlier in the sequence (prompt look-up)."""
 
     def __init__(self, prompt: Sequence[int], length: int):
         self._tokens = np.zeros(length, np.int32)
@@ -64,7 +64,7 @@ class Lookup:
 
     @property
     def pause(self) -> int:
-        """Steps before the next guess."""
+        """Steps before the next draft."""
         return self._pause
 
     def extend(self, tokens: Sequence[int]) -> None:
@@ -72,7 +72,7 @@ class Lookup:
         self._tokens[self._count : self._count + len(tokens)] = tokens
         self._count += len(tokens)
 
-    def guess(self, most: int) -> list[int]:
+    def draft(self, most: int) -> list[int]:
         """Up to `most` tokens; none where the last tokens have not occurred before."""
         data = self._tokens[: self._count].tobytes()
         for size in NGRAMS:
@@ -83,13 +83,13 @@ class Lookup:
                 end = at + len(tail) - 1
             if at >= 0:
                 start = at // 4 + size
-                # Where fewer than `most` have followed, the sequence repeats itself: so does the guess.
+                # Where fewer than `most` have followed, the sequence repeats itself: so does the draft.
                 return self._tokens[start + np.arange(most) % (self._count - start)].tolist()
         return []
 
-    def judge(self, guessed: int, right: int, steps: int) -> None:
-        """Learns from how many guesses were right; of none, from how many `steps` have passed."""
-        if not guessed:
+    def judge(self, drafted: int, right: int, steps: int) -> None:
+        """Learns from how many draft tokens were accepted; of none, from how many `steps` have passed."""
+        if not drafted:
             self._pause = max(self._pause - steps, 0)
         elif right:
             self._pause, self._next_pause = 0, PAUSE
@@ -97,8 +97,8 @@ class Lookup:
             self._pause, self._next_pause = self._next_pause, min(2 * self._next_pause, LONGEST_PAUSE)
 
 
-class Guesses(NamedTuple):
-    """Guesses of the next tokens.
+class DraftTokens(NamedTuple):
+    """Draft tokens for the next positions.
 
     Attributes:
         tokens: ids; None if there are none at all.
@@ -109,14 +109,14 @@ class Guesses(NamedTuple):
     counts: Int[np.ndarray, "B"]
 
 
-def guess_by_lookup(rows: Sequence[Lookup | None], rooms: Sequence[int]) -> Guesses:
-    """The guesses of all rows that do not pause, at most as many as there is room for."""
-    tokens, counts = np.zeros((len(rows), GUESSES), np.int32), np.zeros(len(rows), np.int32)
+def draft_by_lookup(rows: Sequence[Lookup | None], rooms: Sequence[int]) -> DraftTokens:
+    """The drafts of all rows that do not pause, at most as many as there is room for."""
+    tokens, counts = np.zeros((len(rows), DRAFTED), np.int32), np.zeros(len(rows), np.int32)
     for row, (lookup, room) in enumerate(zip(rows, rooms, strict=True)):
         if lookup is not None and not lookup.pause and room > 0:
-            found = lookup.guess(min(room, GUESSES))
+            found = lookup.draft(min(room, DRAFTED))
             tokens[row, : len(found)], counts[row] = found, len(found)
-    return Guesses(tokens, counts)
+    return DraftTokens(tokens, counts)
 
 
 def check_draft(model: Model, draft: Speculation, length: int, vocab_size: int) -> None:

@@ -39,7 +39,7 @@ class Served:
         settings: ServerSettings,
         draft: LanguageModel | Literal["lookup"] | None = None,
     ):
-        """Makes the engine, which guesses tokens with `draft` (`LanguageModel.generate`).
+        """Makes the engine, which drafts tokens with `draft` (`LanguageModel.generate`).
 
         Raises:
             RequestError: the model has no tokenizer, or a setting or the draft does not fit it.

@@ -1,4 +1,4 @@
-"""Speculation: the same ids with it and without, whatever is guessed."""
+"""Speculation: the same ids with it and without, whatever is drafted."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +8,7 @@ import zoo
 from polygpt.errors import RequestError
 from polygpt.generation import Draft, Engine, Request, Sampler, as_grammar
 from polygpt.generation.constraints import Constraint, Vocabulary
-from polygpt.generation.speculation import GUESSES, Lookup
+from polygpt.generation.speculation import DRAFTED, Lookup
 from polygpt.model import Model
 
 LENGTH = 64
@@ -56,8 +56,8 @@ def requests_of(count):
 def test_ids_are_those_without_and_log_probabilities_nearly(engines, name):
     requests = requests_of(40)
     plain = [engines["none"].submit(request) for request in requests]
-    guessed = [engines[name].submit(request) for request in requests]
-    for own, handle in zip(plain, guessed, strict=True):
+    drafted = [engines[name].submit(request) for request in requests]
+    for own, handle in zip(plain, drafted, strict=True):
         own.result()
         handle.result()
         assert (handle.tokens, handle.finish_reason) == (own.tokens, own.finish_reason)
@@ -65,18 +65,18 @@ def test_ids_are_those_without_and_log_probabilities_nearly(engines, name):
             assert theirs.logprob == pytest.approx(ours.logprob, abs=1e-4)
             assert dict(theirs.top) == pytest.approx(dict(ours.top), abs=1e-4)
     found = engines[name].statistics
-    assert found.drafted == sum(handle.drafted for handle in guessed) > 0
-    assert found.accepted == sum(handle.accepted for handle in guessed)
+    assert found.drafted == sum(handle.drafted for handle in drafted) > 0
+    assert found.accepted == sum(handle.accepted for handle in drafted)
     if name == "itself":
-        assert found.accepted > 0.8 * found.drafted  # not all: guesses beyond the end of a request are counted
+        assert found.accepted > 0.8 * found.drafted  # not all: drafts beyond the end of a request are counted
         assert found.steps < 0.4 * engines["none"].statistics.steps
 
 
-def test_a_model_that_guesses_for_itself_is_always_right(engines):
+def test_a_model_that_drafts_for_itself_is_always_right(engines):
     for sampler in SAMPLERS:
         before = engines["itself"].statistics
-        handle = engines["itself"].submit(Request([1, 2, 3], 2 * (GUESSES + 1), sampler, 4)).result()
-        assert handle.accepted == handle.drafted == 2 * GUESSES
+        handle = engines["itself"].submit(Request([1, 2, 3], 2 * (DRAFTED + 1), sampler, 4)).result()
+        assert handle.accepted == handle.drafted == 2 * DRAFTED
         assert engines["itself"].statistics.steps - before.steps == 2
 
 
@@ -101,20 +101,20 @@ def test_constraints_go_along_with_guessing_neighbours(engines):
     constraint = Constraint(vocabulary, as_grammar(regex="[a-c]{5,20}"))
     requests = [Request([1, 2] * 6, 30, GREEDY, seed, constraint=constraint if seed % 2 else None) for seed in range(6)]
     plain = [engines["none"].submit(request) for request in requests]
-    guessed = [engines["lookup"].submit(request) for request in requests]
-    assert [handle.result().tokens for handle in guessed] == [handle.result().tokens for handle in plain]
+    drafted = [engines["lookup"].submit(request) for request in requests]
+    assert [handle.result().tokens for handle in drafted] == [handle.result().tokens for handle in plain]
 
 
 def test_look_up_guesses_what_followed_and_pauses_where_it_is_wrong():
     lookup = Lookup([1, 2, 3, 4, 5, 9, 1, 2, 3], 64)
-    assert lookup.guess(3) == [4, 5, 9]
-    assert lookup.guess(9) == [4, 5, 9, 1, 2, 3, 4, 5, 9]  # goes round
+    assert lookup.draft(3) == [4, 5, 9]
+    assert lookup.draft(9) == [4, 5, 9, 1, 2, 3, 4, 5, 9]  # goes round
     lookup.extend([7])
-    assert lookup.guess(3) == []
+    assert lookup.draft(3) == []
     lookup.extend([3, 4])
-    assert lookup.guess(2) == [5, 9]  # two tokens suffice
-    assert Lookup([1], 8).guess(3) == Lookup([], 8).guess(3) == []
-    assert Lookup([0, 256, 0, 1, 256, 0], 8).guess(1) == [1]  # tokens, not bytes
+    assert lookup.draft(2) == [5, 9]  # two tokens suffice
+    assert Lookup([1], 8).draft(3) == Lookup([], 8).draft(3) == []
+    assert Lookup([0, 256, 0, 1, 256, 0], 8).draft(1) == [1]  # tokens, not bytes
     pauses = []
     for _ in range(8):
         lookup.judge(3, 0, 4)
