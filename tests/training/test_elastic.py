@@ -4,20 +4,10 @@ import shutil
 
 import numpy as np
 import pytest
-from several import Processes, arrays, losses
+from several import MODEL, Processes, arrays, losses
 
-RUN = """\
-model:
-  context_length: 16
-  embed_dim: 16
-  num_layers: 1
-  position: {kind: rope}
-  norm: {kind: rmsnorm}
-  attention: {kind: softmax, num_heads: 4}
-  feedforward: {kind: mlp, mlp_dim: 32}
-tokenizer: {kind: char}
-data: {path: text.txt, split: fraction}
-training: {steps: 12, batch_size: 8, save_every: 6, keep: 9, log_every: 3, schedule: {kind: constant}}
+RUN = f"""\
+{MODEL}training: {{steps: 12, batch_size: 8, save_every: 6, keep: 9, log_every: 3, schedule: {{kind: constant}}}}
 """
 
 

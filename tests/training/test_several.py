@@ -5,28 +5,18 @@ import signal
 
 import numpy as np
 import pytest
-from several import Processes, arrays, losses
+from several import MODEL, Processes, arrays, losses
 
 from polygpt import checkpoint
 from polygpt.recipes import load_recipe
 from polygpt.training import train
 
-RUN = """\
-model:
-  context_length: 16
-  embed_dim: 16
-  num_layers: 1
-  position: {kind: rope}
-  norm: {kind: rmsnorm}
-  attention: {kind: softmax, num_heads: 2}
-  feedforward: {kind: mlp, mlp_dim: 32}
-tokenizer: {kind: char}
-data: {path: text.txt, split: fraction}
-training:
+RUN = f"""\
+{MODEL}training:
   steps: 60
   batch_size: 8
   accumulation_steps: 2
-  schedule: {kind: cosine, warmup_steps: 5}
+  schedule: {{kind: cosine, warmup_steps: 5}}
   eval_every: 30
   eval_batches: 2
   save_every: 10
