@@ -75,7 +75,7 @@ class InterruptFlag:
             self._immediate = False
 
     def __enter__(self) -> InterruptFlag:
-        self._previous, self._stack = {}, ExitStack()
+        self._previous, self._stack, self._left = {}, ExitStack(), threading.Event()
         if process_count() > 1:
             self._agreement = StopAgreement(lambda: self.number if self._received else None, self._forward)
             self._stack.enter_context(self._agreement.active())
@@ -85,9 +85,15 @@ class InterruptFlag:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._left.set()
         self._stack.close()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    def _insist(self) -> None:
+        """Interrupts again if need be: an exception that is raised within a callback or a finalizer is lost."""
+        if not self._left.wait(1):
+            os.kill(os.getpid(), signal.SIGINT)
 
     def _forward(self, number: int) -> None:
         """Another process has received a signal: work that need not be finished ends here as well."""
@@ -96,6 +102,8 @@ class InterruptFlag:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._received and number == signal.SIGINT:
+            if not self._left.is_set():
+                threading.Thread(target=self._insist, daemon=True).start()
             raise KeyboardInterrupt
         first, self._received = not self._received, True
         if first:

@@ -135,7 +135,13 @@ def running(models, keys=(), draft=None, **settings):
     served = [Served(name, lm, chosen, draft) for name, lm in models.items()]
     app, listening = create_app(served, chosen, keys), listen(chosen)
     server = uvicorn.Server(uvicorn_config(app, chosen))
-    thread = threading.Thread(target=asyncio.run, args=(server.serve([listening]),), daemon=True)
+    loops = []
+
+    async def serve():
+        loops.append(asyncio.get_running_loop())
+        await server.serve([listening])
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
     thread.start()
     live = Live(served, chosen, keys, server, address_of(listening))
     live.until(lambda: server.started)
@@ -147,7 +153,7 @@ def running(models, keys=(), draft=None, **settings):
         if thread.is_alive():
             # Seen at the end of whole runs of the suite, not of these tests alone; the cause is not known. Whether a
             # server stops is tested with processes of its own (test_process.py).
-            warnings.warn(f"the tests' server did not stop:\n{_stacks()}", stacklevel=1)
+            warnings.warn(f"the tests' server did not stop:\n{_stacks()}\n{asyncio.all_tasks(loops[0])}", stacklevel=1)
 
 
 def _stacks():

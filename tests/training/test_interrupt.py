@@ -207,6 +207,22 @@ def test_work_that_changes_nothing_is_stopped_at_once():
             pytest.fail("a signal had come before")
 
 
+class InterruptsAtItsEnd:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_a_second_interruption_that_a_finalizer_swallows_comes_again(monkeypatch):
+    lost = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda found: lost.append(found.exc_type))
+    with pytest.raises(KeyboardInterrupt), InterruptFlag():
+        signal.raise_signal(signal.SIGINT)
+        InterruptsAtItsEnd()
+        time.sleep(10)
+        pytest.fail("nothing came")
+    assert lost == [KeyboardInterrupt]
+
+
 # Two interruptions while the background thread writes step 4: the second comes once the first has been noticed.
 TWICE = """
 import os, signal, threading, time
