@@ -215,11 +215,14 @@ class InterruptsAtItsEnd:
 def test_a_second_interruption_that_a_finalizer_swallows_comes_again(monkeypatch):
     lost = []
     monkeypatch.setattr(sys, "unraisablehook", lambda found: lost.append(found.exc_type))
-    with pytest.raises(KeyboardInterrupt), InterruptFlag():
+
+    def interrupted_twice():
         signal.raise_signal(signal.SIGINT)
         InterruptsAtItsEnd()
         time.sleep(10)
-        pytest.fail("nothing came")
+
+    with pytest.raises(KeyboardInterrupt), InterruptFlag():
+        interrupted_twice()
     assert lost == [KeyboardInterrupt]
 
 
