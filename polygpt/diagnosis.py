@@ -1,4 +1,4 @@
-"""What this machine, or cluster, computes with, and whether it computes right: `polygpt doctor`."""
+"""The devices and libraries of this machine or cluster, and whether they compute correctly: `polygpt doctor`."""
 
 from __future__ import annotations
 

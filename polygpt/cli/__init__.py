@@ -25,7 +25,7 @@ COMMANDS = {
     "data": "Prepare token shards from text.",
     "train": "Train a model from a recipe or a file.",
     "plan": "What each device of a mesh would hold, compute and send, and how long a step would take.",
-    "doctor": "Devices, libraries and kernels of this machine, and whether they compute right.",
+    "doctor": "Devices, libraries and kernels of this machine, and whether they compute correctly.",
     "report": "Redraw a run's report, or compare several runs in one page.",
     "eval": "Perplexity, HellaSwag, or a task of lm-evaluation-harness.",
     "generate": "Continue a prompt.",

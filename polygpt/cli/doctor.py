@@ -16,7 +16,7 @@ from polygpt.cli.output import json_option, print_json, print_result
 @click.option("--process-id", metavar="I", type=int, help="Which one this is, 0 to N - 1; left out likewise.")
 @json_option
 def doctor(coordinator: str | None, num_processes: int | None, process_id: int | None, as_json: bool) -> int:
-    """Look at the devices and libraries of this machine, and check that they compute right.
+    """Show the devices and libraries of this machine, and check that they compute correctly.
 
     The attention kernels that training would use are run beside the reference, and a small array is summed over all
     devices. The exit code is 1 if something is wrong.

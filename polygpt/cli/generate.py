@@ -161,7 +161,7 @@ def _show_all(lm: LanguageModel, texts: Sequence[str], settings: dict, as_json: 
 
 
 def _fields(result: Generation) -> dict:
-    """What JSON shows: log probabilities and acceptance only if they were asked for."""
+    """The fields that `--json` prints: log probabilities and acceptance only if they were requested."""
     fields = dataclasses.asdict(result)
     return {key: value for key, value in fields.items() if value is not None or key not in ASKED_FOR}
 

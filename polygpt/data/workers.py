@@ -156,7 +156,7 @@ class Pool:
                         worker.ask(following)
 
     def take(self, task: int, answer: dict[str, Any]) -> None:
-        """Takes the answer of whatever process had a task."""
+        """Records the answer of the worker that ran a task."""
         if "error" in answer:
             kind = RequestError if answer["kind"] == "RequestError" else PolygptError
             self.errors[task] = kind(answer["error"])

@@ -1,4 +1,4 @@
-"""Watching the other processes while this one computes, so that none waits for ever for one that is gone.
+"""Watching the other processes while this one computes, so that none waits forever for one that is gone.
 
 On CPUs a collective fails as soon as one process ends; elsewhere it may hang. A thread exchanges signs of life through
 the coordinator and reads what failing processes announce. If one has failed, or has been silent for
@@ -130,7 +130,7 @@ def watching() -> Iterator[None]:
 
 @contextmanager
 def hooked(hook: Callable[[], None]) -> Iterator[None]:
-    """Has the watching thread call `hook` at every look meanwhile."""
+    """Has the watching thread call `hook` on every check within the context."""
     for watch in _current:
         watch.hooks.append(hook)
     try:

@@ -108,7 +108,7 @@ class Engine:
     # --- What any thread may call -----------------------------------------------------------------------------
 
     def submit(self, request: Request, stream: TextStream | None = None, listener: Listener | None = None) -> Handle:
-        """Takes a request in; it runs as the engine is stepped.
+        """Queues a request; it runs as the engine is stepped.
 
         A constraint's grammar is compiled here, which may take a second for a large one.
 

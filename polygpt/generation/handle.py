@@ -143,7 +143,7 @@ class Handle:
         return self._take(tokens, [], reason)
 
     def end(self, reason: str) -> Part | None:
-        """Ends it where it stands."""
+        """Ends it as it is."""
         return self._give(len(self.tokens), "", reason)
 
     def fail(self, error: Exception) -> None:

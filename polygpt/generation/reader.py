@@ -47,7 +47,7 @@ class PromptReader:
         self.position = self.cached = 0
 
     def forget(self) -> None:
-        """Drops everything that was kept of earlier prompts."""
+        """Drops all states of earlier prompts."""
         self.prefixes.clear()
         self.reset()
 

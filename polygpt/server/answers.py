@@ -157,7 +157,7 @@ class Answer:
         return event({"object": self.form.chunk, **self.head, "choices": choices, **usage, **more})
 
     def _count(self, job: Job) -> None:
-        """Tells the metrics and the log of a job that has ended, whatever ended it."""
+        """Reports a finished job to the metrics and the log, however it ended."""
         state_of(self.request).metrics.count(self.served.name, job, self.prompts)
         self._usage_of(job)
 

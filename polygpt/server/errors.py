@@ -11,7 +11,7 @@ logger = logging.getLogger("polygpt.server")
 
 
 class ApiError(Exception):
-    """What a client is told. The message names no paths and holds no traceback."""
+    """An error as the client sees it: the message contains no path and no traceback."""
 
     def __init__(
         self,
@@ -56,12 +56,12 @@ def unavailable(message: str, code: str, seconds: int = 5) -> ApiError:
 
 
 def failed() -> ApiError:
-    """Something broke here; the log says what."""
+    """An internal error (500); the log has the details."""
     return ApiError(500, "the server failed to answer this request; its log says why", code="internal_error")
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """Any error as a client is told of it; one that nobody foresaw is logged and kept to ourselves."""
+    """Any exception as an `ApiError`; an unexpected one is logged, and the client sees a plain 500."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, RequestError):

@@ -84,7 +84,7 @@ def uvicorn_config(app: Starlette, settings: ServerSettings) -> uvicorn.Config:
 
 
 class _Server(uvicorn.Server):
-    """Goes down in two steps: first it refuses requests and waits for those that run, then it closes the socket."""
+    """Shuts down in two steps: first it refuses requests and waits for running ones, then it closes the socket."""
 
     def __init__(self, config: uvicorn.Config, state: ServerState, on_start: Callable[[], None]):
         super().__init__(config)
@@ -92,7 +92,7 @@ class _Server(uvicorn.Server):
         self._stopping: asyncio.Task | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Starts, and tells that it has."""
+        """Starts, then calls `on_start`."""
         await super().startup(sockets)
         self.on_start()
 

@@ -47,7 +47,7 @@ class Metrics:
         self.registry.register(_Gauges(list(models)))
 
     def count(self, model: str, job: Job, prompts: list[list[int]]) -> None:
-        """Counts a job that has ended, whatever ended it."""
+        """Counts a finished job, however it ended."""
         self.count_tokens(model, sum(map(len, prompts)), sum(job.tokens))
         self.cached_tokens.labels(model).inc(job.cached_tokens(len(prompts)))
         firsts = [timing.first for timing in job.times if timing.first is not None]
@@ -68,7 +68,7 @@ class Metrics:
 
 
 class _Gauges:
-    """What is read off the runners whenever it is asked for."""
+    """Gauges that are read from the runners at each scrape."""
 
     def __init__(self, models: list[Served]):
         self.models = models

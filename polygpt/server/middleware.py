@@ -1,4 +1,4 @@
-"""What surrounds every route: counting and logging, keys, limits of bodies, security headers. Pure ASGI."""
+"""Middleware around every route: counting and logging, keys, body limits, security headers. Pure ASGI."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _DRAINED = 16
 
 
 class Observe:
-    """Counts and logs every request, and answers what nobody foresaw with a plain 500."""
+    """Counts and logs every request, and turns unexpected exceptions into a plain 500."""
 
     def __init__(self, app: ASGIApp, state: ServerState, routes: Sequence[str]):
         self.app, self.state, self.routes = app, state, frozenset(routes)
@@ -180,7 +180,7 @@ class BodyLimit:
         return ApiError(413, message, code="body_too_large", headers={"connection": "close"})
 
     async def _drain(self, receive: Receive, size: int | None, ends: float) -> None:
-        """Reads on for a while: a connection that is closed before may be reset before the answer is read."""
+        """Drains the body for a while: closing the connection early may reset it before the client reads the answer."""
         with suppress(TimeoutError):
             async with asyncio.timeout_at(ends):
                 while size is not None and size < _DRAINED * self.limit:
@@ -193,7 +193,7 @@ async def _refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -
 
 
 def _digest(key: str) -> bytes:
-    """Of one length for all keys, so that a comparison does not tell that of the right one."""
+    """A digest of one length for all keys, so that comparing does not reveal the length of the right one."""
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 

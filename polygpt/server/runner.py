@@ -75,7 +75,7 @@ class Runner:
         return not self._thread.is_alive()
 
     def submit(self, job: Job) -> None:
-        """Takes a job in.
+        """Queues a job.
 
         Raises:
             ApiError: the queue is full (429) or the engine is down (503); 400 if it could never be taken.

@@ -47,7 +47,7 @@ class ServerState:
 
 @dataclass
 class Facts:
-    """What a route tells the access log and the metrics of its request."""
+    """What a route records about its request for the access log and the metrics."""
 
     model: str | None = None
     prompt_tokens: int | None = None
@@ -61,7 +61,7 @@ def state_of(request: Request) -> ServerState:
 
 
 def facts_of(request: Request) -> Facts:
-    """What is told of this request."""
+    """What the access log and the metrics record about this request."""
     return request.scope["polygpt.facts"]
 
 

@@ -1,4 +1,4 @@
-"""Answers while they run: server-sent events, and the watch over a client that may go away."""
+"""Streaming: server-sent events, and watching for clients that disconnect."""
 
 from __future__ import annotations
 

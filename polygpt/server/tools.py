@@ -82,14 +82,14 @@ def _call(value: Any, style: ToolFormat) -> Call | None:
 
 @dataclass
 class Read:
-    """What a piece of text turned out to be."""
+    """A piece of text, classified: plain text or a tool call."""
 
     text: str
     calls: list[Call]
 
 
 class CallReader:
-    """Divides a continuation into text and calls, as its pieces come.
+    """Splits a continuation into text and tool calls while it streams.
 
     Text that may yet become a call is held back. What looks like a call and is none is given as text.
     """
@@ -99,7 +99,7 @@ class CallReader:
         self._held, self._inside = "", False
 
     def feed(self, text: str, last: bool = False) -> Read:
-        """Takes a piece; `last` gives out everything that is held."""
+        """Adds a piece; `last` releases everything that is held back."""
         self._held += text
         found = Read("", [])
         while self._step(found, last):
