@@ -18,6 +18,7 @@ from polygpt.training.guard import Guard, choose
 from polygpt.training.loss_scale import LossScale
 from polygpt.training.optimizers import build_optimizer, start_average, update_average
 from polygpt.training.placement import optimizer_placement
+from polygpt.training.process_sum import summed, sums_in_one_message
 from polygpt.training.state import Batch, Metrics, TrainState
 
 
@@ -143,6 +144,19 @@ class Trainer:
         """
         scale = jnp.float32(1) if state.loss_scale is None else state.loss_scale.scale
 
+        def own(params: Params, rows: Batch) -> tuple[Params, Metrics, Effects]:
+            return self._own_gradients(params, rows, scale, key, loads, share)
+
+        summable = sums_in_one_message(self.model, self.scope)
+        if summable and not jax.tree.leaves(jax.eval_shape(own, state.params, part)[2]):
+            gradients, *rest = summed(own, self.scope, state.params, part)
+        else:
+            gradients, *rest = own(state.params, part)
+        return self._as_stored(gradients), *rest
+
+    def _own_gradients(
+        self, params: Params, part: Batch, scale: Array, key: PRNGKeyArray, loads: Loads | None, share: float
+    ) -> tuple[Params, Metrics, Effects]:
         def objective(params: Params) -> tuple[Float[Array, ""], tuple[Float[Array, ""], Effects]]:
             # Weights are scaled rather than the loss: the logits' gradients would be 0 in float16 otherwise.
             weights = part.mask * scale
@@ -153,8 +167,7 @@ class Trainer:
             return loss + scale * sum(effects.losses.values(), jnp.float32(0)), (loss / scale, effects)
 
         with matmul_precision(self.model.config):
-            (_, (loss, effects)), gradients = jax.value_and_grad(objective, has_aux=True)(state.params)
-        gradients = self._as_stored(gradients)
+            (_, (loss, effects)), gradients = jax.value_and_grad(objective, has_aux=True)(params)
         return gradients, Metrics(loss, {**effects.losses, **effects.metrics}), effects
 
     def _part_shapes(self, state: TrainState, parts: Batch, keys: PRNGKeyArray, loads: Loads | None) -> PyTree:
