@@ -31,8 +31,10 @@ FIELDS = {
 RATES = {"adamw": 3e-3, "muon": 0.02, "lion": 1e-3, "adafactor": 0.02, "schedule_free": 5e-3, "sgd": 0.1}
 ACCUMULATION, DTYPES = (1, 2, 4, 8), ("float32", "bfloat16", "float16")
 # The largest relative difference of a loss from that without accumulation.
-# Measured at most, in eight parts: 2.4e-7 in float32, 1.0e-3 in bfloat16 and 1.8e-4 in float16 (Muon, both).
+# Measured at most: 2.4e-7 in float32; in bfloat16 and float16 8.4e-3 and 1.1e-3 with SGD, whose updates grow with the
+# gradients, and 1.0e-3 and 1.8e-4 with the others (Muon, both).
 BOUNDS = {"float32": 1e-5, "bfloat16": 3e-3, "float16": 5e-4}
+BOUNDS_OF_SGD = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3}
 ALWAYS = {("adamw", 4, "float32"), ("schedule_free", 2, "float16")}
 
 CELLS = [
@@ -91,7 +93,7 @@ def test_accumulation_does_not_change_the_losses_and_resuming_is_exact(tmp_path,
     assert losses[-1] < losses[0] - 0.1, "it learns"
     whole = trained(kind, 1, dtype)[-1]
     difference = np.abs(losses / whole - 1).max()
-    assert difference <= BOUNDS[dtype], f"{difference:.2g}"
+    assert difference <= (BOUNDS_OF_SGD if kind == "sgd" else BOUNDS)[dtype], f"{difference:.2g}"
 
     write_arrays(tmp_path / "state", flatten(middle))
     restored = read_arrays(tmp_path / "state", trainer.abstract_state())
