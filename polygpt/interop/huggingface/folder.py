@@ -92,7 +92,7 @@ def find_architecture(settings: Settings) -> Architecture:
                 f"the model type {model_type!r} is not known and contradicts the architecture {named[0]}, whose type "
                 f"is {by_name.model_type!r}"
             )
-    # Of two, transformers follows the type, known here or not. A few old files have neither, and only GPT-2 has its settings.
+    # Of two, transformers follows the type. A few old files have neither, and only GPT-2 has its settings.
     old = GPT2 if model_type is None and "n_embd" in settings.values else None
     architecture = by_type or by_name or old
     if architecture is None:
