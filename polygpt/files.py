@@ -85,10 +85,25 @@ def check_checkpoint_path(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes the file `path` in UTF-8, replacing an existing one atomically."""
+    """Writes the file `path` in UTF-8, replacing an existing one atomically.
+
+    Raises:
+        OSError: it cannot be written; it names `path`, and nothing is left beside it.
+    """
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes the file `path`, as `write_text` does."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        error.filename, error.filename2 = str(path), None
+        raise
 
 
 def remove_folder(folder: Path, settle: float = 0.0) -> None:

@@ -215,6 +215,11 @@ def test_a_kind_with_a_field_of_it_shows_the_mapping():
         dotted_to_nested(parse_overrides(["model.norm=rmsnorm", "model.norm.eps=1e-6"]))
 
 
+def test_a_kind_that_is_named_twice_shows_no_mapping():
+    with pytest.raises(RequestError, match=r"do not go together; both name the kind: keep one of the two$"):
+        dotted_to_nested(parse_overrides(["model.norm=rmsnorm", "model.norm.kind=layernorm"]))
+
+
 @pytest.mark.parametrize("turn", [1, -1])
 def test_a_key_within_a_given_mapping_is_laid_over_it_in_either_order(turn):
     changes = {"optimizer": {"kind": "muon", "b1": 0.5}, "optimizer.b1": 0.8}

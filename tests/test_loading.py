@@ -12,7 +12,7 @@ import pytest
 
 import polygpt
 from polygpt.errors import RequestError
-from polygpt.files import expand
+from polygpt.files import expand, write_text
 from polygpt.interop import export_huggingface
 from polygpt.model import Model
 from polygpt.recipes import load_recipe
@@ -203,3 +203,11 @@ def test_a_tilde_that_is_no_users_home_is_part_of_the_name():
     with pytest.raises(RequestError, match="no model '~nobody_here'"):
         polygpt.load("~nobody_here")
     assert expand("~nobody_here/a").name == "a"
+
+
+def test_a_file_that_cannot_be_replaced_is_named_and_nothing_is_left_beside_it(tmp_path):
+    (tmp_path / "page.html").mkdir()
+    with pytest.raises(OSError, match="Is a directory") as caught:
+        write_text(tmp_path / "page.html", "text")
+    assert caught.value.filename == str(tmp_path / "page.html")
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]

@@ -59,6 +59,8 @@ def dotted_to_nested(changes: Mapping[str, Any]) -> dict[str, Any]:
 def _clash(key: str, plain: Any, rest: str, value: Any) -> str:
     """Says that `key` cannot be `plain` and have something below it."""
     problem = f"{key}={plain} and {key}.{rest}={value} do not go together"
+    if rest == "kind":
+        return f"{problem}; both name the kind: keep one of the two"
     if isinstance(plain, str) and plain and "." not in rest:
         return f"{problem}; write {key}={{kind: {plain}, {rest}: {value}}}"
     return f"{problem}; keep one of the two"

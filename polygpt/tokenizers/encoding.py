@@ -139,6 +139,8 @@ def _unencodable(texts: Sequence[str], encoder: hf.Tokenizer, error: Exception) 
     added = encoder.get_added_tokens_decoder().values()
     found = [token.content for token in added if not (token.special and encoder.encode_special_tokens)]
     whole = re.compile("|".join(map(re.escape, found)) or "(?!)")
+    if isinstance(encoder.model, hf.models.WordLevel):
+        return _unknown_word([part for text in texts for part in whole.split(text)], encoder, error)
     known: set[str] = set()
     for text in texts:
         skip = {at for match in whole.finditer(text) for at in range(*match.span())}
@@ -150,6 +152,26 @@ def _unencodable(texts: Sequence[str], encoder: hf.Tokenizer, error: Exception) 
                     "every text"
                 )
             known.add(char)
+    return _cannot_encode(error)
+
+
+def _unknown_word(texts: Sequence[str], encoder: hf.Tokenizer, error: Exception) -> RequestError:
+    """The error that names the first word that is no token of a tokenizer of whole words."""
+    normalizer, splitter = encoder.normalizer, encoder.pre_tokenizer
+    for text in texts:
+        text = text if normalizer is None else normalizer.normalize_str(text)
+        words = [text] if splitter is None else [word for word, _ in splitter.pre_tokenize_str(text)]
+        for word in words:
+            if word and encoder.token_to_id(word) is None:
+                return RequestError(
+                    f"the word {word!r:.60} is no token of this tokenizer, which has whole words alone and none for "
+                    "unknown ones;\ntrain the tokenizer on text that has it, or use kind 'byte' or 'bpe', which hold "
+                    "every text"
+                )
+    return _cannot_encode(error)
+
+
+def _cannot_encode(error: Exception) -> RequestError:
     return RequestError(f"the tokenizer cannot encode this text ({str(error).splitlines()[0]})")
 
 

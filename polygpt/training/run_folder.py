@@ -158,7 +158,12 @@ def open_run(folder: Path, note: Callable[[str], None] | None = None) -> Run:
     tokenizer = load_tokenizer(folder / TOKENIZER)
     own = folder / DATA
     if not _missing(config, own):
-        return Run(folder, config, tokenizer, _open(config, own, tokenizer))
+        try:
+            return Run(folder, config, tokenizer, _open(config, own, tokenizer))
+        except RequestError as error:
+            if not own.exists():
+                raise
+            raise RequestError(f"{error}; or remove {own}, which resuming prepares again") from None
     if note is None:
         command = command_line("train", "--resume", "--out", folder)
         raise RequestError(f"{own}: the prepared data is missing; prepare it again and continue with: {command}")

@@ -19,6 +19,11 @@ REFUSED = {
     "an architecture": ("llama", {"architectures": ["FalconForCausalLM"]}, "the architecture FalconForCausalLM is not"),
     "a near architecture": ("llama", {"architectures": ["LLamaForCausalLM"]}, "did you mean 'LlamaForCausalLM'?"),
     "a model type": ("llama", {"architectures": None, "model_type": "rwkv"}, "the model type 'rwkv' is not known"),
+    "a model type beside another's architecture": (
+        "llama",
+        {"model_type": "gpt_neox"},
+        "the model type 'gpt_neox' is not known and contradicts the architecture LlamaForCausalLM",
+    ),
     "no model type": ("llama", {"architectures": None, "model_type": None}, "the model type None is not known"),
     "architectures of numbers": ("llama", {"architectures": [3], "model_type": 4}, "the model type 4 is not known"),
     "a setting": ("llama", {"use_magic": 2}, "the setting 'use_magic' (2) is not known for this architecture"),

@@ -335,3 +335,12 @@ def test_byte_level_loses_nothing_unless_a_part_drops_text(lossy):
     assert BPE.count_lost("the x  cafe\u0301\n 東") == 0
     made.normalizer = None
     assert Tokenizer(made).count_lost("axa") == int(lossy)
+
+
+def test_a_word_that_a_tokenizer_of_words_lacks_is_named():
+    words = hf.Tokenizer(models.WordLevel({"hello": 0, "world": 1}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = Tokenizer(words)
+    assert list(tokenizer.encode("hello world")) == [0, 1]
+    with pytest.raises(RequestError, match="the word 'there' is no token of this tokenizer"):
+        tokenizer.encode("hello there world")

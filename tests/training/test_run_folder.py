@@ -78,6 +78,12 @@ def test_data_that_was_removed_is_prepared_again(run, workdir, program, snapshot
     assert numbers(run)[-1]["step"] == 8
 
 
+def test_data_without_its_manifest_is_refused_with_what_resuming_can_do(run):
+    (run / "data/manifest.json").unlink()
+    with pytest.raises(RequestError, match=r"; or remove run/data, which resuming prepares again$"):
+        open_run(run)
+
+
 def test_any_number_of_workers_prepares_the_same_and_may_change_on_resuming(run, workdir, program, snapshot):
     start(workdir / "two", **{"data.workers": 2})
     two, one = snapshot(workdir / "two/data"), snapshot(run / "data")

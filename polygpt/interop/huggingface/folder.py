@@ -87,6 +87,11 @@ def find_architecture(settings: Settings) -> Architecture:
         by_name = next((a for a in ARCHITECTURES.values() if named[0] in (a.name, _decoder_class(a))), None)
         if by_name is None:
             raise settings.error(f"the architecture {named[0]} is not known; {suggest(named[0], ARCHITECTURES)}")
+        if isinstance(model_type, str) and by_type is None:
+            raise settings.error(
+                f"the model type {model_type!r} is not known and contradicts the architecture {named[0]}, whose type "
+                f"is {by_name.model_type!r}"
+            )
     # Of two, transformers follows the type. A few old files have neither, and only GPT-2 has its settings.
     old = GPT2 if model_type is None and "n_embd" in settings.values else None
     architecture = by_type or by_name or old

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from polygpt.errors import RequestError
 from polygpt.files import write_text
-from polygpt.training.listeners.figures import COLORS, STYLES, new_figure, smooth, svg, template
+from polygpt.training.listeners.figures import COLORS, STYLES, new_figure, smooth, svg, template, write_png
 from polygpt.training.listeners.recorded import Recorded
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def compare_runs(folders: Sequence[Path], out: Path, x: str | None = None) -> Co
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, page)
-    loss.savefig(plot, dpi=150)
+    write_png(loss, plot)
     return Comparison(rows, str(out), str(plot), x)
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from polygpt.files import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,6 +66,13 @@ def svg(figure: Figure) -> str:
         figure.savefig(stream, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = stream.getvalue()
     return text[text.index("<svg") :]
+
+
+def write_png(figure: Figure, path: Path) -> None:
+    """Writes the figure, replacing an existing one atomically."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=150)
+    write_bytes(path, stream.getvalue())
 
 
 def template(name: str) -> Any:

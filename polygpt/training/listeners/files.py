@@ -70,7 +70,7 @@ class RunFiles:
                 self._write(SAMPLES, dataclasses.asdict(event))
             case Finished(result=result):
                 text = json.dumps(dataclasses.asdict(result), indent=1) + "\n"
-                (self.folder / RESULT).write_text(text, encoding="utf-8")
+                write_text(self.folder / RESULT, text)
                 write_report(self.folder)
 
     def _write_once(self, line: dict[str, Any]) -> None:

@@ -20,7 +20,18 @@ from polygpt.files import write_text
 from polygpt.folders import CONFIG
 from polygpt.model import model_of
 from polygpt.training.events import Stepped
-from polygpt.training.listeners.figures import BLUE, GREY, ORANGE, RED, new_figure, panels, smooth, svg, template
+from polygpt.training.listeners.figures import (
+    BLUE,
+    GREY,
+    ORANGE,
+    RED,
+    new_figure,
+    panels,
+    smooth,
+    svg,
+    template,
+    write_png,
+)
 from polygpt.training.listeners.recorded import Recorded
 from polygpt.training.run_folder import SAMPLES, read_lines
 
@@ -61,7 +72,7 @@ def write_report(run: Path, baselines: Sequence[Baseline] = (), out: Path | None
         baselines = [Baseline(**row) for row in json.loads((run / BASELINES).read_text(encoding="utf-8"))]
     page.parent.mkdir(parents=True, exist_ok=True)
     curve = _loss_figure(recorded)
-    curve.savefig(plot, dpi=150)
+    write_png(curve, plot)
     write_text(page, template("report.html.jinja").render(curve=svg(curve), **_content(recorded, baselines)))
     return page
 

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from polygpt.config import PartConfig
 from polygpt.model import Params
@@ -28,6 +28,13 @@ class OptimizerConfig(PartConfig):
     learning_rate: Positive
     needed: ClassVar[tuple[str, ...]] = ("build",)
     averages: ClassVar[bool] = False
+
+    @model_validator(mode="after")
+    def _holds_in_float32(self) -> OptimizerConfig:
+        if names := OptimizerConfig.vanishing(self, jnp.dtype("float32")):
+            value = getattr(self, names[0])
+            raise ValueError(f"{names[0]}={value} is {float(jnp.float32(value)):g} in float32; give one that is not")
+        return self
 
     def build(self, parameters: ParameterGroups, learning_rate: optax.Schedule) -> optax.GradientTransformation:
         """The chain that turns (clipped) gradients into updates: usually a direction, then `parameters.decay` and

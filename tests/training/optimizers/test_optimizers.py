@@ -210,6 +210,15 @@ def test_settings_that_a_type_rounds_away_are_named(dtype, settings, vanishing):
     assert AdamWConfig(**settings).vanishing(jnp.dtype(dtype)) == vanishing
 
 
+@pytest.mark.parametrize(
+    ("setting", "complaint"),
+    [({"eps": 1e-46}, "eps=1e-46 is 0 in float32"), ({"b2": 1 - 1e-12}, r"b2=0\.999999999999 is 1 in float32")],
+)
+def test_settings_that_float32_rounds_away_are_refused(setting, complaint):
+    with pytest.raises(RequestError, match=complaint):
+        validate(AdamWConfig, {"learning_rate": 0.1, **setting})
+
+
 def test_an_optimizer_whose_settings_vanish_works_in_float32(model):
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), draw(model, 0))
     half = Model(model.config.replace(param_dtype="bfloat16"))
