@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from inspect import signature
 from typing import Any, Literal
 
 import jax
@@ -11,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from polygpt.config import validate
 from polygpt.errors import PolygptError, RequestError
 from polygpt.generation import (
     BeamSettings,
@@ -20,7 +20,6 @@ from polygpt.generation import (
     Generation,
     Prompt,
     Request,
-    Sampler,
     ScoredGeneration,
     Speculation,
     TextStream,
@@ -28,6 +27,7 @@ from polygpt.generation import (
     as_grammar,
     as_ids,
     as_prompts,
+    as_sampler,
     as_samples,
     as_seeds,
     as_stop_strings,
@@ -269,7 +269,7 @@ class LanguageModel:
             raise RequestError("on_text goes with a single prompt, not with a list of prompts or with n")
         search = {name: settings.pop(name) for name in BEAM_SETTINGS if name in settings}
         constraint = self.constraint(**{name: settings.pop(name) for name in CONSTRAINTS if name in settings})
-        sampler = validate(Sampler, settings)
+        sampler = as_sampler(settings, [*signature(self.generate).parameters, *BEAM_SETTINGS, *CONSTRAINTS])
         samples = as_samples(n)
         stops = as_stop_strings(stop)
         if stops or chat or on_text is not None:

@@ -129,6 +129,7 @@ def test_tokens_per_second_of_the_first_call_count_no_compilation(lm):
         (lambda lm: lm.generate(b"ab"), "bytes"),
         (lambda lm: lm.generate([257]), "257"),
         (lambda lm: lm.generate([1], chat=True), "chat"),
+        (lambda lm: lm.generate("ab", maxnewtokens=3), "maxnewtokens: no such setting; did you mean 'max_new_tokens'"),
         (lambda lm: lm.nll("a" * 65), "65"),
         (lambda lm: lm.nll(b"a"), "nll takes text, not b'a'"),
         (lambda lm: lm.nll(None), "nll takes text, not None"),

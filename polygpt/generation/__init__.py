@@ -5,7 +5,7 @@ from polygpt.generation.constraints import Constraint, Vocabulary, as_grammar
 from polygpt.generation.engine import Engine
 from polygpt.generation.handle import Handle, Listener, Logprob, Part
 from polygpt.generation.past_context import windowed
-from polygpt.generation.prompts import Prompt, as_ids, as_prompts, as_samples, as_seeds, as_stop_strings
+from polygpt.generation.prompts import Prompt, as_ids, as_prompts, as_sampler, as_samples, as_seeds, as_stop_strings
 from polygpt.generation.requests import FinishReason, Request, check_requests
 from polygpt.generation.results import Generation, ScoredGeneration
 from polygpt.generation.running import engine_for, run_all
@@ -38,6 +38,7 @@ __all__ = [
     "as_grammar",
     "as_ids",
     "as_prompts",
+    "as_sampler",
     "as_samples",
     "as_seeds",
     "as_stop_strings",

@@ -141,7 +141,8 @@ def _decode(model: Model, vocab: int) -> jax.stages.Wrapped:
             slots, decoded = carry
             last = jnp.maximum(slots.history.length - 1, 0)[:, None]
             newest = jnp.take_along_axis(slots.history.tokens, last, axis=1)
-            output = decoder(newest, positions=last, state=slots.state)
+            # What is done keeps its length, and would make attention read as far for all.
+            output = decoder(newest, positions=last, valid=~slots.done[:, None], state=slots.state)
             logits = decoder.logits(output.hidden[:, 0])
             slots, decoded, _ = extend(slots, decoded, logits, settings, masks, ~slots.done, vocab)
             return slots._replace(state=output.state), decoded

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from polygpt.errors import RequestError
+from polygpt.config import validate
+from polygpt.errors import RequestError, suggest
+from polygpt.generation.sampling import Sampler
 
 # Text, or the ids that it is made of.
 Prompt = str | Sequence[int]
@@ -96,6 +98,17 @@ def _is_integer(value: Any) -> bool:
 
 def _shown(value: Any) -> str:
     return f"{value!r:.40} ({type(value).__name__})"
+
+
+def as_sampler(settings: Mapping[str, Any], others: Iterable[str]) -> Sampler:
+    """The sampler of keyword arguments; `others` are what may be given beside its own.
+
+    Raises:
+        RequestError: one of them does not exist, or its value is out of range.
+    """
+    for name in settings.keys() - Sampler.model_fields.keys():
+        raise RequestError(f"{name}: no such setting; {suggest(name, [*Sampler.model_fields, *others])}")
+    return validate(Sampler, settings)
 
 
 def as_samples(n: int | None) -> int:

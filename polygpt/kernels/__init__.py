@@ -4,6 +4,7 @@ Arrays in, arrays out: nothing here knows a model's configuration, and nothing o
 """
 
 from polygpt.kernels.cache import KVCache
+from polygpt.kernels.cache_blocks import cached_attention
 from polygpt.kernels.experts import (
     expert_matmul,
     first_own_expert,
@@ -43,6 +44,7 @@ __all__ = [
     "WeightType",
     "attention",
     "attention_weights",
+    "cached_attention",
     "choose_attention",
     "dropout",
     "expert_matmul",

@@ -46,6 +46,15 @@ class KVCache(InStack):
         own = (lax.dynamic_index_in_dim(leaf, self.layer, keepdims=False) for leaf in (self.k, self.v))
         return tuple(from_stored(leaf, self.dtype).swapaxes(1, 2) for leaf in own)
 
+    def read_block(self, start: Int[Array, ""], size: int) -> tuple[Float[Array, "B K s H"], Float[Array, "B K s H"]]:
+        """The keys and values in `size` slots from `start` on, of this layer."""
+        b, heads, _, h = self.k.shape[-4:]
+        where, shape = (0, 0, start, 0), (b, heads, size, h)
+        if self.layer is not None:
+            where, shape = (self.layer, *where), (1, *shape)
+        own = (lax.dynamic_slice(leaf, where, shape).reshape(b, heads, size, h) for leaf in (self.k, self.v))
+        return tuple(from_stored(leaf, self.dtype) for leaf in own)
+
     def write(
         self,
         k: Float[Array, "B T K H"],

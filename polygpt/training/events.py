@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,6 +83,13 @@ class Skipped:
     grad_norm: float
     in_a_row: int
     loss_scale: float | None = None
+
+    @property
+    def reason(self) -> str:
+        """What was not finite, in words."""
+        found = f"loss {self.loss:.4g}, gradient norm {self.grad_norm:.4g}"
+        finite = math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+        return f"{found}, updated weights not finite" if finite else found
 
 
 @dataclass(frozen=True)

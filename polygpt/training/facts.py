@@ -50,6 +50,12 @@ def warnings(config: RunConfig, model: Model, ids: int, scope: Scope | None = No
             f"training.schedule.warmup_steps={warmup} is not shorter than the run (training.steps={steps}): the "
             "learning rate rises to the end and never decays; lower it"
         )
+    every, kept = (in_steps(getattr(config.training, name), steps) for name in ("save_every", "keep_every"))
+    if kept and every and kept % every:
+        found.append(
+            f"training.keep_every={kept} is no multiple of training.save_every={every}: it keeps only what is saved at "
+            f"multiples of both, every {math.lcm(kept, every)} steps"
+        )
     if config.training.optimizer.averages and config.training.schedule.decays:
         found.append(
             f"training.schedule.kind={config.training.schedule.kind} decays; {config.training.optimizer.kind} is meant "

@@ -5,6 +5,7 @@ It prints and plots nothing: progress bars, files and reports listen to the even
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -171,7 +172,7 @@ class _Loop:
         """Trains from the first step, or the newest checkpoint, to the last."""
         with InterruptFlag() as interrupt:
             self.interrupt = interrupt
-            state = self.restoring.newest() if resume else self.restoring.start()
+            state = self.restoring.newest() if resume else self._started()
             if self.profile is not None:
                 self.profile.check(self.training.steps, int(state.step))
             if is_main():
@@ -214,6 +215,15 @@ class _Loop:
             self._warn(text)
         self.emit(Finished(result))
         return result
+
+    def _started(self) -> TrainState:
+        """The first state of a new run. If the weights it starts from are refused, its folder goes, too."""
+        try:
+            return self.restoring.start()
+        except RequestError:
+            if is_main():
+                shutil.rmtree(self.folder)
+            raise
 
     def _train(self, state: TrainState) -> tuple[TrainState, float]:
         """The state after the last step, and the seconds that compilation took."""

@@ -65,10 +65,11 @@ class Meter:
         scale = None if metrics.loss_scale is None else float(metrics.loss_scale)
         self.finite_loss = math.isfinite(loss)
         if metrics.skipped:
-            self.emit(Skipped(step, loss, grad_norm, int(metrics.in_a_row), scale))
+            skipped = Skipped(step, loss, grad_norm, int(metrics.in_a_row), scale)
+            self.emit(skipped)
             if metrics.stopped:
                 many = f"{metrics.in_a_row} steps" if metrics.in_a_row > 1 else "a step"
-                raise NotFiniteError(f"step {step}: loss {loss}, gradient norm {grad_norm}; {many} in a row skipped")
+                raise NotFiniteError(f"step {step}: {skipped.reason}; {many} in a row skipped")
             return
         self.recent.append(loss)
         extra = {name: float(value) for name, value in metrics.extra.items()}

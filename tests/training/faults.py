@@ -130,7 +130,7 @@ TRAINING_FAULTS = [
         "training/listeners/files.py",
         "up_to(step, read_metrics(folder))",
         "read_metrics(folder)",
-        "training/test_faults.py",
+        "training/listeners/test_listeners.py",
     ),
     Fault(
         "training/saving.py",

@@ -24,6 +24,12 @@ def test_a_warm_up_as_long_as_the_run_is_warned_of(workdir, kind, warmup):
     assert "is not shorter than the run (training.steps=2): the learning rate rises to the end" in told
 
 
+@pytest.mark.parametrize(("every", "said"), [(3, ["every 6 steps"]), (4, [])])
+def test_steps_that_are_kept_only_if_they_are_saved_are_said(workdir, every, said):
+    told = warnings_of(**{"training.schedule.warmup_steps": 1, "training.save_every": 2, "training.keep_every": every})
+    assert [text[-len("every 6 steps") :] for text in told] == said
+
+
 def test_devices_that_are_not_used_are_said(workdir, monkeypatch):
     device = jax.local_devices()[0]
     monkeypatch.setattr("polygpt.training.facts.jax.local_devices", lambda: [device] * 8)

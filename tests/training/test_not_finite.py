@@ -106,6 +106,7 @@ def test_a_model_that_is_not_finite_is_no_place_to_start(run, workdir, monkeypat
     assert "step_00000006/params: " in done.complaint[0]
     assert "not finite (NaN or infinity); start from a model that is whole" in done.complaint[0]
     assert "diverged" not in done.err
+    assert not (workdir / "out").exists()  # another try with the same folder is not refused
 
 
 def test_a_checkpoint_that_is_not_finite_is_not_loaded(run, monkeypatch):

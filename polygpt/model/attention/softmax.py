@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 from pydantic import Field, PositiveInt
 
 from polygpt.kernels import (
@@ -16,6 +16,7 @@ from polygpt.kernels import (
     ScoreRule,
     attention,
     attention_weights,
+    cached_attention,
     choose_attention,
     reference_attention,
 )
@@ -123,13 +124,21 @@ class SoftmaxAttention(Projections):
         if context.fresh:
             mixed = attention(q, k, v, self.rule, inputs, self.config.implementation)
         elif q.shape[1] == 1 or self.rule.window is None:  # nothing that these queries see was overwritten
-            mixed = reference_attention(q, *after.read(), self.rule, inputs, context.positions, after.positions(last))
+            reach = jnp.where(_counts(context), last, -1).max()
+            mixed = cached_attention(q, after, self.rule, inputs, context.positions, last, reach)
         else:
             held = state.positions(context.positions[:, :1] - 1)
             keys, values = (jnp.concatenate(pair, 1) for pair in zip(state.read(), (k, v), strict=True))
             held = jnp.concatenate([held, context.positions], 1)
             mixed = reference_attention(q, keys, values, self.rule, inputs, context.positions, held)
         return self.merge(mixed), after
+
+
+def _counts(context: Context) -> Bool[Array, "B 1"]:
+    """Which rows have tokens that are not padding."""
+    if context.valid is None:
+        return jnp.ones((context.positions.shape[0], 1), bool)
+    return context.valid.any(1, keepdims=True)
 
 
 def _last_positions(context: Context) -> Int[Array, "B 1"]:

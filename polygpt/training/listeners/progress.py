@@ -46,9 +46,9 @@ def describe(event: Event) -> str | None:
             return f"{where}: {count:,} parameters, " + escape(", ".join(f"{k} {v}" for k, v in facts.items()))
         case Compiled(seconds=seconds):
             return f"[dim]compiled in {seconds:.1f} s[/dim]"
-        case Skipped(step=step, loss=loss, grad_norm=norm, in_a_row=count):
+        case Skipped(step=step, in_a_row=count):
             row = f", {count} in a row" if count > 1 else ""
-            return f"[yellow]step {step}: skipped{row}[/yellow] (loss {loss:.4g}, gradient norm {norm:.4g})"
+            return f"[yellow]step {step}: skipped{row}[/yellow] ({event.reason})"
         case Spiked(step=step, loss=loss, mean=mean):
             return f"[yellow]step {step}: loss spike[/yellow] ({loss:.4f}, mean {mean:.4f})"
         case RolledBack(step=step, to_step=to_step, batches=batches):

@@ -120,13 +120,13 @@ def test_without_a_terminal_each_event_is_a_plain_line(tmp_path):
 def test_what_guards_do_and_the_utilisation_are_shown(tmp_path):
     stream = io.StringIO()
     listener = progress_listener(Console(file=stream, soft_wrap=True, width=60))
-    events = [Skipped(1, float("nan"), 2.0, 1), Skipped(2, 9.0, float("inf"), 2), Spiked(3, 9.5, 4.0, 6.0)]
+    events = [Skipped(1, float("nan"), 2.0, 1), Skipped(2, 9.0, 1.0, 2), Spiked(3, 9.5, 4.0, 6.0)]
     tell(listener, started(tmp_path), *events, RolledBack(3, 1, 2))
     listener(Stepped(10, 5.0, 1.0, 0.1, 2_000.0, flops_utilization=0.416))
     lines = stream.getvalue().splitlines()[1:]
     assert lines[:4] == [
         "step 1: skipped (loss nan, gradient norm 2)",
-        "step 2: skipped, 2 in a row (loss 9, gradient norm inf)",
+        "step 2: skipped, 2 in a row (loss 9, gradient norm 1, updated weights not finite)",
         "step 3: loss spike (9.5000, mean 4.0000)",
         "step 3: back to step 1, leaving out 2 batches",
     ]
