@@ -134,14 +134,14 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, byte_tokenizer):
         prepare(open_source(config), byte_tokenizer, tmp_path / "file.txt" / "out", config)
 
 
-def test_progress_counts_documents_once(tmp_path, byte_tokenizer, monkeypatch):
-    monkeypatch.setattr("polygpt.data.encoding.BATCH_CHARS", 30)
+def test_progress_counts_documents_once(tmp_path, byte_tokenizer):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     for split in ("document", "fraction"):
         seen = []
         config = DataConfig(path=str(path), split=split, validation_fraction=0.3)
-        prepare(open_source(config), byte_tokenizer, tmp_path / split, config, progress=seen.append)
+        few = config.model_copy(update={"batch_chars": 30})  # fewer than are allowed
+        prepare(open_source(config), byte_tokenizer, tmp_path / split, few, progress=seen.append)
         assert seen == sorted(seen)
         assert seen[-1] == len(TEXTS)
         assert len(seen) > 10
