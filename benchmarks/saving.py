@@ -197,10 +197,11 @@ def _until_a_step(words: list[str], run: Path, cache: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     tasks = ("run", "guards", "accumulation", "resume")
-    parser.add_argument("tasks", nargs="*", choices=[*tasks, []], default=list(tasks))
+    parser.add_argument("tasks", nargs="*", choices=[*tasks, []], default=[])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--save-every", type=int, default=ROUND, help="steps between two saves of `run`; 0: none")
     arguments = parser.parse_args()
+    arguments.tasks = arguments.tasks or list(tasks)
     keep_freed_memory()  # as the command does
     if "resume" in arguments.tasks:
         resume(arguments.rounds)

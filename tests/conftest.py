@@ -177,3 +177,17 @@ def snapshot() -> Callable[[Path], dict[str, bytes | None]]:
         return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in paths}
 
     return take
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 8 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if (
+        os.geteuid()
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], check=False).returncode
+    ):
+        pytest.skip("only root can mount a small disk")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)

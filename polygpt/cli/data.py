@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -79,17 +79,15 @@ def list_(as_json: bool) -> None:
     show_default=True,
     help="Where they run: on this machine, or on the Ray cluster that RAY_ADDRESS names.",
 )
+@click.option(
+    "--batch-chars",
+    type=click.IntRange(1 << 14),
+    default=1 << 20,
+    show_default=True,
+    help="Characters that each process tokenizes at once: bounds its memory.",
+)
 @json_option
-def prepare(
-    sources: tuple[str, ...],
-    tokenizer_path: str,
-    out: Path,
-    split: str,
-    validation_fraction: float,
-    workers: int,
-    engine: str,
-    as_json: bool,
-) -> None:
+def prepare(sources: tuple[str, ...], tokenizer_path: str, out: Path, as_json: bool, **settings: Any) -> None:
     """Turn text (files, folders, globs, or `builtin`) into token shards, for data.path=OUT.
 
     The shards are the same for any number of workers. Parts that are done are kept in OUT.work until all are: the same
@@ -99,9 +97,7 @@ def prepare(
     from polygpt.data import DataConfig, open_source, prepare_in_parallel
     from polygpt.tokenizers import load_tokenizer
 
-    fields = {"path": list(sources), "split": split, "validation_fraction": validation_fraction}
-    fields |= {"workers": workers, "engine": engine}
-    config = validate(DataConfig, fields)
+    config = validate(DataConfig, {"path": list(sources), **settings})
     tokenizer = load_tokenizer(tokenizer_path)
 
     def note(text: str) -> None:

@@ -38,7 +38,7 @@ def distribute(pool: Pool, workers: int) -> None:
 
         def start() -> None:
             while len(running) < workers and (task := pool.next()) is not None:
-                running[remote.remote(str(pool.work), task)] = task
+                running[remote.remote(str(pool.work), task, pool.made.config.batch_chars)] = task
 
         start()
         while running:
@@ -59,12 +59,12 @@ def distribute(pool: Pool, workers: int) -> None:
             start()
 
 
-def _run(work: str, task: int) -> dict[str, Any]:
+def _run(work: str, task: int, batch_chars: int) -> dict[str, Any]:
     """The answer to a task, on the node where this runs."""
     node, folder = socket.gethostname(), Path(work)
     if not (folder / PLAN).is_file():
         return {"error": _not_shared(folder, node), "kind": "RequestError"}
-    return {**answer(folder, task, *read_plan(folder)), "node": node}
+    return {**answer(folder, task, *read_plan(folder, batch_chars)), "node": node}
 
 
 def _not_shared(work: Path, node: str) -> str:

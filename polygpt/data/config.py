@@ -12,6 +12,7 @@ from polygpt.config import Config, Tuple
 from polygpt.errors import suggest
 
 BUILTIN = "builtin"
+_EXECUTION = ("workers", "engine", "batch_chars")  # settings that do not change the tokens
 
 
 class SourceConfig(Config):
@@ -76,6 +77,9 @@ class DataConfig(Config):
             that was interrupted keeps the parts that are done.
         engine: `local` starts the workers on this machine. `ray` runs as many tasks on a Ray cluster: the one that the
             environment variable RAY_ADDRESS names, or one started here (`pip install 'polygpt[ray]'`).
+        batch_chars: characters that each process gives to the tokenizer at once, for which it takes about 100 bytes of
+            memory a token. A longer document is given in pieces, if the tokenizer allows it (GPT-2's and those trained
+            here do). The tokens are the same for any number.
     """
 
     path: str | Tuple[str] = Field(BUILTIN, min_length=1)
@@ -89,6 +93,7 @@ class DataConfig(Config):
     invalid_utf8: Literal["refuse", "replace", "skip"] = "refuse"
     workers: int = Field(1, ge=1, le=1024)
     engine: Literal["local", "ray"] = "local"
+    batch_chars: int = Field(1 << 20, ge=1 << 14)
 
     @model_validator(mode="after")
     def _stride_of_windows(self) -> DataConfig:
@@ -145,7 +150,7 @@ class DataConfig(Config):
 
     def without_execution(self) -> DataConfig:
         """This, with the defaults of the settings that do not change the tokens."""
-        return self.model_copy(update={"workers": 1, "engine": "local"})
+        return self.model_copy(update={name: type(self).model_fields[name].default for name in _EXECUTION})
 
     @property
     def paths(self) -> tuple[str, ...]:

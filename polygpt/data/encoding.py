@@ -15,7 +15,6 @@ from polygpt.data.sources import Document, Source
 from polygpt.errors import RequestError
 from polygpt.tokenizers import Tokenizer
 
-BATCH_CHARS = 1 << 20
 MANY_DOCUMENTS = 100
 
 
@@ -90,15 +89,15 @@ def training_texts(source: Source, config: DataConfig) -> Iterator[str]:
     return (piece.text for piece in pieces_of(source, config) if piece.side == "train")
 
 
-def encode(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[Encoded]:
-    """The tokens of each piece, after the end-of-text token, if there is one.
+def encode(pieces: Iterable[Piece], tokenizer: Tokenizer, batch_chars: int) -> Iterator[Encoded]:
+    """The tokens of each piece, after the end-of-text token, if there is one; so many characters at a time.
 
     Raises:
         RequestError: a text cannot be encoded; its document is named.
     """
     prefix = np.array([] if tokenizer.end_of_text is None else [tokenizer.end_of_text], np.int32)
-    for batch in _batches(pieces):
-        for piece, ids in zip(batch, _encode_batch(batch, tokenizer), strict=True):
+    for batch in _batches(pieces, batch_chars):
+        for piece, ids in zip(batch, _encode_batch(batch, tokenizer, batch_chars), strict=True):
             # Held-out text is what bits per byte are measured on: bytes that no token stands for would lower them.
             lost = tokenizer.count_lost(piece.text) if piece.side == "validation" else 0
             length = len(piece.text.encode()) - lost
@@ -111,9 +110,9 @@ def _side(text: str, validation_fraction: float) -> str:
     return "validation" if int.from_bytes(digest, "big") < validation_fraction * 2**64 else "train"
 
 
-def _encode_batch(batch: list[Piece], tokenizer: Tokenizer) -> list[np.ndarray]:
+def _encode_batch(batch: list[Piece], tokenizer: Tokenizer, batch_chars: int) -> list[np.ndarray]:
     try:
-        return tokenizer.encode_batch([piece.text for piece in batch])
+        return tokenizer.encode_batch([piece.text for piece in batch], batch_chars)
     except RequestError:
         for piece in batch:  # one at a time, to find whose fault it is
             try:
@@ -123,13 +122,13 @@ def _encode_batch(batch: list[Piece], tokenizer: Tokenizer) -> list[np.ndarray]:
         raise
 
 
-def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+def _batches(pieces: Iterable[Piece], batch_chars: int) -> Iterator[list[Piece]]:
     batch: list[Piece] = []
     size = 0
     for piece in pieces:
         batch.append(piece)
         size += len(piece.text)
-        if size >= BATCH_CHARS:
+        if size >= batch_chars:
             yield batch
             batch, size = [], 0
     if batch:

@@ -58,7 +58,7 @@ def prepare(
     """
     with _new_shards(source, tokenizer, out, config, shard_tokens) as writers:
         done = 0
-        for found in encode(pieces_of(source, config), tokenizer):
+        for found in encode(pieces_of(source, config), tokenizer, config.batch_chars):
             writers[found.side].add(found.ids, found.bytes, found.lost_bytes)
             done += found.ends
             if found.ends and progress is not None:

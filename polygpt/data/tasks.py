@@ -11,7 +11,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,10 +113,11 @@ def write_plan(work: Path, made: Plan, tokenizer: Tokenizer) -> None:
         write_text(path, text)
 
 
-def read_plan(work: Path) -> tuple[Plan, Tokenizer]:
-    """The plan in the work folder, and its tokenizer."""
-    data = json.loads((work / PLAN).read_text(encoding="utf-8"))
-    return Plan.of_json(data), load_tokenizer(work / TOKENIZER)
+def read_plan(work: Path, batch_chars: int) -> tuple[Plan, Tokenizer]:
+    """The plan in the work folder, to be carried out with so many characters at a time, and its tokenizer."""
+    made = Plan.of_json(json.loads((work / PLAN).read_text(encoding="utf-8")))
+    config = made.config.model_copy(update={"batch_chars": batch_chars})
+    return replace(made, config=config), load_tokenizer(work / TOKENIZER)
 
 
 def task_folder(work: Path, index: int) -> Path:
@@ -129,12 +130,25 @@ def run_task(work: Path, index: int, made: Plan, tokenizer: Tokenizer) -> Counts
 
     Raises:
         RequestError: the part cannot be read or encoded.
+        OSError: the folder cannot be written; what was written is removed.
     """
+    partial = work / f".{index:06d}.{secrets.token_hex(4)}"  # processes of several machines may have one number
+    try:
+        partial.mkdir()
+        counts = _write_part(partial, made, index, tokenizer)
+        try:
+            os.rename(partial, task_folder(work, index))
+        except OSError:
+            if finished(work, index, made) is None:  # a worker that outlived the one before this process may have it
+                raise
+        return counts
+    finally:
+        remove_folder(partial)
+
+
+def _write_part(partial: Path, made: Plan, index: int, tokenizer: Tokenizer) -> Counts:
     task, tally = made.tasks[index], Tally()
     counts = Counts(*(dict.fromkeys(SPLITS, 0) for _ in range(5)), tally={})
-    partial = work / f".{index:06d}.{secrets.token_hex(4)}"  # processes of several machines may have one number
-    remove_folder(partial)
-    partial.mkdir()
     documents = Source(made.config, (task.part.file,)).read(task.part, tally)
     with ExitStack() as stack:
         streams = {
@@ -142,7 +156,7 @@ def run_task(work: Path, index: int, made: Plan, tokenizer: Tokenizer) -> Counts
             for side in SPLITS
             for kind in ("tokens", "lengths")
         }
-        for found in encode(made.division.pieces(documents, task.start), tokenizer):
+        for found in encode(made.division.pieces(documents, task.start), tokenizer, made.config.batch_chars):
             if len(found.ids):  # some tokenizers encode white space to nothing
                 streams[found.side, "tokens"].write(found.ids.astype(DTYPES[made.dtype]).tobytes())
                 streams[found.side, "lengths"].write(np.array(len(found.ids), OFFSET).tobytes())
@@ -153,12 +167,6 @@ def run_task(work: Path, index: int, made: Plan, tokenizer: Tokenizer) -> Counts
                 counts.without_tokens[found.side] += 1
     counts.tally = vars(tally)
     (partial / COUNTS).write_text(json.dumps(asdict(counts)), encoding="utf-8")
-    try:
-        os.rename(partial, task_folder(work, index))
-    except OSError:
-        if finished(work, index, made) is None:  # a worker that outlived the one before this process may have done it
-            raise
-        remove_folder(partial)
     return counts
 
 

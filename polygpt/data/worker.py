@@ -1,4 +1,4 @@
-"""A process that prepares tasks: `python -m polygpt.data.worker WORK`; `workers.py` starts it.
+"""A process that prepares tasks: `python -m polygpt.data.worker WORK BATCH_CHARS`; `workers.py` starts it.
 
 It reads the numbers of tasks from standard input and answers each with a line of JSON on standard output. It ends when
 standard input does, so that it does not outlive the process that started it by more than a moment.
@@ -21,12 +21,12 @@ from polygpt.errors import PolygptError
 from polygpt.tokenizers import Tokenizer
 
 
-def main(work: Path) -> None:
+def main(work: Path, batch_chars: int) -> None:
     """Runs the tasks whose numbers come on standard input, until it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
     asked: SimpleQueue[int] = SimpleQueue()
     threading.Thread(target=_listen, args=[asked], daemon=True).start()
-    made, tokenizer = read_plan(work)
+    made, tokenizer = read_plan(work, batch_chars)
     while True:
         print(json.dumps(answer(work, asked.get(), made, tokenizer)), flush=True)
 
@@ -38,7 +38,10 @@ def answer(work: Path, task: int, made: Plan, tokenizer: Tokenizer) -> dict[str,
     except PolygptError as error:
         return {"error": str(error), "kind": type(error).__name__}
     except OSError as error:
-        return {"error": f"{error.filename or work}: {error.strerror or error}", "kind": "PolygptError"}
+        return {
+            "error": f"{error.filename or work}: cannot be written ({error.strerror or error})",
+            "kind": "PolygptError",
+        }
 
 
 def _listen(asked: SimpleQueue[int]) -> None:
@@ -48,4 +51,4 @@ def _listen(asked: SimpleQueue[int]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))

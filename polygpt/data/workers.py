@@ -38,13 +38,13 @@ class Progress(NamedTuple):
 class _Worker:
     """A process and the task it has."""
 
-    def __init__(self, work: Path, alone: bool):
+    def __init__(self, work: Path, batch_chars: int, alone: bool):
         package = str(Path(__file__).parents[2])
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(dict.fromkeys([package, *filter(None, sys.path)]))}
         if not alone:
             environment["TOKENIZERS_PARALLELISM"] = "false"  # every core has a process of its own
         # -P: a file in the current folder cannot take the place of a module.
-        command = [sys.executable, "-P", "-m", "polygpt.data.worker", str(work)]
+        command = [sys.executable, "-P", "-m", "polygpt.data.worker", str(work), str(batch_chars)]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment, text=True)
         self.task: int | None = None
@@ -120,7 +120,7 @@ class Pool:
         with selectors.DefaultSelector() as selector, _closing() as running:
 
             def start(task: int) -> None:
-                worker = _Worker(self.work, alone=workers == 1)
+                worker = _Worker(self.work, self.made.config.batch_chars, alone=workers == 1)
                 running.append(worker)
                 selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
                 worker.ask(task)

@@ -10,7 +10,7 @@ from polygpt.tokenizers.gguf_reading import read_gguf_text
 from polygpt.tokenizers.gguf_writing import write_gguf_text
 from polygpt.tokenizers.sentencepiece import SPACE, PieceKind, score_bpe
 from polygpt.tokenizers.tokenizer import Tokenizer
-from polygpt.tokenizers.train import train_tokenizer
+from polygpt.tokenizers.train import first_bytes, train_tokenizer
 
 __all__ = [
     "END_OF_TEXT",
@@ -21,6 +21,7 @@ __all__ = [
     "TokenizerConfig",
     "Tools",
     "chat_tokens",
+    "first_bytes",
     "has_tokenizer",
     "implied_kind",
     "load_tokenizer",

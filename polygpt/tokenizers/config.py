@@ -32,6 +32,9 @@ class TokenizerConfig(Config):
     kind: Literal["char", "byte", "bpe", "file", "hf", "initial"] = "bpe"
     vocab_size: int = Field(4096, ge=1)
     """For `bpe` only, special tokens included; a text too small for it gives fewer ids."""
+    train_bytes: int = Field(1 << 28, ge=1)
+    """For `bpe` only: it is trained on the first so many bytes (UTF-8) of the training text; of a mixture, on an equal
+    share of them from each source. Its memory grows with the number of different words in them."""
     path: str | None = None
     """A tokenizer.json, or a folder with one or with vocab.json and merges.txt; implies kind `file`."""
     name: str | None = None

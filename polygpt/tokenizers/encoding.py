@@ -15,7 +15,7 @@ from polygpt.errors import RequestError
 from polygpt.tokenizers.structure import Structure
 
 PIECE_CHARS = 1 << 14  # pieces of a long text, so that one document too uses every core
-GROUP_CHARS = 1 << 22  # characters in the library's hands at once: it takes about 100 bytes for each token
+GROUP_CHARS = 1 << 22  # characters in the library's hands at once, by default
 
 
 class Encoder:
@@ -53,14 +53,14 @@ class Encoder:
         except Exception as error:  # the library raises plain Exceptions
             raise _unencodable([text], self._with_specials, error) from None
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The ids of each text, int32; on every core.
+    def encode_batch(self, texts: Sequence[str], group_chars: int = GROUP_CHARS) -> list[np.ndarray]:
+        """The ids of each text, int32; on every core, about `group_chars` characters at a time.
 
         Raises:
             RequestError: a text holds a lone surrogate, or a character that the tokenizer has no token for.
         """
         parts: list[list[np.ndarray]] = [[] for _ in texts]
-        for group in _groups(self._pieces(texts)):
+        for group in _groups(self._pieces(texts), group_chars):
             try:
                 encoded = self._plain.encode_batch_fast([piece for _, piece in group], add_special_tokens=False)
             except Exception as error:  # the library raises plain Exceptions
@@ -120,14 +120,14 @@ def _copy(tokenizer: hf.Tokenizer) -> hf.Tokenizer:
     return made
 
 
-def _groups(pieces: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
-    """`pieces` in lists of about `GROUP_CHARS` characters, none of them empty."""
+def _groups(pieces: Iterable[tuple[int, str]], chars: int) -> Iterator[list[tuple[int, str]]]:
+    """`pieces` in lists of about so many characters, none of them empty."""
     group: list[tuple[int, str]] = []
     size = 0
     for piece in pieces:
         group.append(piece)
         size += len(piece[1])
-        if size >= GROUP_CHARS:
+        if size >= chars:
             yield group
             group, size = [], 0
     if group:

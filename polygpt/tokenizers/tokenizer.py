@@ -23,7 +23,7 @@ from polygpt.errors import PolygptError, RequestError
 from polygpt.tokenizers.bytelevel import BYTE_TO_CHAR, token_bytes
 from polygpt.tokenizers.config import END_OF_TEXT
 from polygpt.tokenizers.decoding import REPLACEMENT, Decoder
-from polygpt.tokenizers.encoding import Encoder
+from polygpt.tokenizers.encoding import GROUP_CHARS, Encoder
 from polygpt.tokenizers.structure import describe_structure
 from polygpt.tokenizers.typed import unmark
 
@@ -122,13 +122,15 @@ class Tokenizer:
         """
         return self._encoder.encode_special(text) if special else self.encode_batch([text])[0].tolist()
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def encode_batch(self, texts: Sequence[str], group_chars: int = GROUP_CHARS) -> list[np.ndarray]:
         """The ids of each text, int32, special tokens as ordinary text; on every core.
+
+        About `group_chars` characters are encoded at once, which takes about 100 bytes of memory for each token.
 
         Raises:
             RequestError: as `encode`.
         """
-        return self._encoder.encode_batch(texts)
+        return self._encoder.encode_batch(texts, group_chars)
 
     def count_lost(self, text: str) -> int:
         """How many bytes of `text`, in UTF-8, its ids do not stand for.

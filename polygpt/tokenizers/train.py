@@ -10,8 +10,9 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from polygpt.errors import RequestError
 from polygpt.tokenizers.bytelevel import BYTE_TO_CHAR
 from polygpt.tokenizers.config import TokenizerConfig
-from polygpt.tokenizers.encoding import refuse_surrogates
+from polygpt.tokenizers.encoding import PIECE_CHARS, refuse_surrogates
 from polygpt.tokenizers.folder import load_tokenizer
+from polygpt.tokenizers.structure import describe_structure
 from polygpt.tokenizers.tokenizer import Tokenizer
 
 
@@ -19,8 +20,8 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
     """The tokenizer that `config` describes; the same texts in the same order give the same one.
 
     The ids are the characters in order of code point (`char`), the 256 byte values (`byte`), or the byte alphabet
-    followed by the merges in the order they were learned (`bpe`). Special tokens come last. Only `char` and
-    `bpe` read `texts`.
+    followed by the merges in the order they were learned (`bpe`). Special tokens come last. `char` reads all `texts`,
+    `bpe` those within `config.train_bytes`, `byte` none.
 
     Raises:
         RequestError: there is no text to train on, or the file is not a tokenizer.
@@ -68,8 +69,22 @@ def _bpe(config: TokenizerConfig, texts: Iterable[str]) -> hf.Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    made.train_from_iterator(_some(texts), trainer)
+    structure = describe_structure(made, {})  # a long text is cut between words, so that its pieces take little memory
+    limited = _some(first_bytes(texts, config.train_bytes))
+    made.train_from_iterator((piece for text in limited for piece in structure.cut(text, PIECE_CHARS)), trainer)
     return made
+
+
+def first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
+    """The first `limit` bytes of the texts in UTF-8; what comes after is not read."""
+    for text in texts:
+        refuse_surrogates(text)
+        data = text.encode()
+        if len(data) >= limit:
+            yield data[:limit].decode(errors="ignore")  # without half a character at the end
+            return
+        yield text
+        limit -= len(data)
 
 
 def _some(texts: Iterable[str]) -> Iterator[str]:

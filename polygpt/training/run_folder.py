@@ -45,7 +45,7 @@ from polygpt.folders import CONFIG, check_new_run, check_run
 from polygpt.loading import CHECKPOINTS, TOKENIZER, write_origin
 from polygpt.model import ModelConfig
 from polygpt.process import command_line
-from polygpt.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
+from polygpt.tokenizers import Tokenizer, first_bytes, load_tokenizer, train_tokenizer
 from polygpt.training.config import RunConfig
 from polygpt.training.initial import check_initial, check_prepared, initial_origin, initial_tokenizer
 from polygpt.training.prompts import check_prompts
@@ -279,13 +279,12 @@ def _tokenizer(config: RunConfig, note: Callable[[str], None]) -> Tokenizer:
         return load_tokenizer(path)
     sources = [(open_source(data), data) for data in each]
     note(f"data: {'; '.join(source.describe() for source, _ in sources)}")
-    # An alphabet says next to nothing about the held-out text, and a character outside it could not be encoded.
-    whole = wanted.kind == "char"
-    texts = (
-        text
-        for source, data in sources
-        for text in ((document.text for document in source) if whole else training_texts(source, data))
-    )
+    if wanted.kind == "char":
+        # An alphabet says next to nothing about the held-out text, and a character outside it could not be encoded.
+        texts = (document.text for source, _ in sources for document in source)
+    else:
+        share = max(1, wanted.train_bytes // len(sources))
+        texts = (text for source, data in sources for text in first_bytes(training_texts(source, data), share))
     tokenizer = initial_tokenizer(config) if wanted.kind == "initial" else train_tokenizer(wanted, texts)
     note(f"tokenizer: {wanted.kind}, {tokenizer.vocab_size} ids, {tokenizer.fingerprint[:12]}")
     return tokenizer

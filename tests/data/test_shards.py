@@ -4,6 +4,8 @@ import hashlib
 import itertools
 import json
 import os
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,9 @@ import tokenizers as hf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from polygpt.data import DataConfig, is_prepared, open_shards, open_source, prepare
+from polygpt.config import validate
+from polygpt.data import DataConfig, TokenSplit, is_prepared, open_shards, open_source, prepare
+from polygpt.data.shards import SplitEntry
 from polygpt.errors import PolygptError, RequestError
 from polygpt.tokenizers import Tokenizer, TokenizerConfig, train_tokenizer
 
@@ -130,14 +134,14 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, byte_tokenizer):
         prepare(open_source(config), byte_tokenizer, tmp_path / "file.txt" / "out", config)
 
 
-def test_progress_counts_documents_once(tmp_path, byte_tokenizer, monkeypatch):
-    monkeypatch.setattr("polygpt.data.encoding.BATCH_CHARS", 30)
+def test_progress_counts_documents_once(tmp_path, byte_tokenizer):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     for split in ("document", "fraction"):
         seen = []
         config = DataConfig(path=str(path), split=split, validation_fraction=0.3)
-        prepare(open_source(config), byte_tokenizer, tmp_path / split, config, progress=seen.append)
+        few = config.model_copy(update={"batch_chars": 30})  # fewer than are allowed
+        prepare(open_source(config), byte_tokenizer, tmp_path / split, few, progress=seen.append)
         assert seen == sorted(seen)
         assert seen[-1] == len(TEXTS)
         assert len(seen) > 10
@@ -265,3 +269,20 @@ def test_reading_outside_is_an_index_error(prepared):
         with pytest.raises(IndexError):
             split.document(i)
     assert split.read(split.tokens, split.tokens).tolist() == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="needs Linux's /proc")
+def test_a_window_from_anywhere_reads_its_own_pages_alone(tmp_path):
+    tokens, hashed = 1 << 27, {"sha256": "0" * 64}
+    with (tmp_path / "train-00000.tokens").open("wb") as stream:
+        stream.truncate(2 * tokens)
+    (tmp_path / "train-00000.offsets").write_bytes(bytes(8))
+    files = {kind: {"name": f"train-00000.{kind}", **hashed} for kind in ("tokens", "offsets")}
+    shard = {"tokens_file": files["tokens"], "offsets_file": files["offsets"], "tokens": tokens, "documents": 1}
+    entry = validate(SplitEntry, {"documents": 1, "tokens": tokens, "bytes": 1, "shards": [shard]})
+    split = TokenSplit("train", entry, tmp_path, np.dtype("<u2"))
+    for start in range(0, tokens - 1025, tokens // 100):
+        assert not split.read(start, start + 1025).any()
+    of_maps = Path("/proc/self/smaps").read_text().partition(str(tmp_path / "train-00000.tokens"))[2]
+    resident = int(re.search(r"^Rss: +(\d+) kB", of_maps, re.MULTILINE)[1])
+    assert resident < 100 * 20, "of 100 windows of 2 kB, in pages of 4 kB"

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 
 from polygpt.data import DataConfig, formats, open_source, prepare, prepare_in_parallel, tasks, workers
 from polygpt.errors import PolygptError, RequestError
+from polygpt.tokenizers import TokenizerConfig, train_tokenizer
 
 
 def files_of(folder):
@@ -184,7 +186,7 @@ def test_workers_do_not_import_jax_and_end_with_their_parent(tmp_path, text, byt
     config = DataConfig(path=str(text))
     made = tasks.plan(open_source(config), config, "uint16")
     tasks.write_plan(tmp_path, made, byte_tokenizer)
-    worker = workers._Worker(tmp_path, alone=True)
+    worker = workers._Worker(tmp_path, 1 << 20, alone=True)
     try:
         worker.ask(0)
         assert "counts" in worker.answer()
@@ -194,3 +196,66 @@ def test_workers_do_not_import_jax_and_end_with_their_parent(tmp_path, text, byt
         assert time.monotonic() - started < 10
     finally:
         worker.process.kill()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_disk_that_fills_up_ends_the_preparation_in_a_line_and_what_is_done_is_kept(
+    tmp_path, small_disk, byte_tokenizer, monkeypatch, program, count
+):
+    monkeypatch.setattr(formats, "PART_BYTES", 1 << 20)
+    path, out = tmp_path / "a.jsonl", small_disk / "out"
+    path.write_text("".join(json.dumps({"text": f"{number} " * 4000}) + "\n" for number in range(200)))
+    byte_tokenizer.save(tmp_path / "tokenizer.json")
+    words = ["data", "prepare", path, "--tokenizer", tmp_path / "tokenizer.json", "--workers", count, "--out"]
+    done = program(*words, out)
+    assert (done.code, len(done.complaint)) == (1, 1), done.err
+    assert re.search(rf"{small_disk}/\S*: cannot be written \(No space left on device\)$", done.complaint[0])
+    assert sorted(found.name for found in small_disk.iterdir()) == ["out.work"]
+    kept = sorted(found.name for found in (small_disk / "out.work").iterdir() if found.is_dir())
+    assert kept[0] == "000000", "whole parts alone, none half-written"
+    assert all(name.isdecimal() for name in kept)
+    subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
+    done = program(*words, out)
+    assert done.code == 0, done.err
+    assert f"{len(kept)} of " in done.err
+    assert sorted(found.name for found in small_disk.iterdir()) == ["out"]
+    assert program(*words, tmp_path / "large").code == 0
+    assert files_of(out) == files_of(tmp_path / "large")
+
+
+MEMORY = """
+import re, sys
+from pathlib import Path
+from polygpt.data import DataConfig, open_source, tasks
+from polygpt.files import remove_folder
+from polygpt.tokenizers import load_tokenizer
+
+def memory(name):
+    return int(re.search(rf"{name}:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1000
+
+work, tokenizer = Path(sys.argv[3]), load_tokenizer(sys.argv[2])
+config = DataConfig(path=[f"{sys.argv[1]}/short.jsonl", f"{sys.argv[1]}/long.jsonl"], batch_chars=1 << 16)
+made = tasks.plan(open_source(config), config, "uint16")
+for index in (0, 0, 1, 0, 0):
+    remove_folder(work / f"{index:06d}")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    tasks.run_task(work, index, made, tokenizer)
+    print(memory("VmRSS"), memory("VmHWM"))
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
+def test_the_memory_of_a_process_is_bounded_and_flat_after_a_document_of_10_mb(tmp_path):
+    words = [f"{number * 7919 % 10007:05d}" for number in range(1000)]
+    texts = {"short": [" ".join(words)] * 50, "long": [" ".join(words * 1700)]}
+    for name, documents in texts.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    train_tokenizer(TokenizerConfig(vocab_size=300), [" ".join(words)]).save(tmp_path / "tokenizer.json")
+    (tmp_path / "work").mkdir()
+    command = [sys.executable, "-c", MEMORY, *map(str, (tmp_path, tmp_path / "tokenizer.json", tmp_path / "work"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [tuple(map(float, line.split())) for line in done.stdout.splitlines()]
+    (before, _), (_, peak), (after, _) = rows[1], rows[2], rows[-1]
+    assert peak < before + 150, "MB: about ten times the document; 100 bytes a token would be 400 more"
+    assert after < before + 25

@@ -111,11 +111,10 @@ def test_a_long_text_cut_into_pieces_has_the_ids_of_the_whole(tokenizer, monkeyp
     if tokenizer is CHAR:
         text = "".join(char for char in text if char in SAMPLE)
     whole = tokenizer._plain.encode(text, add_special_tokens=False).ids
-    monkeypatch.setattr(module, "GROUP_CHARS", 50)
     for size in range(1, 40):
         monkeypatch.setattr(module, "PIECE_CHARS", size)
-        assert tokenizer.encode(text) == whole, size
-    batch = tokenizer.encode_batch([text, "", "the"])
+        assert tokenizer.encode_batch([text], 50)[0].tolist() == whole, size
+    batch = tokenizer.encode_batch([text, "", "the"], 50)
     assert [b.tolist() for b in batch] == [whole, [], tokenizer.encode("the")]
     assert {b.dtype for b in batch} == {np.dtype(np.int32)}
 

@@ -4,7 +4,7 @@ import pytest
 
 from polygpt.config import validate
 from polygpt.errors import RequestError
-from polygpt.tokenizers import END_OF_TEXT, TokenizerConfig, load_tokenizer, train_tokenizer
+from polygpt.tokenizers import END_OF_TEXT, TokenizerConfig, first_bytes, load_tokenizer, train_tokenizer
 
 TEXTS = ["low lower lowest ", "new newer newest ", "low new "] * 30
 
@@ -91,3 +91,30 @@ def test_a_list_of_special_tokens_is_read_and_written_back():
     config = validate(TokenizerConfig, {"special_tokens": ["<|a|>", "<|b|>"]})
     assert config.specials == ("<|a|>", "<|b|>")
     assert validate(TokenizerConfig, config.to_dict()) == config
+
+
+def test_bpe_reads_as_many_bytes_as_it_may_and_no_more():
+    read = []
+
+    def texts():
+        for number in range(10):
+            read.append(number)
+            yield "é" * 9 + f" {number}{number} " * 20  # 98 bytes
+
+    limited = train_tokenizer(TokenizerConfig(vocab_size=400, train_bytes=250), texts())
+    assert read == [0, 1, 2]
+    whole = list(texts())
+    assert (
+        limited.fingerprint == train_tokenizer(TokenizerConfig(vocab_size=400), [*whole[:2], whole[2][:45]]).fingerprint
+    )
+    assert limited.fingerprint != train_tokenizer(TokenizerConfig(vocab_size=400), whole).fingerprint
+    assert "".join(first_bytes(["aé", "é", "b"], 4)) == "aé", "no half of a character"
+    assert list(first_bytes(["a", "b"], 9)) == ["a", "b"]
+
+
+def test_bpe_is_the_same_of_a_long_text_as_of_its_words(monkeypatch):
+    monkeypatch.setattr("polygpt.tokenizers.train.PIECE_CHARS", 40)
+    text = "".join(f"the {number * 7919 % 10007} cat's\n\n  hat{number % 7} " for number in range(500))
+    cut = train_tokenizer(TokenizerConfig(vocab_size=500), [text])
+    monkeypatch.undo()
+    assert cut.fingerprint == train_tokenizer(TokenizerConfig(vocab_size=500), [text]).fingerprint

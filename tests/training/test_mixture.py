@@ -8,7 +8,8 @@ import pytest
 
 from polygpt.errors import RequestError
 from polygpt.recipes import load_recipe
-from polygpt.training import Evaluated, Measured, Started, open_run, train
+from polygpt.tokenizers import TokenizerConfig, first_bytes, train_tokenizer
+from polygpt.training import Evaluated, Measured, Started, open_run, run_folder, train
 
 SOURCES = [{"path": "text.txt", "weight": 3}, {"path": "b.jsonl", "weight": 1, "name": "other"}]
 
@@ -42,6 +43,14 @@ def test_a_mixture_is_prepared_read_and_validated_by_source(sources):
     assert [names[run.train_loader.mixture.locate(n)[0]] for n in range(8)].count("other") == 2
     held_out = [shards.validation.tokens for shards in run.shards.sources.values()]
     assert run.validation_loader.split.tokens == sum(held_out)
+
+
+def test_a_bpe_is_trained_on_an_equal_share_of_the_limit_from_each_source(sources):
+    config = mixed(tokenizer={"kind": "bpe", "vocab_size": 280, "train_bytes": 400})
+    found = run_folder._tokenizer(config, lambda text: None)
+    other = [f"{i} times {i} is {i * i}" for i in range(60)]
+    texts = [Path("text.txt").read_text()[:200], *first_bytes(other, 200)]
+    assert found.fingerprint == train_tokenizer(TokenizerConfig(vocab_size=280), texts).fingerprint
 
 
 def test_shards_that_were_removed_are_prepared_again(sources):

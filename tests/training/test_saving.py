@@ -52,20 +52,6 @@ def test_a_final_save_that_fails_is_an_error_of_one_line(run, program, monkeypat
     assert checkpoint.newest(run / "checkpoints").step == 6
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A disk of 8 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if (
-        os.geteuid()
-        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], check=False).returncode
-    ):
-        pytest.skip("only root can mount a small disk")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
-
-
 def fill_up(path):
     with suppress(OSError), path.open("wb", buffering=0) as file:
         while True:
