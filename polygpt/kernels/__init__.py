@@ -16,7 +16,15 @@ from polygpt.kernels.experts import (
 )
 from polygpt.kernels.head_shards import sharded_over_heads
 from polygpt.kernels.loss import LogitRule, nll_of_logits, token_nll, weighted_nll
-from polygpt.kernels.packing import ALIGNMENT, QUANTIZED, WEIGHT_TYPES, WeightType, pack, pack_rows
+from polygpt.kernels.packing import (
+    ALIGNMENT,
+    QUANTIZED,
+    WEIGHT_TYPES,
+    WeightType,
+    check_weight_type,
+    pack,
+    pack_rows,
+)
 from polygpt.kernels.regularization import dropout
 from polygpt.kernels.scores import ScoreInputs, ScoreRule
 from polygpt.kernels.softmax_attention import (
@@ -44,6 +52,7 @@ __all__ = [
     "WeightType",
     "attention",
     "attention_weights",
+    "check_weight_type",
     "choose_attention",
     "dropout",
     "expert_matmul",

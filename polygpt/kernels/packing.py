@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int8
 
+from polygpt.errors import RequestError
 from polygpt.kernels.int4 import PackedInt4, pack_int4
 from polygpt.kernels.packed import Packed
 
@@ -18,6 +19,16 @@ WEIGHT_TYPES: tuple[WeightType, ...] = get_args(WeightType)
 # Their weights are chosen among 16 or 256 values, from float32.
 QUANTIZED: tuple[WeightType, ...] = ("int8", "int4")
 ALIGNMENT = 64  # bytes: XLA uses NumPy's memory without a copy only if it is aligned so
+
+
+def check_weight_type(dtype: str) -> None:
+    """Refuses what weights cannot be packed in.
+
+    Raises:
+        RequestError: there is no such type.
+    """
+    if dtype not in WEIGHT_TYPES:
+        raise RequestError(f"no weights of type '{dtype}'; there are {', '.join(WEIGHT_TYPES)}")
 
 
 def pack(

@@ -226,6 +226,8 @@ def test_packed_weights_are_refused_where_parameters_are_needed(tmp_path):
     lm = polygpt.build(tiny("plain"))
     with pytest.raises(RequestError, match="no weights of type 'int3'; there are float32"):
         lm.pack("int3")
+    with pytest.raises(RequestError, match="no weights of type 'int3'; there are float32"):
+        polygpt.load(tmp_path, weights="int3")  # before anything is read
     lm.pack("int8")
     for what in (lambda: save(lm, tmp_path / "model"), lambda: lm.pack("int8")):
         with pytest.raises(RequestError, match="packed"):
