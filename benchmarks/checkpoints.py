@@ -32,7 +32,7 @@ import numpy as np
 TASKS = ("prefill", "decode1", "decode8", "hellaswag", "load", "touch")
 LENGTH, PROMPT, NEW, ROWS = 512, 16, 128, 200
 AMOUNT = {"load": 1, "touch": 1, "prefill": LENGTH, "decode1": NEW, "decode8": 8 * NEW, "hellaswag": ROWS}
-WEIGHTS = ("float32", "bfloat16", "float16", "int8")
+WEIGHTS = ("float32", "bfloat16", "float16", "int8", "int4")
 
 
 class Worker:

@@ -5,8 +5,8 @@
 The same requests (prompts of 32 tokens, --new tokens each) run once by stepping an engine, and once as streams over
 loopback sockets, read by a process of its own; rounds alternate, and the ratio of medians counts. The fixed cost is the
 median time of a request for one token, one after the other, beyond what the engine takes for it. The client's work is
-part of both figures, since it shares the machine. With a model of 135 M parameters the fixed cost is lost in the noise of
-half a second of computing: take it with a small one.
+part of both figures, since it shares the machine. With a model of 135 M parameters the fixed cost is lost in the noise
+of half a second of computing: take it with a small one.
 """
 
 from __future__ import annotations
@@ -103,11 +103,11 @@ def engine_seconds(lm: polygpt.LanguageModel, engine: Engine, prompts: list[list
 
 def measure(arguments: argparse.Namespace) -> dict:
     lm = polygpt.load(arguments.model, weights=arguments.weights)
-    settings = ServerSettings(port=0, slots=arguments.streams, queue=arguments.streams, length=arguments.length, cache_bytes=0)
+    shape = {"slots": arguments.streams, "length": arguments.length, "cache_bytes": 0}
+    settings = ServerSettings(port=0, queue=arguments.streams, **shape)
     served = Served("m", lm, settings)
     app, listening = create_app([served], settings), listen(settings)
     served.runner.compile()
-    shape = {"slots": arguments.streams, "length": arguments.length, "cache_bytes": 0}
     engine = Engine(lm.model, lm.params, **shape, vocab_size=lm.tokenizer.vocab_size)
     engine.compile()
     server = uvicorn.Server(uvicorn_config(app, settings))

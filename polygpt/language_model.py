@@ -37,7 +37,7 @@ from polygpt.generation import (
     search_beams,
     windowed,
 )
-from polygpt.kernels import WEIGHT_TYPES, WeightType
+from polygpt.kernels import WeightType, check_weight_type
 from polygpt.model import Model, ModelConfig, Params, model_of
 from polygpt.origin import Origin
 from polygpt.sharding import Scope, use_mesh
@@ -72,7 +72,8 @@ class LanguageModel:
         """Converts the weights, for good, to the form and type that inference reads fastest.
 
         Decoding a few rows takes as long as the weights take to read: 16 bits are twice as fast as 32. int8 rounds each
-        weight to one of 255 steps, chosen for each output; activations stay as they are.
+        weight to one of 255 steps, chosen for each output; int4 to one of 16, chosen for each 16 weights of an input.
+        Activations stay as they are.
 
         Raises:
             RequestError: they are packed already, or there is no such type.
@@ -80,8 +81,7 @@ class LanguageModel:
         self.check_unpacked()
         if self.scope is not None:
             raise RequestError("packed weights are on one device: load the model without a mesh")
-        if dtype not in WEIGHT_TYPES:
-            raise RequestError(f"no weights of type '{dtype}'; there are {', '.join(WEIGHT_TYPES)}")
+        check_weight_type(dtype)
         self.params, self.packed = self.model.pack(self.params, dtype), dtype
 
     def check_unpacked(self) -> None:

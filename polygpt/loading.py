@@ -24,7 +24,7 @@ from polygpt.files import check_checkpoint_path, expand, new_folder, write_text
 from polygpt.folders import CONFIG
 from polygpt.hub import PREFIX as HUB
 from polygpt.interop import StoredModel, fetch, is_huggingface, open_huggingface
-from polygpt.kernels import WeightType
+from polygpt.kernels import WeightType, check_weight_type
 from polygpt.language_model import NO_TOKENIZER, LanguageModel
 from polygpt.model import ModelConfig, ParameterInfo, Params, model_of
 from polygpt.origin import Origin
@@ -86,6 +86,8 @@ def load(
     Raises:
         RequestError: there is no such model, or it cannot be used.
     """
+    if weights not in (None, "auto"):
+        check_weight_type(weights)
     found = find(name, warn)
     if for_text and found.tokenizer is None:
         raise RequestError(NO_TOKENIZER)

@@ -24,7 +24,7 @@ class _Types(click.Choice):
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
         meant = {"bf16": "bfloat16", "fp16": "float16", "f16": "float16", "half": "float16"}
-        meant |= {"fp32": "float32", "f32": "float32", "i8": "int8", "q8": "int8"}
+        meant |= {"fp32": "float32", "f32": "float32", "i8": "int8", "q8": "int8", "i4": "int4", "q4": "int4"}
         if meant.get(str(value).lower()) in self.choices:
             self.fail(f"{value!r}: did you mean '{meant[value.lower()]}'?", param, ctx)
         return super().convert(value, param, ctx)
@@ -37,7 +37,7 @@ dtype_option: Callable = click.option(
 )
 weights_option: Callable = click.option(
     "--weights",
-    type=_Types(["float32", "bfloat16", "float16", "int8"]),
+    type=_Types(["float32", "bfloat16", "float16", "int8", "int4"]),
     help="Store the weights in this type (activations keep --dtype); fewer bits decode faster.",
 )
 overrides_argument: Callable = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")

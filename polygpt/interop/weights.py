@@ -16,7 +16,7 @@ from jaxtyping import PyTree
 
 from polygpt.errors import RequestError, suggest
 from polygpt.interop.names import ForeignTensor, Path
-from polygpt.kernels import ALIGNMENT, WeightType, pack_rows
+from polygpt.kernels import ALIGNMENT, QUANTIZED, WeightType, pack_rows
 from polygpt.model import ModelConfig, ParameterInfo, Params, model_of
 from polygpt.settings import Settings
 
@@ -156,7 +156,7 @@ def written_tensors(
 
 def _empty_rows(info: ParameterInfo, weights: WeightType, padded: bool) -> tuple[np.ndarray, np.ndarray]:
     """Memory of a packed parameter, stored [out, in], and a view of it in the parameter's shape."""
-    dtype = np.dtype(np.float32 if weights == "int8" else weights)
+    dtype = np.dtype(np.float32 if weights in QUANTIZED else weights)
     if not info.inputs:
         table = _empty(info.shape, dtype, padded)
         return table, table

@@ -17,7 +17,15 @@ from polygpt.kernels.experts import (
 )
 from polygpt.kernels.head_shards import sharded_over_heads
 from polygpt.kernels.loss import LogitRule, nll_of_logits, token_nll, weighted_nll
-from polygpt.kernels.packed import ALIGNMENT, WEIGHT_TYPES, WeightType, pack, pack_rows
+from polygpt.kernels.packing import (
+    ALIGNMENT,
+    QUANTIZED,
+    WEIGHT_TYPES,
+    WeightType,
+    check_weight_type,
+    pack,
+    pack_rows,
+)
 from polygpt.kernels.regularization import dropout
 from polygpt.kernels.scores import ScoreInputs, ScoreRule
 from polygpt.kernels.softmax_attention import (
@@ -33,6 +41,7 @@ from polygpt.kernels.weights import Weight, matmul, project_to_vocabulary
 
 __all__ = [
     "ALIGNMENT",
+    "QUANTIZED",
     "WEIGHT_TYPES",
     "AttentionSpec",
     "Implementation",
@@ -45,6 +54,7 @@ __all__ = [
     "attention",
     "attention_weights",
     "cached_attention",
+    "check_weight_type",
     "choose_attention",
     "dropout",
     "expert_matmul",

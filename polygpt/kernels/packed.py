@@ -13,21 +13,19 @@ Nothing here is differentiable: training uses plain parameters.
 from __future__ import annotations
 
 import itertools
-import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int8
+from jaxtyping import Array, Float
 
 from polygpt.kernels.stacks import InStack, from_stored
 
-WeightType = Literal["float32", "bfloat16", "float16", "int8"]
-WEIGHT_TYPES: tuple[WeightType, ...] = get_args(WeightType)
 # Up to this many rows are multiplied one by one, while a matrix stays in the processor's cache: 53 M weights of 16 bits
 # took 6 ms for 2 rows and 12 for 4; all rows at once 12 and 12.
 FEW_ROWS = 4
@@ -35,7 +33,6 @@ FEW_ROWS = 4
 # weights 8 rows took 23 ms this way, 26 with the matrix copied out of its stack and 45 with the operands swapped; 32
 # rows 55, 87 and 100; 512 rows, which are bound by arithmetic, 640, 600 and 550.
 SOME_ROWS = 128
-ALIGNMENT = 64  # bytes: XLA uses NumPy's memory without a copy only if it is aligned so
 # XLA fuses the product of a vector and a matrix if the vector is shorter than this (16 kB).
 FUSED = 4096
 # Outputs of the head that are computed together.
@@ -78,7 +75,7 @@ class Packed(InStack):
         """See `Weight.times`. On a CPU a matrix `in_loop` that has to be converted is taken in blocks."""
         converted = not self.values.dtype == x.dtype == jnp.float32
         if jax.default_backend() != "cpu":
-            y = self._at_once(x, self._own(self.values))
+            y = at_once(x, from_stored(self._own(self.values), self.dtype).astype(x.dtype))
         elif in_loop and converted and self.values.shape[0] > BLOCK:
             y = self._in_blocks(x)
         elif self.matrices and self.layer is not None and FEW_ROWS < len(x) <= SOME_ROWS and not converted:
@@ -100,89 +97,54 @@ class Packed(InStack):
         return lax.switch(self.layer, [partial(product, matrix) for matrix in self.matrices], x).T
 
     def _in_blocks(self, x: Float[Array, "M I"]) -> Float[Array, "M O"]:
-        """Block by block of outputs: XLA would hoist the conversion of a whole matrix out of a loop over tokens."""
-        outputs = self.values.shape[0]
+        def block(start: Array) -> Array:
+            return self._on_cpu(x, lax.dynamic_slice_in_dim(self.values, start, BLOCK))
 
-        def one(start: Array) -> Array:
-            block = lax.dynamic_slice_in_dim(self.values, jnp.minimum(start, outputs - BLOCK), BLOCK)
-            return self._on_cpu(x, block)
-
-        blocks = lax.map(one, jnp.arange(0, outputs, BLOCK))
-        whole = jnp.moveaxis(blocks[:-1], 0, 1).reshape(x.shape[0], -1)
-        return jnp.concatenate([whole, blocks[-1][:, whole.shape[1] - outputs :]], axis=1)
+        return in_blocks(block, len(self.values))
 
     def _on_cpu(self, x: Float[Array, "M I"], matrix: Array) -> Float[Array, "M O"]:
-        """The barriers keep XLA from rewriting the products: as one of all rows, or with swapped operands."""
-        barrier = lax.optimization_barrier
-        if x.shape[0] <= FEW_ROWS:
-            x = x.astype(jnp.float32)
-            # XLA recomputes for every output what it considers cheap; a division is not.
-            x = x / (1 + 0 * x)
-            return jnp.stack([self._of_row(row, matrix) for row in x])
-        if x.dtype == jnp.bfloat16 or x.shape[0] > SOME_ROWS:
-            return self._at_once(x, matrix)
-        return barrier(jnp.matmul(from_stored(matrix, self.dtype).astype(x.dtype), barrier(x.T))).T.astype(jnp.float32)
-
-    def _of_row(self, row: Float[Array, " I"], matrix: Array) -> Float[Array, " O"]:
-        """Products short enough to be fused, so that each converts its weights while reading them."""
-        barrier = lax.optimization_barrier
-        edges = np.linspace(0, row.size, row.size // FUSED + 2).astype(int)
-        y = jnp.zeros(len(matrix))
-        for piece in (slice(*pair) for pair in itertools.pairwise(edges)):
-            numbers = from_stored(matrix[:, piece], self.dtype).astype(jnp.float32)
-            # Not y + row @ numbers.T: XLA fuses an addition with the product before it, which then no longer fuses
-            # with the conversion, and the weights are written to memory in 32 bits.
-            y -= barrier(barrier(-row[piece]) @ numbers.T)
-        return y
-
-    def _at_once(self, x: Float[Array, "M I"], matrix: Array) -> Float[Array, "M O"]:
-        numbers = from_stored(matrix, self.dtype).astype(x.dtype)
-        return lax.dot_general(x, numbers, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+        if len(x) > FEW_ROWS:
+            return many_rows(x, from_stored(matrix, self.dtype).astype(x.dtype))
+        return few_rows(x, lambda row: row_product(row, lambda piece: from_stored(matrix[:, piece], self.dtype)))
 
 
-def pack(values: Array | np.ndarray, inputs: tuple[int, ...], outputs: tuple[int, ...], dtype: WeightType) -> Packed:
-    """The packed form of a parameter.
+def in_blocks(block: Callable[[Array], Array], outputs: int) -> Float[Array, "M O"]:
+    """`block(start)` gives BLOCK outputs. XLA would hoist the conversion of a whole matrix out of a loop of tokens."""
+    blocks = lax.map(lambda start: block(jnp.minimum(start, outputs - BLOCK)), jnp.arange(0, outputs, BLOCK))
+    whole = jnp.moveaxis(blocks[:-1], 0, 1).reshape(blocks.shape[1], -1)
+    return jnp.concatenate([whole, blocks[-1][:, whole.shape[1] - outputs :]], axis=1)
 
-    Args:
-        values: [*stack, *inputs, *outputs]; a table [rows, width].
-        inputs: the axes that are contracted; none of a table.
-        outputs: those that remain.
-        dtype: int8 has 127 steps on each side of 0, up to the largest weight of each output (a table: of each row).
+
+def few_rows(x: Float[Array, "M I"], product: Callable[[Array], Array]) -> Float[Array, "M O"]:
+    """The product of each row by itself."""
+    x = x.astype(jnp.float32)
+    # XLA recomputes for every output what it considers cheap; a division is not.
+    x = x / (1 + 0 * x)
+    return jnp.stack([product(row) for row in x])
+
+
+def row_product(row: Float[Array, " I"], numbers: Callable[[slice], Array]) -> Float[Array, " O"]:
+    """Products short enough to be fused with `numbers(piece)` [O, piece]: each converts its weights while reading them.
+
+    The barriers keep XLA from rewriting the products: as one of all rows, or with swapped operands.
     """
-    own = np.asarray(values)
-    if inputs:
-        stack = own.shape[: own.ndim - len(inputs) - len(outputs)]
-        own = own.reshape(*stack, math.prod(inputs), math.prod(outputs)).swapaxes(-1, -2)
-    return pack_rows(own, inputs, outputs, dtype)
+    barrier = lax.optimization_barrier
+    edges = np.linspace(0, row.size, row.size // FUSED + 2).astype(int)
+    y = jnp.zeros(())
+    for piece in (slice(*pair) for pair in itertools.pairwise(edges)):
+        # Not y + row @ numbers.T: XLA fuses an addition with the product before it, which then no longer fuses
+        # with the conversion, and the weights are written to memory in 32 bits.
+        y -= barrier(barrier(-row[piece]) @ numbers(piece).astype(jnp.float32).T)
+    return y
 
 
-def pack_rows(
-    rows: np.ndarray, inputs: tuple[int, ...], outputs: tuple[int, ...], dtype: WeightType, device: Any = None
-) -> Packed:
-    """The packed form of a parameter that is already stored [*stack, O, I]. Aligned memory is used without a copy."""
-    if dtype == "int8":
-        steps, scale = _quantize(jax.device_put(rows, device, may_alias=True))
-        return Packed(steps, scale, (), inputs, outputs, dtype)
-    numbers = rows.astype(jnp.dtype(dtype), copy=False)
-    bits = numbers.view(np.uint16) if numbers.itemsize == 2 else numbers
-    # JAX transposes a matrix on its way to the device faster than NumPy or XLA (25, 67 and 200 ms for 27 M numbers).
-    own = jax.device_put(bits, device, may_alias=True)
-    return Packed(own, None, _separate(own), inputs, outputs, dtype)
+def many_rows(x: Float[Array, "M I"], numbers: Float[Array, "O I"]) -> Float[Array, "M O"]:
+    """The product of all rows, the weights first where that is faster."""
+    if x.dtype == jnp.bfloat16 or len(x) > SOME_ROWS:
+        return at_once(x, numbers)
+    barrier = lax.optimization_barrier
+    return barrier(jnp.matmul(numbers, barrier(x.T))).T.astype(jnp.float32)
 
 
-def _separate(stack: Array) -> tuple[Array, ...]:
-    """The matrices of a float32 stack as separate arrays in the same memory, if a CPU can have them."""
-    (device,) = stack.devices()
-    aligned = stack.nbytes // len(stack) % ALIGNMENT == 0
-    if device.platform != "cpu" or stack.dtype != jnp.float32 or stack.ndim < 3 or not aligned:
-        return ()
-    return tuple(jax.device_put(matrix, device, may_alias=True) for matrix in np.asarray(stack))
-
-
-@jax.jit
-def _quantize(matrix: Float[Array, "*stack O I"]) -> tuple[Int8[Array, "*stack O I"], Float[Array, "*stack O"]]:
-    """Each weight rounded to one of 255 steps, and the size of a step for each output."""
-    matrix = matrix.astype(jnp.float32)
-    largest = jnp.abs(matrix).max(-1)
-    scale = jnp.where(largest > 0, largest, 1) / 127
-    return jnp.rint(matrix / scale[..., None]).astype(jnp.int8), scale
+def at_once(x: Float[Array, "M I"], numbers: Float[Array, "O I"]) -> Float[Array, "M O"]:
+    return lax.dot_general(x, numbers, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)

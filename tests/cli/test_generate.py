@@ -31,14 +31,18 @@ def test_every_type_of_weights_can_be_asked_for():
     assert tuple(option.type.choices) == WEIGHT_TYPES
 
 
-def test_weights_of_fewer_bits(run, program, text):
+@pytest.mark.parametrize(("bits", "abbreviation"), [("int8", "q8"), ("int4", "q4")])
+def test_weights_of_fewer_bits(run, program, text, bits, abbreviation):
     same = json.loads(program("generate", run, "--prompt", "the ", *GREEDY, "--weights", "float32", "--json").out)
     assert same["text"] == text
-    few = program("generate", run, "--prompt", "the ", *GREEDY, "--weights", "int8", "--json")
+    few = program("generate", run, "--prompt", "the ", *GREEDY, "--weights", bits, "--json")
     assert (few.code, len(json.loads(few.out)["tokens"])) == (0, 6)
+    wrong = program("generate", run, "--prompt", "the ", "--weights", abbreviation)
+    assert (wrong.code, wrong.out, wrong.err.count("\n")) == (2, "", 1)
+    assert f"did you mean '{bits}'?" in wrong.err
     wrong = program("generate", run, "--prompt", "the ", "--weights", "int9")
     assert (wrong.code, wrong.out, wrong.err.count("\n")) == (2, "", 1)
-    assert "'int8'" in wrong.err
+    assert f"'{bits}'" in wrong.err
 
 
 def test_the_prompt_and_its_continuation_stream_to_standard_output(run, program, text):

@@ -75,7 +75,7 @@ def test_a_round_trip_in_16_bits_changes_no_bit(name, dtype, tmp_path):
     assert wide.param_dtype == wide.compute_dtype == "float32"
 
 
-@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("name", ["gpt2", "llama", "mixtral", "phi3"])
 def test_weights_packed_while_they_are_read_are_those_packed_afterwards(name, weights):
     found = open_huggingface(REFERENCES / name)

@@ -15,7 +15,7 @@ import polygpt
 from polygpt.config import merge, validate
 from polygpt.errors import RequestError
 from polygpt.generation import Request, Sampler, engine_for, run_all
-from polygpt.kernels import WEIGHT_TYPES, layer_view, pack, packed
+from polygpt.kernels import WEIGHT_TYPES, in_stack, int4, layer_view, pack, packed
 from polygpt.language_model import LanguageModel
 from polygpt.loading import save
 from polygpt.model import Model, ModelConfig
@@ -96,6 +96,55 @@ def test_8_bits_are_near(rows):
     assert 1e-4 < error < 5e-2
 
 
+@pytest.mark.parametrize(("name", "rows"), [("plain", 1), ("linear", 7)])
+def test_4_bits_are_those_of_the_numbers_they_stand_for(name, rows):
+    plain, own = both(tiny(name), "int4")
+    exact = jax.tree.map(lambda leaf: leaf[...], own.params, is_leaf=in_stack)
+    seen = tokens(rows)
+    expected = logits(LanguageModel(plain.config, exact), seen)
+    assert np.abs(logits(own, seen) - expected).max() < 1e-5 * np.abs(expected).max()
+    error = np.abs(expected - logits(plain, seen)).max() / np.abs(expected).max()
+    assert 1e-2 < error < 0.5
+
+
+@pytest.mark.parametrize(
+    ("outputs", "rows", "in_loop"), [(37, 1, False), (128, 3, True), (37, 9, True), (128, 200, False)]
+)
+def test_a_product_in_4_bits(monkeypatch, rows, outputs, in_loop):
+    monkeypatch.setattr(int4, "BLOCK", 32)
+    monkeypatch.setattr(packed, "BLOCK", 32)
+    monkeypatch.setattr(packed, "FUSED", 24)
+    random = np.random.default_rng(0)
+    table, x = (random.standard_normal(shape).astype(np.float32) for shape in ((outputs, 48), (rows, 48)))
+    own = pack(table, (), table.shape, "int4")
+    numbers = np.asarray(own[...])
+    np.testing.assert_array_equal(own[jnp.arange(outputs)[::-1]], numbers[::-1])
+    np.testing.assert_allclose(own.times(jnp.asarray(x), in_loop=in_loop), x @ numbers.T, rtol=1e-5, atol=2e-5)
+
+
+def test_4_bits_err_by_half_a_step_of_their_group():
+    """In the mean of a group, which holds 16 values from its least to its largest weight."""
+    random = np.random.default_rng(0)
+    own = random.standard_normal((2, 40, 64)) * np.exp(random.standard_normal((40, 1)))  # inputs of all magnitudes
+    own *= np.exp(3 * random.standard_normal(64))  # and outputs, which have units of their own
+    back = np.asarray(pack(own.astype(np.float32), (40,), (64,), "int4")[...])
+    unit = np.sqrt((own**2).mean(1, keepdims=True))
+    groups, errors = ((array / unit).reshape(2, 40, 4, 16) for array in (own, back - own))
+    step = (np.maximum(groups.max(-1), 0) - np.minimum(groups.min(-1), 0)) / 15
+    coarsest = step.max(1, keepdims=True) / 255  # steps are multiples of this
+    root_mean_square = np.sqrt((errors**2).mean(-1))
+    assert (root_mean_square < (step + coarsest) * (0.5 + 1 / 32)).all()
+    assert root_mean_square.mean() < 0.3 * step.mean()  # uniform errors: 0.29
+
+
+def test_4_bits_take_five_eighths_of_the_memory_of_8():
+    own = np.random.default_rng(0).standard_normal((3, 256, 128)).astype(np.float32)
+    four, eight = (
+        sum(leaf.nbytes for leaf in jax.tree.leaves(pack(own, (256,), (128,), kind))) for kind in ("int4", "int8")
+    )
+    assert four < 0.64 * eight
+
+
 @pytest.mark.parametrize("rows", [1, 9])
 def test_the_head_in_blocks(monkeypatch, rows):
     """The last block begins where the one before it has not ended."""
@@ -118,19 +167,20 @@ shapes = st.lists(st.integers(1, 5), min_size=1, max_size=2)
 def test_a_packed_matrix_gives_its_numbers_back(stack, inputs, outputs, dtype):
     own = np.random.default_rng(0).standard_normal((*stack, *inputs, *outputs)).astype(np.float32)
     back = np.asarray(pack(own, tuple(inputs), tuple(outputs), dtype)[...].astype(jnp.float32))
-    steps = {"float32": 0, "bfloat16": 2**-8, "float16": 2**-11, "int8": 1 / 200}[dtype]
+    steps = {"float32": 0, "bfloat16": 2**-8, "float16": 2**-11, "int8": 1 / 200, "int4": 1 / 2}[dtype]
     assert back.shape == own.shape
-    # int8: half a step of the output's largest weight.
-    largest = np.abs(own).max(tuple(range(len(stack), len(stack) + len(inputs))), keepdims=True)
+    # int8: half a step of the output's largest weight; int4: see its own test.
+    axes = range(len(stack), own.ndim if dtype == "int4" else len(stack) + len(inputs))
+    largest = np.abs(own).max(tuple(axes), keepdims=True)
     assert (np.abs(back - own) <= steps * largest).all()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "int8", "int4"])
 def test_a_layer_has_its_own_matrix_of_the_stack(dtype):
     own = np.random.default_rng(0).standard_normal((3, 16, 8)).astype(np.float32)
     x = jnp.asarray(np.random.default_rng(1).standard_normal((300, 16)), jnp.float32)
     layer = layer_view(pack(own, (16,), (8,), dtype), jnp.int32(1))
-    np.testing.assert_allclose(layer[...], own[1], atol=0.02)
+    np.testing.assert_allclose(layer[...], own[1], atol=0.3 if dtype == "int4" else 0.02)
     for rows in (1, 8, 300):
         np.testing.assert_allclose(layer.times(x[:rows]), x[:rows] @ np.asarray(layer[...]), rtol=1e-4, atol=1e-4)
 
@@ -140,10 +190,13 @@ def test_nan_and_zero_stay_what_they_are():
     own = pack(table, (), table.shape, "float32")
     np.testing.assert_array_equal(own[...], table)
     np.testing.assert_array_equal(pack(table[:1], (), (1, 2), "int8")[...], table[:1])
+    some = np.random.default_rng(0).standard_normal((16, 4)).astype(np.float32) * (np.arange(16) % 3 > 0)[:, None]
+    np.testing.assert_array_equal((pack(some, (), some.shape, "int4")[...] == 0).all(1), np.arange(16) % 3 == 0)
+    assert np.isnan(pack(table, (), table.shape, "int4")[...]).any()  # and is seen in the logits
 
 
 @ON_A_CPU
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4"])
 def test_no_weights_are_converted_in_memory_while_decoding_a_row(dtype):
     wide = {"kind": "mlp", "mlp_dim": packed.FUSED + 100}
     config = tiny("plain").replace(num_layers=12, embed_dim=64, vocab_size=5000, feedforward=wide)
@@ -171,8 +224,10 @@ def test_no_weights_are_copied_while_decoding_some_rows():
 
 def test_packed_weights_are_refused_where_parameters_are_needed(tmp_path):
     lm = polygpt.build(tiny("plain"))
-    with pytest.raises(RequestError, match="no weights of type 'int4'"):
-        lm.pack("int4")
+    with pytest.raises(RequestError, match="no weights of type 'int3'; there are float32"):
+        lm.pack("int3")
+    with pytest.raises(RequestError, match="no weights of type 'int3'; there are float32"):
+        polygpt.load(tmp_path, weights="int3")  # before anything is read
     lm.pack("int8")
     for what in (lambda: save(lm, tmp_path / "model"), lambda: lm.pack("int8")):
         with pytest.raises(RequestError, match="packed"):
