@@ -50,6 +50,16 @@ def test_a_changed_rule_keeps_heads_whole_and_says_so():
     assert "heads (4) stay whole on every device (mesh.rules)" in replication(parameters(), scope(config))
 
 
+def test_a_rule_for_an_axis_that_nothing_has_is_refused_or_said():
+    with pytest.raises(RequestError, match=r"mesh.rules.embd: no parameter .*; did you mean 'embed'\?"):
+        check_fit(parameters(), scope(MeshConfig(data=8, rules={"embd": "fsdp"})))
+    with pytest.raises(RequestError, match=r"mesh.rules.batch: only activations .* mesh.activation_rules.batch"):
+        check_fit(parameters(), scope(MeshConfig(data=8, rules={"batch": "data"})))
+    own = scope(MeshConfig(data=8, activation_rules={"bach": "data"}))
+    said = "activation_rules.bach changes nothing unless a part of your own names this axis; did you mean 'batch'?"
+    assert check_fit(parameters(), own) == replication(parameters(), own) == [said]
+
+
 def test_a_batch_smaller_than_the_data_axes_is_refused():
     own = scope(MeshConfig(data=2, fsdp=2))
     check_rows(8, own, "training.batch_size=8")
