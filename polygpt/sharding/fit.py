@@ -23,7 +23,7 @@ def check_fit(parameters: PyTree, scope: Scope) -> list[str]:
 
     Raises:
         RequestError: heads or experts cannot be split evenly; the numbers are named, and those that would do. Or a
-            changed rule is for an axis that no parameter has.
+            changed rule is for an axis that no parameter has, or splits an activation twice over one mesh axis.
     """
     unknown = _check_rules(parameters, scope)
     found = replicated_axes(parameters, scope.mesh, scope.rules)
@@ -47,6 +47,13 @@ def _check_rules(parameters: PyTree, scope: Scope) -> list[str]:
             raise RequestError(
                 f"mesh.rules.{axis}: no parameter of this model has such an axis; {suggest(axis, known)}"
             )
+    for axis, names in scope.rules.activations:
+        both = [name for name in names if name in scope.batch_axes]
+        if both and axis in ACTIVATION_RULES and axis not in ("batch", "expert"):  # tokens leave their rows for experts
+            raise RequestError(
+                f"mesh.activation_rules: {axis} cannot be split over '{both[0]}', which the rows of the batch are; "
+                f"leave it out of mesh.activation_rules.{axis} or of mesh.activation_rules.batch"
+            )
     known |= ACTIVATION_RULES.keys()
     others = [axis for axis, _ in scope.rules.activations if axis not in known]
     return [
@@ -67,7 +74,7 @@ def replication(parameters: PyTree, scope: Scope) -> list[str]:
     """What every device of the mesh holds whole: what cannot be split evenly, and what a changed rule keeps whole.
 
     Raises:
-        RequestError: a changed rule is for an axis that no parameter has.
+        RequestError: a changed rule is for an axis that no parameter has, or splits an activation twice over one axis.
     """
     unknown = _check_rules(parameters, scope)
     changed = dict(scope.rules.parameters)

@@ -3,6 +3,7 @@
 import pytest
 from jax.sharding import AbstractMesh
 
+from polygpt.config import validate
 from polygpt.errors import RequestError
 from polygpt.model import Model
 from polygpt.presets import preset
@@ -58,6 +59,13 @@ def test_a_rule_for_an_axis_that_nothing_has_is_refused_or_said():
     own = scope(MeshConfig(data=8, activation_rules={"bach": "data"}))
     said = "activation_rules.bach changes nothing unless a part of your own names this axis; did you mean 'batch'?"
     assert check_fit(parameters(), own) == replication(parameters(), own) == [said]
+
+
+def test_an_activation_is_not_split_twice_over_one_mesh_axis():
+    for rules in ({"heads": "data"}, {"batch": ["data", "tensor"]}):
+        config = validate(MeshConfig, {"data": 2, "tensor": 2, "activation_rules": rules})
+        with pytest.raises(RequestError, match=r"mesh.activation_rules: \w+ cannot be split over '(data|tensor)'"):
+            check_fit(parameters(), scope(config))
 
 
 def test_a_batch_smaller_than_the_data_axes_is_refused():
