@@ -73,6 +73,8 @@ def _notes(found: Sequence[Replicated]) -> list[str]:
 def replication(parameters: PyTree, scope: Scope) -> list[str]:
     """What every device of the mesh holds whole: what cannot be split evenly, and what a changed rule keeps whole.
 
+    Where `check_fit` would refuse the mesh, the first lines say why.
+
     Raises:
         RequestError: a changed rule is for an axis that no parameter has, or splits an activation twice over one axis.
     """
@@ -85,7 +87,9 @@ def replication(parameters: PyTree, scope: Scope) -> list[str]:
         if not changed.get(axis) and any(scope.mesh.shape[name] > 1 for name in PARAMETER_RULES.get(axis, ()))
     }
     kept = [f"{axis} ({length}) stay whole on every device (mesh.rules)" for axis, length in lengths.items()]
-    return unknown + kept + _notes(replicated_axes(parameters, scope.mesh, scope.rules))
+    found = replicated_axes(parameters, scope.mesh, scope.rules)
+    refused = {each.axis: f"cannot be trained: {_refusal(each)}" for each in found if each.axis in _REQUIRED}
+    return [*refused.values(), *unknown, *kept, *_notes([each for each in found if each.axis not in _REQUIRED])]
 
 
 def check_rows(rows: int, scope: Scope, setting: str) -> None:

@@ -51,6 +51,13 @@ def test_a_changed_rule_keeps_heads_whole_and_says_so():
     assert "heads (4) stay whole on every device (mesh.rules)" in replication(parameters(), scope(config))
 
 
+def test_what_training_refuses_is_not_shown_as_replicated():
+    first, *rest = replication(parameters(), scope(MeshConfig(tensor=8)))
+    assert first.startswith("cannot be trained: mesh.tensor=8 does not divide the 4 heads of blocks.0.attention")
+    assert first.count("mesh.tensor can be 1, 2 or 4") == 1
+    assert [line.partition(" ")[0] for line in rest] == ["kv_heads", "vocab"]
+
+
 def test_a_rule_for_an_axis_that_nothing_has_is_refused_or_said():
     with pytest.raises(RequestError, match=r"mesh.rules.embd: no parameter .*; did you mean 'embed'\?"):
         check_fit(parameters(), scope(MeshConfig(data=8, rules={"embd": "fsdp"})))
