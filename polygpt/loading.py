@@ -61,7 +61,7 @@ def load(
     weights: WeightType | Literal["auto"] | None = None,
     for_text: bool = False,
     check: Callable[[ModelConfig], object] | None = None,
-    mesh: MeshConfig | None = None,
+    mesh: MeshConfig | Scope | None = None,
     warn: Warn = warnings.warn,
     on_progress: Callable[[int], None] = int,
 ) -> LanguageModel:
@@ -78,8 +78,8 @@ def load(
             on a CPU, where that is faster, and nowhere else; None leaves them as parameters.
         for_text: refuse a model without a tokenizer before its weights are read.
         check: is given the configuration before the weights are read, and may raise.
-        mesh: the devices that the weights are split over as they are read, and that then compute together. None means
-            the first device.
+        mesh: the devices that the weights are split over as they are read, and that then compute together: a
+            configuration for all that there are, or a `Scope` of some. None means the first device.
         warn: is given warnings.
         on_progress: progress callback, given the number of weights read.
 
@@ -97,7 +97,7 @@ def load(
     check_shapes(found.config, config, str(name))
     if check is not None:
         check(config)
-    scope = Scope.of(mesh)
+    scope = mesh if isinstance(mesh, Scope) else Scope.of(mesh)
     if scope is None:
         if weights == "auto":
             weights = config.param_dtype if jax.default_backend() == "cpu" else None

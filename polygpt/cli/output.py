@@ -12,7 +12,7 @@ import click
 
 if TYPE_CHECKING:
     from polygpt.language_model import LanguageModel
-    from polygpt.sharding import MeshConfig
+    from polygpt.sharding import Scope
 
 json_option: Callable = click.option(
     "--json", "as_json", is_flag=True, help="JSON on standard output, everything else on standard error."
@@ -46,7 +46,7 @@ overrides_argument: Callable = click.argument("overrides", nargs=-1, metavar="[K
 mesh_argument: Callable = click.argument("mesh", nargs=-1, metavar="[mesh.AXIS=N]...")
 
 
-def mesh_of(words: Sequence[str], rows: int | None = None) -> MeshConfig | None:
+def mesh_of(words: Sequence[str], rows: int | None = None) -> Scope | None:
     """The mesh of `mesh.AXIS=N` words, for batches of `rows` (None: of any number); None for one device.
 
     Raises:
@@ -63,14 +63,14 @@ def mesh_of(words: Sequence[str], rows: int | None = None) -> MeshConfig | None:
         raise RequestError(f"{other}: only the mesh can be set here, such as mesh.tensor=4")
     import jax
 
-    from polygpt.sharding import MeshOnly, choose_mesh, make_mesh
+    from polygpt.sharding import MeshOnly, Scope, choose_mesh
 
     asked = validate(MeshOnly, dotted_to_nested(changes)).mesh
     mesh, note = choose_mesh(asked, rows or jax.device_count(), jax.device_count())
     if note is not None:
         click.echo(note, err=True)
-    make_mesh(mesh)  # refuses one of another number of devices
-    return mesh
+    # `auto` may have chosen fewer than there are.
+    return None if mesh is None else Scope.of(mesh, jax.devices()[: mesh.devices] if asked == "auto" else None)
 
 
 def reading(name: str, dtype: str | None, overrides: Mapping[str, Any], **how: Any) -> LanguageModel:

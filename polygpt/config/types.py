@@ -30,7 +30,12 @@ _ARGUMENTS = ("gt", "ge", "lt", "le", "min_length", "max_length", "pattern", "st
 # As of every `Config`.
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 # pydantic's messages in terms of a configuration rather than of Python's types.
-_NEEDED = {"model_type": "a mapping is needed", "tuple_type": "a list is needed", "too_short": "it must not be empty"}
+_NEEDED = {
+    "model_type": "a mapping is needed",
+    "dict_type": "a mapping is needed",
+    "tuple_type": "a list is needed",
+    "too_short": "it must not be empty",
+}
 
 
 def type_of(field: FieldInfo) -> Type | None:

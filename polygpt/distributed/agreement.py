@@ -78,7 +78,7 @@ def shared_folder(folder: Path, setting: str) -> Iterator[None]:
 
     Raises:
         RequestError: a process does not see what process 0 writes there; it is named.
-        PolygptError: process 0 cannot write there.
+        PolygptError: a process cannot write there; it is named.
     """
     if process_count() == 1:
         yield
@@ -86,13 +86,17 @@ def shared_folder(folder: Path, setting: str) -> Iterator[None]:
     missing = [path for path in (folder, *folder.parents) if not path.exists()] if is_main() else []
     try:
         with _probe(folder) as name:
-            seen = exchange("sees", [socket.gethostname(), is_main() or _appears(folder / name)])
-        blind = [f"process {index} ({host})" for index, (host, sees) in enumerate(seen) if not sees]
+            sees = is_main() or _appears(folder / name)
+            seen = exchange("sees", [socket.gethostname(), sees, _write_error(folder / f"{name}-{process_index()}")])
+        blind = [f"process {index} ({host})" for index, (host, sees, _) in enumerate(seen) if not sees]
         if blind:
             raise RequestError(
                 f"{folder}: {', '.join(blind)} cannot see what process 0 ({seen[0][0]}) writes there; "
                 f"{setting} must be in a folder that all processes share, such as one on a network file system"
             )
+        unable = [f"process {index} ({host}: {error})" for index, (host, _, error) in enumerate(seen) if error]
+        if unable:
+            raise PolygptError(f"{folder}: {', '.join(unable)} cannot write there; every process writes its shards")
         yield
     finally:
         for path in missing:
@@ -118,6 +122,16 @@ def _probe(folder: Path) -> Iterator[str]:
         if is_main():
             with suppress(OSError):
                 path.unlink()
+
+
+def _write_error(path: Path) -> str | None:
+    """Why this process cannot write a file there; None if it can."""
+    try:
+        path.touch()
+        path.unlink()
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
 
 
 def _appears(path: Path) -> bool:

@@ -8,13 +8,13 @@ import os
 import socket
 import sys
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from polygpt.distributed.meeting import join, wait_for_others
 from polygpt.distributed.processes import started
 from polygpt.errors import PolygptError, RequestError
 
@@ -122,9 +122,9 @@ def start(launch: Launch) -> None:
     On CPUs, collectives use gloo. Processes send signs of life; see `watch.py` for what happens if one is silent.
 
     Raises:
-        RequestError: the address cannot be listened on, or its host is not known.
-        PolygptError: the coordinator does not answer within POLYGPT_START_SECONDS. (If it does, and not all processes
-            come, this one ends with exit code 1.)
+        RequestError: the address cannot be listened on, its host is not known, two processes have one number, or they
+            do not agree on how many they are.
+        PolygptError: the coordinator does not answer, or not all processes come, within POLYGPT_START_SECONDS.
     """
     import jax
 
@@ -132,7 +132,8 @@ def start(launch: Launch) -> None:
         return
     limit = seconds(START_SETTING, START_SECONDS)
     if launch.coordinator is not None:
-        _reach(launch.coordinator, launch.process_id == 0, limit)
+        _check_host(launch.coordinator)
+        _meet(launch, limit)
     _keep_stdout()
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # Its handler of SIGTERM would replace the one that saves before the run stops.
@@ -152,6 +153,14 @@ def start(launch: Launch) -> None:
     except (RuntimeError, ValueError) as error:
         first = str(error).partition("\n")[0][:200]
         raise PolygptError(f"the processes could not join ({first}); {_FIX}") from error
+
+
+def _meet(launch: Launch, limit: int) -> None:
+    address, count = launch.coordinator, launch.num_processes
+    if launch.process_id == 0:
+        wait_for_others(address, count, limit, START_SETTING)
+    elif launch.process_id is not None:
+        join(address, launch.process_id, count, limit, START_SETTING)
 
 
 def _keep_stdout() -> None:
@@ -204,34 +213,12 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _reach(coordinator: str, listens: bool, limit: float) -> None:
-    """Checks that process 0 can listen at the address, and that the others reach it within `limit` seconds."""
+def _check_host(coordinator: str) -> None:
     host, _, port = coordinator.rpartition(":")
-    host = host.strip("[]")
     try:
-        socket.getaddrinfo(host, int(port))
+        socket.getaddrinfo(host.strip("[]"), int(port))
     except OSError as error:
         raise RequestError(f"--coordinator {coordinator}: there is no host '{host}' ({error.strerror})") from None
-    try:
-        if listens:
-            socket.create_server(("", int(port))).close()
-            return
-    except OSError as error:
-        raise RequestError(
-            f"--coordinator {coordinator}: process 0 cannot listen on port {port} ({error.strerror}); choose another"
-        ) from None
-    end = time.monotonic() + limit
-    while True:
-        try:
-            socket.create_connection((host, int(port)), timeout=max(0.1, end - time.monotonic())).close()
-            return
-        except OSError as error:
-            if time.monotonic() + 0.2 > end:
-                raise PolygptError(
-                    f"the coordinator {coordinator} does not answer ({error.strerror or error}; {limit} s, "
-                    f"{START_SETTING}); is process 0 running, and can this machine reach it at this address?"
-                ) from None
-        time.sleep(0.2)
 
 
 def seconds(setting: str, default: int) -> int:

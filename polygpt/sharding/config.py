@@ -19,7 +19,15 @@ def _axes(table: Any) -> Any:
     table = as_yaml(table)
     if not isinstance(table, Mapping):
         return table
-    return {name: () if axes is None else (axes,) if isinstance(axes, str) else axes for name, axes in table.items()}
+    return {name: _entry(name, axes) for name, axes in table.items()}
+
+
+def _entry(name: str, axes: Any) -> tuple[str, ...]:
+    found = () if axes is None else (axes,) if isinstance(axes, str) else axes
+    if not isinstance(found, list | tuple) or any(found.count(axis) > 1 or axis not in MESH_AXES for axis in found):
+        named = f"{', '.join(map(repr, MESH_AXES[:-1]))} or {MESH_AXES[-1]!r}"
+        raise ValueError(f"{name} can be split over {named}, each named once, or nothing; not over {axes!r}")
+    return tuple(found)
 
 
 RuleChanges = Annotated[
@@ -62,6 +70,8 @@ class MeshConfig(Config):
         # `mesh.fsdp=8` over a recipe's `mesh: auto`.
         if isinstance(data, Mapping) and data.get("kind") == "auto":
             return {name: value for name, value in data.items() if name != "kind"}
+        if not isinstance(data, Mapping | MeshConfig):
+            raise ValueError(f"a mapping is needed, not {data!r}: mesh.data=8, say; or mesh=auto")
         return data
 
     @property

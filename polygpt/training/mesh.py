@@ -45,7 +45,8 @@ def _chosen(config: RunConfig) -> tuple[Scope | None, str | None]:
     if process_count() > 1 and (mesh is None or (config.mesh == "auto" and mesh.devices < devices)):
         mesh = MeshConfig(data=devices)
         note = f"mesh: data {devices}, the devices of {process_count()} processes"
-    scope = Scope.of(mesh)
+    # `auto` may have chosen fewer than there are.
+    scope = None if mesh is None else Scope.of(mesh, jax.devices()[: mesh.devices] if config.mesh == "auto" else None)
     if scope is not None:
         check_rows(rows, scope, setting)
     return scope, note

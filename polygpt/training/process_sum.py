@@ -33,7 +33,7 @@ def sums_in_one_message(model: Model, scope: Scope | None) -> bool:
         return False
     config = model.config
     rates = [config.dropout, config.embed_dropout, *(getattr(layer.attention, "dropout", 0) for layer in config.layers)]
-    return scope.mesh.shape["data"] == scope.mesh.size and not any(rates)
+    return scope.mesh.shape["data"] == scope.mesh.size and not scope.gathers and not any(rates)
 
 
 def summed(gradients: Callable[[Params, Batch], PyTree], scope: Scope, params: Params, batch: Batch) -> PyTree:

@@ -4,7 +4,17 @@ import socket
 
 import pytest
 
-from polygpt.distributed import Launch, agree, exchange, find_launch, main_decides, process_count, shared_folder, start
+from polygpt.distributed import (
+    Launch,
+    agree,
+    agreement,
+    exchange,
+    find_launch,
+    main_decides,
+    process_count,
+    shared_folder,
+    start,
+)
 from polygpt.errors import PolygptError, RequestError
 
 SLURM = {"SLURM_NTASKS": "4", "SLURM_PROCID": "3"}
@@ -83,3 +93,20 @@ def test_alone_everything_agrees_and_nothing_is_written(tmp_path):
     with shared_folder(tmp_path / "new", "--out"):
         pass
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_one_process_cannot_write_is_refused_and_names_it(tmp_path, monkeypatch):
+    """Process 0's view, where process 1 (of another machine) reports what its disk says."""
+    monkeypatch.setattr(agreement, "process_count", lambda: 2)
+    monkeypatch.setattr(agreement, "main_decides", lambda _, decide: decide())
+    others = {"written": None, "sees": ["far", True, "Read-only file system"]}
+    monkeypatch.setattr(agreement, "exchange", lambda name, value: [value, others[name]])
+    said = r"new: process 1 \(far: Read-only file system\) cannot write there"
+    with pytest.raises(PolygptError, match=said), shared_folder(tmp_path / "new", "--out"):
+        pass
+    others["sees"] = ["far", True, None]
+    with shared_folder(tmp_path / "new", "--out"):
+        pass
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    assert agreement._write_error(tmp_path / "file" / "inner") == "Not a directory"

@@ -3,6 +3,7 @@
 import pytest
 from jax.sharding import AbstractMesh
 
+from polygpt.config import validate
 from polygpt.errors import RequestError
 from polygpt.model import Model
 from polygpt.presets import preset
@@ -48,6 +49,30 @@ def test_a_changed_rule_keeps_heads_whole_and_says_so():
     config = MeshConfig(tensor=3, rules={"heads": None, "kv_heads": None})
     assert all("heads" not in note for note in check_fit(parameters(), scope(config)))
     assert "heads (4) stay whole on every device (mesh.rules)" in replication(parameters(), scope(config))
+
+
+def test_what_training_refuses_is_not_shown_as_replicated():
+    first, *rest = replication(parameters(), scope(MeshConfig(tensor=8)))
+    assert first.startswith("cannot be trained: mesh.tensor=8 does not divide the 4 heads of blocks.0.attention")
+    assert first.count("mesh.tensor can be 1, 2 or 4") == 1
+    assert [line.partition(" ")[0] for line in rest] == ["kv_heads", "vocab"]
+
+
+def test_a_rule_for_an_axis_that_nothing_has_is_refused_or_said():
+    with pytest.raises(RequestError, match=r"mesh.rules.embd: no parameter .*; did you mean 'embed'\?"):
+        check_fit(parameters(), scope(MeshConfig(data=8, rules={"embd": "fsdp"})))
+    with pytest.raises(RequestError, match=r"mesh.rules.batch: only activations .* mesh.activation_rules.batch"):
+        check_fit(parameters(), scope(MeshConfig(data=8, rules={"batch": "data"})))
+    own = scope(MeshConfig(data=8, activation_rules={"bach": "data"}))
+    said = "activation_rules.bach changes nothing unless a part of your own names this axis; did you mean 'batch'?"
+    assert check_fit(parameters(), own) == replication(parameters(), own) == [said]
+
+
+def test_an_activation_is_not_split_twice_over_one_mesh_axis():
+    for rules in ({"heads": "data"}, {"batch": ["data", "tensor"]}):
+        config = validate(MeshConfig, {"data": 2, "tensor": 2, "activation_rules": rules})
+        with pytest.raises(RequestError, match=r"mesh.activation_rules: \w+ cannot be split over '(data|tensor)'"):
+            check_fit(parameters(), scope(config))
 
 
 def test_a_batch_smaller_than_the_data_axes_is_refused():

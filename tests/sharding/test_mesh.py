@@ -36,8 +36,12 @@ def test_a_mesh_is_read_axis_by_axis_whole_or_as_auto():
     [
         ("mesh.model=2", "mesh.model: no such key"),
         ("mesh.data=0", "mesh.data: .*greater than"),
-        ("mesh=all", "mesh: a mapping is needed, not 'all'"),
-        ("mesh.rules.heads=model", "'data', 'fsdp', 'tensor' or 'expert'"),
+        ("mesh=all", "mesh: a mapping is needed, not 'all': mesh.data=8, say; or mesh=auto"),
+        ("mesh.rules.heads=model", "mesh.rules: heads can be .*'data', 'fsdp', 'tensor' or 'expert'.*not over 'model'"),
+        ("mesh.rules.heads=3", "mesh.rules: heads can be .*not over 3"),
+        ("mesh.rules.embed=[fsdp, fsdp]", "mesh.rules: embed can be .*each named once"),
+        ("mesh.activation_rules.batch=[data, data]", "mesh.activation_rules: batch can be .*each named once"),
+        ("mesh.rules=3", "mesh.rules: a mapping is needed, not 3"),
     ],
 )
 def test_a_mistake_in_a_mesh_names_its_key(word, message):

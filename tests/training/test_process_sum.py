@@ -6,6 +6,12 @@ import subprocess
 import sys
 
 import pytest
+from jax.sharding import AbstractMesh
+
+from polygpt.model import Model
+from polygpt.presets import preset
+from polygpt.sharding import MESH_AXES, MeshConfig, Rules, Scope, use_mesh
+from polygpt.training import process_sum
 
 PROGRAM = """
 import json, re, sys
@@ -68,3 +74,20 @@ def test_one_message_holds_every_gradient_and_nothing_else_changes(training):
 def test_what_belongs_to_the_whole_batch_is_left_to_the_partitioner(model):
     _, devices, processes = measure({}, model)
     assert processes == devices
+
+
+@pytest.mark.parametrize(
+    ("mesh", "expected"),
+    [
+        (MeshConfig(data=2), True),
+        (MeshConfig(fsdp=2), False),
+        (MeshConfig(data=2, rules={"embed": ("fsdp", "data")}), False),
+    ],
+    ids=["whole", "fsdp", "a rule"],
+)
+def test_parameters_that_are_split_are_not_gathered_for_it(monkeypatch, mesh, expected):
+    monkeypatch.setattr(process_sum, "process_count", lambda: 2)
+    scope = Scope(AbstractMesh(mesh.shape, MESH_AXES), Rules.of(mesh))
+    with use_mesh(scope):
+        model = Model(preset("gpt", num_layers=1, embed_dim=12, vocab_size=16))
+        assert process_sum.sums_in_one_message(model, scope) is expected
