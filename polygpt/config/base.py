@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError
 
 from polygpt.config.fields import Slot, nested, typed
-from polygpt.config.keys import known_keys, no_such_key, no_such_kind, refuse
+from polygpt.config.keys import MOST_TOLD, known_keys, no_such_key, no_such_kind, refuse
 from polygpt.config.overrides import dotted_to_nested, merge
 from polygpt.config.types import STRICT, wrong_value
 from polygpt.errors import suggest
@@ -154,7 +154,8 @@ def _describe(error: ValidationError, cls: type[Config], at: str = "") -> list[s
         if isinstance(cause, _PartError):
             said = _describe(cause.error, cause.cls, dotted)
         elif item["type"] == "extra_forbidden":
-            said = [no_such_key(dotted, known_keys(parent))]
+            # Finding the nearest key takes a millisecond, and a mistake that is not told is only counted.
+            said = [no_such_key(dotted, known_keys(parent)) if len(lines) < MOST_TOLD else dotted]
         elif item["type"] == "missing":
             kinds = (known_keys(parent)[steps[-1]] or {}).get("kinds", ())
             said = [f"{dotted}: this key is required" + (f"; choose from: {', '.join(kinds)}" if kinds else "")]

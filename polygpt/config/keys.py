@@ -13,6 +13,8 @@ from polygpt.config.types import type_of, wrong_values
 from polygpt.errors import RequestError, suggest
 
 Keys = dict[str, Any]
+# Mistakes that one error tells; the rest are counted.
+MOST_TOLD = 3
 _ABBREVIATIONS = {"lr": "learning_rate", "wd": "weight_decay", "bs": "batch_size", "max_steps": "steps"}
 
 
@@ -55,11 +57,11 @@ def mistakes(keys: Keys, data: Mapping[str, Any]) -> dict[str, str]:
 
 
 def refuse(problems: list[str], where: str = "") -> None:
-    """Raises a RequestError of the first three problems, if there are any."""
+    """Raises a RequestError of the first `MOST_TOLD` problems, if there are any."""
     if problems:
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        more = f" (and {len(problems) - MOST_TOLD} more)" if len(problems) > MOST_TOLD else ""
         prefix = f"{where}: " if where else ""
-        raise RequestError("\n".join(prefix + problem for problem in problems[:3]) + more)
+        raise RequestError("\n".join(prefix + problem for problem in problems[:MOST_TOLD]) + more)
 
 
 def no_such_key(path: str, keys: Keys) -> str:

@@ -88,7 +88,7 @@ def stack_samplers(samplers: Sequence[Sampler]) -> Sampling:
     return Sampling(
         np.where(temperatures < _FLOAT32.tiny, 0, temperatures).astype(np.float32),
         np.array([min(sampler.top_k or 0, 2**31 - 1) for sampler in samplers], np.int32),
-        np.array([sampler.top_p for sampler in samplers], np.float32),
+        np.maximum([sampler.top_p for sampler in samplers], _FLOAT32.tiny).astype(np.float32),
         np.array([sampler.min_p for sampler in samplers], np.float32),
     )
 

@@ -16,11 +16,14 @@ from polygpt.server.errors import ApiError, invalid
 from polygpt.server.schemas import Sampled
 
 C = TypeVar("C", bound=Config)
-_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+# Possessive, and the closing quote may be missing: a match cannot fail once it has begun, so the time is linear.
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _LARGEST = 2**63
-# Bytes of a body from which on parsing it would keep the event loop from its other clients.
+# Bytes of a body from which on reading it would keep the event loop from its other clients.
 _LONG = 2**16
+# Characters of a message at most; what a client sent may be quoted in it.
+_LONGEST_MESSAGE = 1000
 
 
 def parse_json(data: bytes, depth: int) -> Any:
@@ -61,7 +64,7 @@ def check_fields(cls: type[C], value: Any) -> C:
     try:
         return validate(cls, given)
     except RequestError as error:
-        message = str(error)
+        message = str(error)[:_LONGEST_MESSAGE]
         name = re.split(r"[:.]", message, maxsplit=1)[0]
         param = name if name in given or name in cls.model_fields else None
         raise invalid(message, param=param) from None
@@ -78,8 +81,12 @@ async def read_body(request: Request, cls: type[C], depth: int) -> C:
         raise ApiError(415, "the body must be JSON: send the header Content-Type: application/json")
     data = await request.body()
     if len(data) < _LONG:
-        return check_fields(cls, parse_json(data, depth))
-    return check_fields(cls, await asyncio.to_thread(parse_json, data, depth))
+        return _read(cls, data, depth)
+    return await asyncio.to_thread(_read, cls, data, depth)
+
+
+def _read(cls: type[C], data: bytes, depth: int) -> C:
+    return check_fields(cls, parse_json(data, depth))
 
 
 def _nesting(data: bytes) -> int:

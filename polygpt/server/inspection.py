@@ -25,6 +25,7 @@ from polygpt.server.errors import ApiError, invalid
 from polygpt.server.schemas import MOST_LOGPROBS, Named
 from polygpt.server.served import Served
 from polygpt.server.state import facts_of, state_of
+from polygpt.server.streaming import unless_gone
 
 MOST_TOKENS = 2048
 # Bytes of all heads' maps together, of which the answer holds thumbnails or one layer.
@@ -72,7 +73,7 @@ def inspection_limits(served: Served) -> dict[str, int]:
 
 
 async def inspect(request: Request) -> JSONResponse:
-    """Computes what is asked for, beside the engine."""
+    """Computes what is asked for, beside the engine; not at all if its client goes away before its turn comes."""
     state = state_of(request)
     body = await read_body(request, Inspect, state.settings.json_depth)
     served = state.model(body.model)
@@ -80,7 +81,8 @@ async def inspect(request: Request) -> JSONResponse:
     ids = await _ids_of(body, served)
     facts_of(request).prompt_tokens = len(ids)
     _check(body, served, len(ids))
-    return JSONResponse(await served.background.run(answer, served, ids, body))
+    computing = served.background.run(answer, served, ids, body)
+    return JSONResponse(await unless_gone(computing, request.receive, state.settings.deadline_seconds))
 
 
 async def _ids_of(body: Inspect, served: Served) -> list[int]:

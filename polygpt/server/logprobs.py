@@ -40,7 +40,8 @@ def completion_logprobs(
         scores: of each; None for the first id of an echoed prompt, which nothing predicts.
         offsets: of the choice.
     """
-    tops = [None if score is None else _top(served, score) for score in scores]
+    pairs = zip(tokens, scores, strict=True)
+    tops = [None if score is None else _top(served, token, score) for token, score in pairs]
     return {
         "tokens": [served.token_text(token) for token in tokens],
         "token_logprobs": [None if score is None else _number(score.logprob) for score in scores],
@@ -67,9 +68,10 @@ def chat_logprobs(
     return found
 
 
-def _top(served: Served, score: Logprob) -> dict[str, float]:
+def _top(served: Served, chosen: int, score: Logprob) -> dict[str, float]:
+    """The likeliest tokens, and after them the chosen one if it is none of them, as OpenAI's API has it."""
     top: dict[str, float] = {}
-    for token, logprob in score.top:  # two ids may have the same text: the likelier stays
+    for token, logprob in [*score.top, (chosen, score.logprob)]:  # two ids may have one text: the likelier stays
         top.setdefault(served.token_text(token), _number(logprob))
     return top
 

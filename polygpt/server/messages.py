@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from typing import Any, Literal
 
 from pydantic import Field
 
 from polygpt.config import Config
-from polygpt.server.bodies import check_fields
+from polygpt.server.bodies import check_fields, parse_json
 from polygpt.server.errors import ApiError, invalid
+from polygpt.server.schemas import Nested
+
+# Nesting of a call's arguments up to which they are read as JSON.
+_DEEPEST_ARGUMENTS = 64
 
 
-class CalledFunction(Config):
+class CalledFunction(Nested):
     """The function of a call that the model made before; `arguments` is JSON."""
 
     name: str
     arguments: str = "{}"
 
 
-class ToolCall(Config):
+class ToolCall(Nested):
     """A call that the model made before."""
 
     id: str = ""
@@ -91,7 +94,7 @@ def _text(content: Any, where: str) -> str | None:
 def _call(call: ToolCall) -> dict[str, Any]:
     """A call with its arguments as an object, as templates want them; what is no JSON stays text."""
     arguments: Any = call.function.arguments
-    with suppress(ValueError, RecursionError):
-        arguments = json.loads(arguments)
+    with suppress(ApiError):
+        arguments = parse_json(arguments.encode(), _DEEPEST_ARGUMENTS)
     function = {"name": call.function.name, "arguments": arguments}
     return {"id": call.id, "type": "function", "function": function}

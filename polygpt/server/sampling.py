@@ -36,7 +36,7 @@ def sampler_of(body: Sampled, vocab_size: int) -> Sampler:
     """
     bias = {}
     for name, value in body.logit_bias.items():
-        if not (name.isascii() and name.isdigit() and int(name[:12]) < vocab_size):
+        if not (name.isascii() and name.isdigit() and len(name) <= 10 and int(name) < vocab_size):
             message = f"logit_bias: {name!r:.40} is no token id; the model's are 0..{vocab_size - 1}"
             raise invalid(message, param="logit_bias")
         bias[int(name)] = value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from polygpt.config import Config, Tuple
 from polygpt.server.errors import invalid
@@ -13,7 +13,16 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 MOST_LOGPROBS = 20
 
 
-class StreamOptions(Config):
+class Nested(Config):
+    """An object within a body. As in the body itself, null counts as absent."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, value: Any) -> Any:
+        return {name: field for name, field in value.items() if field is not None} if isinstance(value, dict) else value
+
+
+class StreamOptions(Nested):
     """`stream_options`: whether the last event tells the numbers of tokens; obfuscation does nothing here."""
 
     include_usage: bool = False
@@ -89,7 +98,7 @@ class Completion(Sampled):
     best_of: PositiveInt | None = None
 
 
-class JsonSchema(Config):
+class JsonSchema(Nested):
     """`response_format.json_schema`."""
 
     name: str = ""
@@ -98,14 +107,14 @@ class JsonSchema(Config):
     schema_: dict[str, Any] | bool = Field(default=True, alias="schema")
 
 
-class ResponseFormat(Config):
+class ResponseFormat(Nested):
     """`response_format`: text, any JSON object, or JSON that fits a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
 
-class Function(Config):
+class Function(Nested):
     """What a tool is: its name, what it does, and the JSON schema of its parameters."""
 
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
@@ -114,7 +123,7 @@ class Function(Config):
     strict: bool = False
 
 
-class Tool(Config):
+class Tool(Nested):
     """A tool that the model may call."""
 
     type: Literal["function"]

@@ -117,7 +117,8 @@ class Served:
             ids = list(prompt)
             self.check_ids(ids, "prompt")
         if not ids:
-            raise invalid("the prompt is empty, and this model has no token to start a text from", param="prompt")
+            message = "the prompt is empty, and this model has no token to start a text from"
+            raise invalid(message if isinstance(prompt, str) else "the prompt has no token ids", param="prompt")
         self._check_length(ids, "prompt")
         return ids
 

@@ -31,7 +31,7 @@ class ServerSettings(Config):
         max_stops: stop strings of one request.
         max_beams: beams of one request.
         json_depth: how deep arrays and objects of a body may be nested.
-        header_seconds: from the first byte of a request to the end of its headers.
+        header_seconds: to the end of the headers, from the first byte of a request or from the connection being made.
         body_seconds: for the body.
         idle_seconds: how long a connection may stay without a request, or with a client that reads nothing.
         deadline_seconds: from a request's arrival to the end of its answer.

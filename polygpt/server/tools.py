@@ -66,7 +66,8 @@ def read_calls(text: str, style: ToolFormat) -> list[Call] | None:
     """The calls that `text`, JSON without marks around it, makes; None if it is something else."""
     try:
         value = json.loads(text)
-    except (ValueError, RecursionError):
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError):  # also half a surrogate pair or NaN, which no answer may hold
         return None
     calls = [_call(item, style) for item in (value if isinstance(value, list) else [value])]
     return calls if calls and all(call is not None for call in calls) else None

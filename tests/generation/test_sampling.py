@@ -118,6 +118,13 @@ def test_a_temperature_near_zero_is_greedy(temperature):
     np.testing.assert_array_equal(Sampler(temperature=temperature).sample(logits, jax.random.key(1)), logits.argmax(-1))
 
 
+@pytest.mark.parametrize("top_p", [1e-37, 1e-40, 1e-300])
+def test_a_top_p_near_zero_is_greedy(top_p):
+    logits = jnp.asarray(np.random.default_rng(0).standard_normal((50, 30)), jnp.float32)
+    drawn = Sampler(temperature=1.0, top_p=top_p).sample(logits, jax.random.key(1))
+    np.testing.assert_array_equal(drawn, logits.argmax(-1))
+
+
 def test_a_huge_temperature_draws_evenly():
     logits = jnp.asarray([[0.0, 50.0, -50.0]]).repeat(3000, 0)
     counts = np.bincount(Sampler(temperature=1e300).sample(logits, jax.random.key(0)), minlength=3)

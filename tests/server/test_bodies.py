@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 
 import pytest
 from hypothesis import example, given
@@ -113,3 +114,34 @@ def test_null_counts_as_absent_and_ignored_fields_may_hold_anything():
         check_fields(ChatCompletion, {"model": "m", "messages": [], "functions": []})
     with pytest.raises(ApiError, match="JSON object, not an array"):
         check_fields(Completion, [])
+
+
+def test_the_time_to_read_a_body_grows_with_its_length_alone():
+    began = time.process_time()
+    with pytest.raises(ApiError, match="not JSON"):
+        parse_json(b'"' + b'\\"' * 1_000_000, 64)
+    with pytest.raises(ApiError, match="and 29997 more"):
+        check_fields(Completion, {"model": "m", "prompt": "x", **{f"k{i}": i for i in range(30_000)}})
+    with pytest.raises(ApiError) as caught:
+        check_fields(Completion, {"model": "m", "prompt": "x", "k" * 1_000_000: 1})
+    assert len(caught.value.message) <= 1000
+    assert time.process_time() - began < 10  # minutes and hours, where each quote or key begins a search
+
+
+def test_null_counts_as_absent_within_objects_too():
+    body = check_fields(Completion, {"model": "m", "prompt": "x", "stream_options": {"include_usage": None}})
+    assert not body.wants_usage
+    tool = {"type": "function", "function": {"name": "f", "description": None, "strict": None, "parameters": None}}
+    schema = {"type": "json_schema", "json_schema": {"name": "s", "strict": None, "schema": {"const": None}}}
+    chat = check_fields(
+        ChatCompletion, {"model": "m", "messages": [], "tools": [tool], "response_format": schema, "stop": None}
+    )
+    assert chat.tools[0].function.parameters == {}
+    assert chat.response_format.json_schema.schema_ == {"const": None}
+
+
+@pytest.mark.parametrize("arguments", [r'{"a": "\ud800"}', '{"a": NaN}', "[" * 900 + "]" * 900, '{"a": 1'])
+def test_arguments_that_are_no_json_of_text_stay_text(arguments):
+    call = {"id": None, "type": "function", "function": {"name": "f", "arguments": arguments}}
+    read = read_messages([{"role": "assistant", "content": None, "tool_calls": [call]}])
+    assert read[0]["tool_calls"][0]["function"]["arguments"] == arguments

@@ -1,6 +1,7 @@
 """`/v1/inspect`: its numbers are those of `polygpt.inspection`, its limits are kept, its errors name the field."""
 
 import base64
+import threading
 
 import httpx
 import numpy as np
@@ -150,3 +151,30 @@ def test_maps_of_all_heads_together_are_limited(ask, monkeypatch):
 def test_the_settings_tell_the_limits(ask):
     (model,) = ask.client.get("/v1/settings").json()["models"]
     assert model["inspect"] == {"tokens": 64, "attention_tokens": 64, "lens_positions": 64}
+
+
+def test_what_nobody_waits_for_any_more_is_not_computed(mixed, monkeypatch):
+    begun, computing = threading.Event(), threading.Event()
+    texts = []
+
+    def slow(served, ids, body):
+        texts.append(body.text)
+        begun.set()
+        computing.wait(20)
+        return {}
+
+    monkeypatch.setattr(inspection, "answer", slow)
+    with serving.running({"mixed": mixed}, slots=1) as live:
+        background = live.served.background
+        bodies = [{"model": "mixed", "text": text, "what": ["scores"]} for text in ("the", "cat", "mat")]
+        first = live.connect("/v1/inspect", bodies[0])
+        begun.wait(20)
+        second, third = (live.connect("/v1/inspect", body) for body in bodies[1:])
+        live.until(lambda: background.waiting == 3)
+        second.close()
+        live.until(lambda: background.waiting == 2)
+        computing.set()
+        live.until(lambda: live.idle)
+        first.close()
+        third.close()
+    assert texts == ["the", "mat"]

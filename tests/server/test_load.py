@@ -217,15 +217,15 @@ def test_what_nobody_foresaw_is_a_500_that_tells_nothing(live, monkeypatch, capl
 
 def test_two_models_are_served_side_by_side(lm):
     other = LanguageModel(lm.config, jax.tree.map(lambda leaf: 1.2 * leaf, lm.params), lm.tokenizer)
-    with serving.running({"one": lm, "two": other}, slots=2) as live:
+    with serving.running({"one": lm, "org/two": other}, slots=2) as live:
         client = live.client()
-        assert [model.id for model in client.models.list()] == ["one", "two"]
-        for name, model in (("one", lm), ("two", other)):
+        assert [model.id for model in client.models.list()] == ["one", "org/two"]
+        for name, model in (("one", lm), ("org/two", other)):
             answer = client.completions.create(model=name, prompt="the cat", max_tokens=6, seed=1)
             assert answer.choices[0].text == model.generate("the cat", max_new_tokens=6, seed=1, temperature=1.0).text
         facts = json.loads(client.get("/settings", cast_to=str))["models"]
         assert [(fact["name"], fact["context_length"], fact["chat"]) for fact in facts] == [
             ("one", 1024, True),
-            ("two", 1024, False),
+            ("org/two", 1024, False),
         ]
-        assert time.time() - client.models.retrieve("one").created < 600
+        assert time.time() - client.models.retrieve("org/two").created < 600

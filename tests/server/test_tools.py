@@ -75,3 +75,9 @@ def test_what_is_no_call_is_none(text):
 @pytest.mark.parametrize("text", ["[]", "{}", "[1]", '[{"name": "f"}, 1]', "[" * 10_000])
 def test_lists_count_only_whole(text):
     assert read_calls(text, TAGS) is None
+
+
+@pytest.mark.parametrize("value", [r'"\ud800"', "NaN", "1e999"])
+def test_a_call_that_no_answer_can_hold_is_text(value):
+    text = f'<tool_call>{{"name": "f", "arguments": {{"a": {value}}}}}</tool_call>'
+    assert read(TAGS, [text]) == (text, [])

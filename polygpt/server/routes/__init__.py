@@ -16,7 +16,7 @@ ROUTES = [
     Route("/version", version),
     Route("/metrics", metrics),
     Route("/v1/models", models),
-    Route("/v1/models/{name}", model),
+    Route("/v1/models/{name:path}", model),
     Route("/v1/settings", settings),
     Route("/v1/completions", completions, methods=["POST"]),
     Route("/v1/inspect", inspect, methods=["POST"]),

@@ -47,7 +47,7 @@ function tokenAt(spans, character) {
 function judge() {
   const [a, b] = pair;
   for (const sequence of pair) sequence.element.querySelector(".differs")?.classList.remove("differs");
-  if (!a.text && !b.text) return;
+  if (!a.text || !b.text) return; // nothing to compare, as after an error
   const found = firstDifference(a, b);
   verdict.hidden = false;
   if (!found) {

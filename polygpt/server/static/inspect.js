@@ -24,7 +24,14 @@ let view = null;
 let panel = null;
 let subject = null; // {model, ids} whose tokens are shown
 
-const task = new Task({ show: (busy) => area.setAttribute("aria-busy", busy), fail: alertLine(problem) });
+const alert = alertLine(problem);
+const task = new Task({
+  show: (busy) => area.setAttribute("aria-busy", busy),
+  fail(message) {
+    alert(message);
+    if (message && !subject) title.textContent = "";
+  },
+});
 
 function drawTabs() {
   const facts = modelFacts(subject?.model ?? state.model);
@@ -71,6 +78,7 @@ export function show() {
     return;
   }
   if (subject && wanted && subject.ids === wanted.ids) return;
+  if (!subject) title.textContent = "Computing…";
   task.run(async (signal) => {
     const model = wanted?.model ?? state.model;
     const body = wanted ? { model, tokens: wanted.ids } : { model, text };

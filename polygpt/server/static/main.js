@@ -7,7 +7,7 @@ import { $, arrowKeys, h, toast } from "./dom.js";
 import * as inspect from "./inspect.js";
 import * as settings from "./settings.js";
 import * as shortcuts from "./shortcuts.js";
-import { state, subscribe, update, visit } from "./state.js";
+import { modelFacts, state, subscribe, update, visit } from "./state.js";
 import * as theme from "./theme.js";
 import { fromFragment, writeFragment } from "./url.js";
 import * as write from "./write.js";
@@ -54,7 +54,7 @@ async function meetServer() {
   $("#model").value = model;
   update({ model, other });
   if (!visit.server.models.find((each) => each.name === model).chat && state.mode === "chat") update({ mode: "completion" });
-  settings.limit(visit.server.limits, visit.server.models.find((each) => each.name === model).context_length);
+  limitSettings();
   write.serverKnown();
   compare.serverKnown();
   banner(null);
@@ -62,6 +62,8 @@ async function meetServer() {
   document.body.dataset.ready = "";
   performance.mark("ready");
 }
+
+const limitSettings = () => settings.limit(visit.server.limits, modelFacts().context_length);
 
 function banner(message) {
   const element = $("#banner");
@@ -104,7 +106,10 @@ function start() {
   subscribe((changed) => {
     if ("view" in changed) showView();
     if ("mode" in changed) showMode();
-    if ("model" in changed) $("#model").value = state.model;
+    if ("model" in changed) {
+      $("#model").value = state.model;
+      if (visit.server) limitSettings();
+    }
   });
   arrowKeys($(".bar .tabs"), '[role="tab"]', (tab) => tab.click());
   arrowKeys($(".modes"), '[role="radio"]:enabled', (radio) => radio.click());

@@ -129,3 +129,12 @@ def test_two_models_are_compared(opened, models):
             )
         )
         assert before <= at
+
+
+def test_a_text_is_no_longer_than_its_models_context(opened):
+    page = opened(FRAGMENT + "&view=compare")
+    page.evaluate("import('/static/state.js').then(({ visit }) => { visit.server.models[1].context_length = 5; })")
+    with page.expect_request(lambda sent: '"mixed"' in (sent.post_data or "") and "completions" in sent.url) as sent:
+        page.keyboard.press("Control+Enter")
+    assert sent.value.post_data_json["max_tokens"] == 5
+    page.wait_for_selector(".verdict:visible")
