@@ -43,7 +43,7 @@ FAULTS = [
     Fault("kernels/cache.py", "(positions > last - slots)", "(positions > last - slots + 1)", "model/test_decoding.py"),
     Fault("kernels/experts.py", "d_weight.at[index].add(", "d_weight.at[index].set(", "model spec"),
     Fault("kernels/loss.py", "exps * (token_weights[:, None] / denominator)", "exps / denominator", "kernels"),
-    Fault("kernels/packed.py", "/ 127", "/ 126", "kernels"),
+    Fault("kernels/packing.py", "largest, 1) / 127", "largest, 1) / 126", "kernels"),
     Fault("kernels/regularization.py", "x / (1 - rate)", "x", "kernels model/test_model.py"),
     Fault("kernels/scores.py", "seen & (distance < window)", "seen & (distance <= window)", "kernels"),
     Fault(

@@ -3,11 +3,8 @@
 import asyncio
 import json
 import socket
-import sys
 import threading
 import time
-import traceback
-import warnings
 from contextlib import contextmanager, suppress
 
 import tokenizers as hf
@@ -135,13 +132,7 @@ def running(models, keys=(), draft=None, **settings):
     served = [Served(name, lm, chosen, draft) for name, lm in models.items()]
     app, listening = create_app(served, chosen, keys), listen(chosen)
     server = uvicorn.Server(uvicorn_config(app, chosen))
-    loops = []
-
-    async def serve():
-        loops.append(asyncio.get_running_loop())
-        await server.serve([listening])
-
-    thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
+    thread = threading.Thread(target=asyncio.run, args=(server.serve([listening]),), daemon=True)
     thread.start()
     live = Live(served, chosen, keys, server, address_of(listening))
     live.until(lambda: server.started)
@@ -150,17 +141,7 @@ def running(models, keys=(), draft=None, **settings):
     finally:
         server.should_exit = True
         thread.join(30)
-        if thread.is_alive():
-            # Seen at the end of whole runs of the suite, not of these tests alone; the cause is not known. Whether a
-            # server stops is tested with processes of its own (test_process.py).
-            warnings.warn(f"the tests' server did not stop:\n{_stacks()}\n{asyncio.all_tasks(loops[0])}", stacklevel=1)
-
-
-def _stacks():
-    """What every thread is doing."""
-    frames = sys._current_frames()
-    stacks = ((thread.name, traceback.format_stack(frames[thread.ident])) for thread in threading.enumerate())
-    return "\n".join(f"{name}:\n{''.join(stack)}" for name, stack in stacks)
+        assert not thread.is_alive(), "the server did not stop"
 
 
 def body_of(raw):

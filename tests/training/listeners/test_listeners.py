@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -155,9 +156,9 @@ def bar_lines(stream):
 
 
 def clock(monkeypatch):
-    """A clock that the test sets."""
+    """A clock that the test sets, for the listener alone: event loops in other threads would sleep for hours by it."""
     now = [1000.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
     return now
 
 
