@@ -46,7 +46,8 @@ def numbers(run):
 
 EXTRAS = {
     "adamw": {},
-    "muon_ema": {"training.optimizer.kind": "muon", "training.ema_decay": 0.9},
+    # The average has 32 bits, and cannot be had from the weights that are evaluated, which have 16.
+    "muon_ema": {"training.optimizer.kind": "muon", "training.ema_decay": 0.9, "model.param_dtype": "bfloat16"},
     "schedule_free": {"training.optimizer.kind": "schedule_free", "training.schedule.kind": "constant"},
     # The first steps overflow, and the scale grows again before and after the interruptions.
     "float16": {"model.compute_dtype": "float16", "training.loss_scale": {"initial": 2.0**20, "growth_interval": 2}},
