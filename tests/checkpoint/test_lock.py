@@ -1,5 +1,6 @@
 """The lock of a folder: one holder at a time, named by its process id, freed however its process ends."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -40,3 +41,17 @@ def test_a_killed_process_frees_it(tmp_path):
     assert (tmp_path / ".lock").exists()
     with folder_lock(tmp_path):
         assert (tmp_path / ".lock").read_text() == str(os.getpid())
+
+
+def test_a_file_that_its_owner_removes_just_before_it_is_locked_is_made_again(tmp_path, monkeypatch):
+    lock, removed = fcntl.flock, []
+
+    def remove_first(descriptor, operation):
+        if not removed:
+            removed.append((tmp_path / ".lock").unlink())
+        lock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", remove_first)
+    with folder_lock(tmp_path), pytest.raises(RequestError, match="is training in this folder"):
+        folder_lock(tmp_path).__enter__()
+    assert removed
