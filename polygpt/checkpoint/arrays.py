@@ -126,10 +126,10 @@ def _plain(folder: Path) -> Iterator[Path]:
 
 
 class _SaveLoop(asyncio.SelectorEventLoop):
-    """An event loop that ignores callbacks after it is closed.
+    """An event loop that ignores callbacks after it is closed, and exceptions that nobody waits for.
 
     When a write fails, TensorStore's threads report the others' end as late as at the interpreter's exit, and would
-    print a traceback for each.
+    print a traceback for each; so would asyncio for each other write that has failed. Orbax raises the first.
     """
 
     def call_soon_threadsafe(self, *args: Any, **kwargs: Any) -> asyncio.Handle | None:
@@ -139,6 +139,9 @@ class _SaveLoop(asyncio.SelectorEventLoop):
             if not self.is_closed():
                 raise
         return None
+
+    def default_exception_handler(self, context: dict[str, Any]) -> None:
+        pass
 
 
 class _SaveLoops(asyncio.DefaultEventLoopPolicy):

@@ -1,5 +1,7 @@
 """Checkpoints: exact, whole or not there, and the newest that verifies is the one that loads."""
 
+import asyncio
+import gc
 import json
 import resource
 import shutil
@@ -14,6 +16,7 @@ import pytest
 from polygpt import checkpoint
 from polygpt.checkpoint import Evaluation, Keep, Snapshot
 from polygpt.checkpoint import steps as steps_module
+from polygpt.checkpoint.arrays import quiet_orbax
 from polygpt.errors import PolygptError, RequestError
 
 TREE = {
@@ -316,6 +319,17 @@ def test_a_write_that_fails_leaves_the_steps_before_as_they_were(root, limit, sn
     assert done.stderr == ""
     assert snapshot(root) == before
     assert checkpoint.newest(root, warned.append).step == 3
+
+
+def test_a_write_whose_failure_nobody_waits_for_is_not_logged(caplog):
+    with quiet_orbax():
+        loop = asyncio.new_event_loop()
+    failed = loop.create_future()
+    failed.set_exception(OSError("No space left on device"))
+    del failed
+    gc.collect()
+    loop.close()
+    assert caplog.records == []
 
 
 # --- Values that are not finite -----------------------------------------------------------------------------
