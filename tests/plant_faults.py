@@ -47,9 +47,9 @@ FAULTS = [
     Fault("kernels/regularization.py", "x / (1 - rate)", "x", "kernels model/test_model.py"),
     Fault("kernels/scores.py", "seen & (distance < window)", "seen & (distance <= window)", "kernels"),
     Fault(
-        "kernels/softmax_attention.py",
-        "scores = rule.cap(scores * rule.scale)",
-        "scores = rule.cap(scores) * rule.scale",
+        "kernels/scores.py",
+        "scores = rule.cap(products * rule.scale)",
+        "scores = rule.cap(products) * rule.scale",
         "spec",
     ),
     # model

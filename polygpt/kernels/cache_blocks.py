@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from polygpt.kernels.cache import KVCache
-from polygpt.kernels.scores import ScoreInputs, ScoreRule, visible
+from polygpt.kernels.scores import ScoreInputs, ScoreRule, masked_scores, visible
 from polygpt.kernels.softmax_attention import reference_attention
 from polygpt.sharding import current_mesh
 
@@ -51,7 +51,6 @@ def cached_attention(
     groups = (kv_heads, n // kv_heads)
     queries = q.reshape(b, t, *groups, h)
     held = cache.positions(last)
-    slopes = None if inputs.slopes is None else inputs.slopes.reshape(groups)[None, :, :, None, None]
 
     def add(index: Array, sums: _Sums) -> _Sums:
         # The last block begins where it ends with the cache: what it shares with the one before is left out.
@@ -62,12 +61,9 @@ def cached_attention(
         products = jnp.einsum(
             "btkgh,bksh->bkgts", queries.astype(dtype), k.astype(dtype), preferred_element_type=jnp.float32
         )
-        scores = rule.cap(products * rule.scale)
-        if slopes is not None:
-            scores = scores - slopes * (positions[:, :, None] - keys[:, None, :])[:, None, None]
         new = start + jnp.arange(CACHE_BLOCK) >= index * CACHE_BLOCK
         seen = visible(positions, keys, rule.window) & new
-        scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
+        scores = masked_scores(products, rule, inputs, positions, keys, seen)
         largest = jnp.maximum(sums.largest, scores.max(-1))
         base = jnp.maximum(largest, jnp.finfo(jnp.float32).min)  # finite where nothing has been seen yet
         weights, kept = jnp.exp(scores - base[..., None]), jnp.exp(sums.largest - base)

@@ -55,3 +55,23 @@ def visible(queries: Int[Array, "*B T"], keys: Int[Array, "*B S"], window: int |
     distance = queries[..., :, None] - keys[..., None, :]
     seen = (distance >= 0) & (keys >= 0)[..., None, :]
     return seen if window is None else seen & (distance < window)
+
+
+def masked_scores(
+    products: Float[Array, "B K G T S"],
+    rule: ScoreRule,
+    inputs: ScoreInputs,
+    queries: Int[Array, "#B T"],
+    keys: Int[Array, "#B S"],
+    seen: Bool[Array, "#B T S"],
+) -> Float[Array, "B K G T S"]:
+    """Scores from q·k, before the softmax: scaled, capped, less ALiBi's penalty, and -inf where nothing is `seen`.
+
+    Args:
+        queries, keys: their positions.
+    """
+    scores = rule.cap(products * rule.scale)
+    if inputs.slopes is not None:
+        slopes = inputs.slopes.reshape(products.shape[1:3])[None, :, :, None, None]
+        scores = scores - slopes * (queries[:, :, None] - keys[:, None, :])[:, None, None]
+    return jnp.where(seen[:, None, None], scores, -jnp.inf)

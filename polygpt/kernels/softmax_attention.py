@@ -17,7 +17,7 @@ from polygpt.kernels.blocked import BLOCK, blocked_attention
 from polygpt.kernels.head_shards import sharded_over_heads
 from polygpt.kernels.pallas import pallas_attention
 from polygpt.kernels.regularization import dropout
-from polygpt.kernels.scores import ScoreInputs, ScoreRule, visible
+from polygpt.kernels.scores import ScoreInputs, ScoreRule, masked_scores, visible
 
 Implementation = Literal["auto", "xla", "cudnn", "pallas"]
 Queries = Float[Array, "B T N H"]
@@ -188,15 +188,11 @@ def _weights(
     groups = (k.shape[2], n // k.shape[2])
     dtype = jnp.promote_types(q.dtype, k.dtype)
     grouped, k = q.reshape(b, t, *groups, h).astype(dtype), k.astype(dtype)
-    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32)
-    scores = rule.cap(scores * rule.scale)
-    if inputs.slopes is not None:
-        distance = query_positions[:, :, None] - key_positions[:, None, :]
-        scores = scores - inputs.slopes.reshape(groups)[None, :, :, None, None] * distance[:, None, None]
+    products = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32)
     seen = visible(query_positions, key_positions, rule.window)
     if inputs.segment_ids is not None:
         seen = seen & (inputs.segment_ids[:, :, None] == inputs.segment_ids[:, None, :])
-    scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
+    scores = masked_scores(products, rule, inputs, query_positions, key_positions, seen)
     if inputs.sinks is not None:
         sink = jnp.broadcast_to(inputs.sinks.reshape(groups)[None, :, :, None, None], (*scores.shape[:-1], 1))
         scores = jnp.concatenate([scores, sink], -1)

@@ -157,6 +157,8 @@ class Trainer:
     def _own_gradients(
         self, params: Params, part: Batch, scale: Array, key: PRNGKeyArray, loads: Loads | None, share: float
     ) -> tuple[Params, Metrics, Effects]:
+        """As `_part_gradients`, of the rows that are here; `scale` is that of the loss."""
+
         def objective(params: Params) -> tuple[Float[Array, ""], tuple[Float[Array, ""], Effects]]:
             # Weights are scaled rather than the loss: the logits' gradients would be 0 in float16 otherwise.
             weights = part.mask * scale
