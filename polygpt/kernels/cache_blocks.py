@@ -1,4 +1,4 @@
-"""Attention of new tokens over a cache of keys and values, in blocks as far as the longest sequence has come."""
+"""Attention of new tokens over a cache of keys and values, block by block up to the end of the longest sequence."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def cached_attention(
     """Attention of queries at `positions` over the keys and values in `cache`, of which `last` was written last.
 
     On a CPU it goes through the cache block by block, up to the position `reach`: a step of 8 rows of SmolLM2-135M took
-    43 ms, whatever the cache's length, and 105 ms when all of 768 slots were read. A block of which a row sees nothing
-    adds exact zeros to its sums, so that a row's result does not depend on how long the others are.
+    43 ms, whatever the cache's length, and 105 ms when all of 768 slots were read. A block in which a row sees no
+    key adds exact zeros to its sums, so that a row's result does not depend on how long the others are.
 
     Args:
         reach: the largest position that any query whose result counts may see.
