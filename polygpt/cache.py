@@ -1,7 +1,8 @@
 """What the command line keeps between runs in the user's cache folder: compiled programs, and answers slow to compute.
 
 The folder is $XDG_CACHE_HOME/polygpt (~/.cache/polygpt); POLYGPT_CACHE names another, `off` none. It may be deleted at
-any time. Importing polygpt does not touch it: only commands do. Where it cannot be written, nothing is kept.
+any time. Importing polygpt does not touch it: commands do, and the first decoding on a CPU, which compiles C++
+(`kernels/native`). Where it cannot be written, nothing is kept.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def keep_compiled_programs() -> None:
     folder = cache_folder()
     if folder is None or "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / f"programs-{_processor()}")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / f"programs-{processor()}")
     os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(COMPILED_BYTES))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
@@ -99,7 +100,7 @@ def _installation() -> list[Any]:
     versions = [_version(name) for name in _PACKAGES]
     variables = sorted((name, value) for name, value in os.environ.items() if name.startswith(_VARIABLES))
     devices = [path for path in _DEVICES if os.path.exists(path)]
-    return [digest.hexdigest(), platform.python_version(), versions, variables, devices, _processor()]
+    return [digest.hexdigest(), platform.python_version(), versions, variables, devices, processor()]
 
 
 def _version(package: str) -> str | None:
@@ -110,7 +111,7 @@ def _version(package: str) -> str | None:
 
 
 @cache
-def _processor() -> str:
+def processor() -> str:
     """The kind of processor: a program compiled for one may crash on another that shares the home folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()

@@ -21,7 +21,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from polygpt.distributed import exchange, process_count
-from polygpt.kernels import AttentionSpec, ScoreInputs, ScoreRule, attention, choose_attention, reference_attention
+from polygpt.kernels import (
+    AttentionSpec,
+    ScoreInputs,
+    ScoreRule,
+    attention,
+    choose_attention,
+    native,
+    reference_attention,
+)
 from polygpt.process import machine_memory
 from polygpt.sharding import MeshConfig, make_mesh
 from polygpt.training import listed
@@ -99,6 +107,7 @@ def diagnose(progress: Callable[[str], None] = lambda step: None) -> dict[str, A
         "devices": _devices(),
         "memory": {"machine_bytes": machine_memory(), "cpu_cores": _cores()},
         "interconnect": _interconnect(),
+        "native": _native(),
     }
     checks = []
     for case in _CASES:
@@ -115,6 +124,13 @@ def diagnose(progress: Callable[[str], None] = lambda step: None) -> dict[str, A
         "all_reduce": reduced._asdict(),
         "problems": problems,
     }
+
+
+def _native() -> str | None:
+    """How decoding on a CPU is computed; None with an accelerator."""
+    if jax.default_backend() != "cpu":
+        return None
+    return f"by XLA, half as fast: {why}" if (why := native.why_not()) else "in C++, compiled for this processor"
 
 
 def check_attention(case: str) -> AttentionCheck:

@@ -47,7 +47,7 @@ def test_an_answer_goes_with_what_it_depends_on(folder, monkeypatch, change, tmp
         case "a variable of JAX":
             monkeypatch.setenv("JAX_OF_NO_USE", "1")
         case "the processor":
-            monkeypatch.setattr(cache, "_processor", lambda: "other")
+            monkeypatch.setattr(cache, "processor", lambda: "other")
     cache._installation.cache_clear()
     try:
         assert asked()[1]

@@ -64,6 +64,7 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("processes", f"{facts['processes']}, this is number {facts['process']}"),
         ("memory", f"{memory['machine_bytes'] / 1e9:,.1f} GB, {memory['cpu_cores']} CPU cores"),
         ("interconnect", facts["interconnect"]),
+        *([("decoding", facts["native"])] if facts["native"] else []),
         *checks,
         (
             f"all-reduce over {reduced['devices']}",

@@ -111,13 +111,23 @@ def are_finite(logits: Float[Array, "B V"]) -> Bool[Array, "B"]:
 
 def choose(logits: Float[Array, "B V"], sampling: Sampling, keys: PRNGKeyArray) -> Int[Array, "B"]:
     """One token a row, int32, from float32 logits that are known to be in order."""
-    greedy = jnp.argmax(logits, axis=-1)
+    greedy = _likeliest(logits)
 
-    def draw() -> Array:
-        drawn = jax.vmap(jax.random.categorical)(keys, filter_logits(logits, sampling))
-        return jnp.where(sampling.temperature > 0, drawn, greedy)
+    def draw() -> Array:  # as jax.random.categorical does (Gumbel's trick)
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
+        return jnp.where(sampling.temperature > 0, _likeliest(filter_logits(logits, sampling) + noise), greedy)
 
-    return lax.cond((sampling.temperature > 0).any(), draw, lambda: greedy).astype(jnp.int32)
+    return lax.cond((sampling.temperature > 0).any(), draw, lambda: greedy)
+
+
+def _likeliest(logits: Float[Array, "B V"]) -> Int[Array, "B"]:
+    """The index of each row's largest logit, the first of equal ones, int32.
+
+    XLA's argmax takes 1.8 ms for 8 rows of 49,152 on two CPU cores, two maxima 0.2 ms.
+    """
+    indices = jnp.arange(logits.shape[-1], dtype=jnp.float32)  # exact up to 2**24
+    largest = logits.max(axis=-1, keepdims=True)
+    return -jnp.where(logits == largest, -indices, -jnp.inf).max(axis=-1).astype(jnp.int32)
 
 
 def filter_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:

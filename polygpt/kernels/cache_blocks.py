@@ -9,12 +9,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from polygpt.kernels import native
 from polygpt.kernels.cache import KVCache
 from polygpt.kernels.scores import ScoreInputs, ScoreRule, masked_scores, visible
 from polygpt.kernels.softmax_attention import reference_attention
 from polygpt.sharding import current_mesh
 
 CACHE_BLOCK = 128
+# So many tokens a row are taken in C++; more make products for which XLA is faster.
+FEW_TOKENS = 4
 
 
 class _Sums(NamedTuple):
@@ -38,13 +41,17 @@ def cached_attention(
 
     On a CPU it goes through the cache block by block, up to the position `reach`: a step of 8 rows of SmolLM2-135M took
     43 ms, whatever the cache's length, and 105 ms when all of 768 slots were read. A block in which a row sees no
-    key adds exact zeros to its sums, so that a row's result does not depend on how long the others are.
+    key adds exact zeros to its sums, so that a row's result does not depend on how long the others are. A few new
+    tokens are attended to in C++ (`native`), which reads blocks in place, each row's own: 7 ms less in such a step.
 
     Args:
         reach: the largest position that any query whose result counts may see.
     """
-    blocks = jax.default_backend() == "cpu" and current_mesh() is None
-    if not blocks or cache.slots <= CACHE_BLOCK or inputs.segment_ids is not None or inputs.key is not None:
+    plain = inputs.segment_ids is None and inputs.key is None
+    blocks = plain and jax.default_backend() == "cpu" and current_mesh() is None
+    if blocks and _is_native(q, cache):
+        return native.cached_attention(q, cache, rule, inputs, positions, last, reach)
+    if not blocks or cache.slots <= CACHE_BLOCK:
         return reference_attention(q, *cache.read(), rule, inputs, positions, cache.positions(last))
     b, t, n, h = q.shape
     kv_heads, slots = cache.k.shape[-3], cache.slots
@@ -80,6 +87,11 @@ def cached_attention(
         sums = _with_sink(sums, inputs.sinks.reshape(groups)[None, :, :, None])
     mixed = sums.numerator / jnp.where(sums.denominator > 0, sums.denominator, 1)[..., None]
     return jnp.moveaxis(mixed, 3, 1).astype(q.dtype).reshape(b, t, n, h)
+
+
+def _is_native(q: Float[Array, "B T N H"], cache: KVCache) -> bool:
+    supported = q.dtype == jnp.float32 and cache.dtype in ("float32", "bfloat16") and q.shape[3] <= native.HEAD_DIM
+    return supported and q.shape[1] <= FEW_TOKENS and native.available()
 
 
 def _with_sink(sums: _Sums, sink: Float[Array, "1 K G 1"]) -> _Sums:

@@ -1,7 +1,7 @@
 """Packed weights, the form that inference reads fastest: matrices stored [out, in], in 32, 16 or 8 bits.
 
-A product with few rows takes as long as reading its weights, so 16 bits are twice as fast as 32. XLA's CPU backend gets
-there only with some help (figures in benchmarks/README.md):
+A product with few rows takes as long as reading its weights, so 16 bits are twice as fast as 32. With several rows CPUs
+take it in C++ (`native`); XLA's CPU backend gets there only with some help (figures in benchmarks/README.md):
 - it converts a whole stack of 16-bit floats before it slices one layer out of it, so their bits are kept as integers;
 - it fuses slicing and conversion into a product only if that has a single row;
 - it copies the second operand of a product, so with some rows the weights come first;
@@ -24,10 +24,15 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from polygpt.kernels import native
 from polygpt.kernels.stacks import InStack, from_stored
 
-# Up to this many rows are multiplied one by one, while a matrix stays in the processor's cache: 53 M weights of 16 bits
-# took 6 ms for 2 rows and 12 for 4; all rows at once 12 and 12.
+# Products with so many rows are taken in C++. A step of 8 rows of SmolLM2-135M takes 34 ms in float32 and 20 in int8
+# (36 and 28 by XLA), one of 32 rows 95 and 80 (95 and 98); of 512 rows in int8 XLA multiplies a quarter faster, and one
+# row as well, because it fuses what comes before and after.
+NATIVE_ROWS = range(2, 33)
+# Without a compiler, up to this many rows are multiplied one by one, while a matrix stays in the processor's cache: 53
+# M weights of 16 bits took 6 ms for 2 rows and 12 for 4; all rows at once 12 and 12.
 FEW_ROWS = 4
 # Up to this many rows are the second operand of a float32 product, and a layer's matrix is read in place. With 80 M
 # weights 8 rows took 23 ms this way, 26 with the matrix copied out of its stack and 45 with the operands swapped; 32
@@ -73,6 +78,8 @@ class Packed(InStack):
 
     def times(self, x: Float[Array, "M I"], *, in_loop: bool = False) -> Float[Array, "M O"]:
         """See `Weight.times`. On a CPU a matrix `in_loop` that has to be converted is taken in blocks."""
+        if len(x) in NATIVE_ROWS and x.dtype == jnp.float32 and self.dtype != "float16" and native.available():
+            return native.product(x, self.values, self.scale, self.layer)
         converted = not self.values.dtype == x.dtype == jnp.float32
         if jax.default_backend() != "cpu":
             y = at_once(x, from_stored(self._own(self.values), self.dtype).astype(x.dtype))

@@ -9,6 +9,7 @@ import pytest
 
 from polygpt.kernels import KVCache, ScoreInputs, ScoreRule, cached_attention, reference_attention
 
+pytestmark = pytest.mark.usefixtures("compute")
 B, N, K, H = 3, 4, 2, 8
 
 

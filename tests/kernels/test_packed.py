@@ -15,12 +15,13 @@ import polygpt
 from polygpt.config import merge, validate
 from polygpt.errors import RequestError
 from polygpt.generation import Request, Sampler, engine_for, run_all
-from polygpt.kernels import WEIGHT_TYPES, in_stack, int4, layer_view, pack, packed
+from polygpt.kernels import WEIGHT_TYPES, in_stack, int4, layer_view, native, pack, packed
 from polygpt.language_model import LanguageModel
 from polygpt.loading import save
 from polygpt.model import Model, ModelConfig
 
 # Elsewhere products are taken in another form, which needs none of this.
+pytestmark = pytest.mark.usefixtures("compute")
 ON_A_CPU = pytest.mark.skipif(jax.default_backend() != "cpu", reason="a form for CPUs alone")
 KINDS = {
     "plain": {},
@@ -148,6 +149,7 @@ def test_4_bits_take_five_eighths_of_the_memory_of_8():
 @pytest.mark.parametrize("rows", [1, 9])
 def test_the_head_in_blocks(monkeypatch, rows):
     """The last block begins where the one before it has not ended."""
+    monkeypatch.setattr(native, "available", lambda: False)
     monkeypatch.setattr(packed, "BLOCK", 8)
     table = np.random.default_rng(0).standard_normal((37, 16)).astype(jnp.bfloat16)
     x = jnp.asarray(np.random.default_rng(1).standard_normal((rows, 16)), jnp.float32)

@@ -1,0 +1,152 @@
+"""What decoding computes on a CPU, in C++: products of a few rows with packed weights, and attention over a cache.
+
+The source is compiled for this processor when it is first needed (4 s), with $CXX or the system's c++, and kept beside
+JAX's compiled programs, or in the cache folder where JAX keeps none. Without a compiler, or with POLYGPT_NATIVE=0, XLA
+computes the same, up to rounding, at half the speed or less (figures in benchmarks/README.md).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import secrets
+import shutil
+import subprocess
+import tempfile
+import threading
+from functools import cache
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Int8, UInt8, UInt16
+
+from polygpt.cache import cache_folder, processor
+from polygpt.kernels.cache import KVCache
+from polygpt.kernels.scores import ScoreInputs, ScoreRule
+
+SETTING = "POLYGPT_NATIVE"
+FOLDER = Path(__file__).parent
+TARGETS = ("polygpt_product", "polygpt_product_int4", "polygpt_attention")
+# -ffp-contract: a sum takes a product without rounding it first, in all sums or in none.
+FLAGS = ("-O2", "-march=native", "-ffp-contract=fast", "-std=c++17", "-shared", "-fPIC", "-w")
+SECONDS = 120  # that a compiler may take
+HEAD_DIM = 256  # of attention, at most (attention.h)
+
+_lock = threading.Lock()
+
+
+def available() -> bool:
+    """Whether this can be used: on a CPU with a compiler."""
+    return jax.default_backend() == "cpu" and why_not() is None
+
+
+def why_not() -> str | None:
+    """Compiles and registers it, once in a process; why that is not possible, or None."""
+    with _lock:
+        return _prepare()
+
+
+@cache
+def _prepare() -> str | None:
+    if os.environ.get(SETTING) in ("0", "off"):
+        return f"{SETTING}={os.environ[SETTING]}"
+    name = os.environ.get("CXX") or "c++"
+    compiler = shutil.which(name)
+    if compiler is None:
+        return f"there is no C++ compiler: {name}" + ("" if "CXX" in os.environ else ", or $CXX")
+    try:
+        library = _library(compiler)
+        for target in TARGETS:
+            jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
+    except subprocess.CalledProcessError as error:
+        return f"{compiler} failed: {(error.stderr.strip().splitlines() or ['no message'])[0]}"
+    except (OSError, AttributeError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    return None
+
+
+def product(
+    x: Float[Array, "M I"],
+    values: Float[Array, "*stack O I"] | Int8[Array, "*stack O I"] | UInt16[Array, "*stack O I"],
+    scale: Float[Array, "*stack O"] | None,
+    layer: Array | int | None,
+) -> Float[Array, "M O"]:
+    """`x` times the transpose of a layer's matrix: float32, int8 with a scale for each output, or bits of bfloat16."""
+    scale = jnp.zeros(0, jnp.float32) if scale is None else scale
+    return _multiply("polygpt_product", x, values.shape[-2], (values, scale), layer)
+
+
+def product_int4(
+    x: Float[Array, "M I"],
+    packed: tuple[UInt8[Array, "..."], UInt8[Array, "..."], UInt8[Array, "..."], Float[Array, "..."]],
+    outputs: int,
+    layer: Array | int | None,
+) -> Float[Array, "M O"]:
+    """`x` times the transpose of a layer's matrix in 4 bits: nibbles, step, zero and unit of `PackedInt4`."""
+    return _multiply("polygpt_product_int4", x, outputs, packed, layer)
+
+
+def cached_attention(
+    q: Float[Array, "B T N H"],
+    cache: KVCache,
+    rule: ScoreRule,
+    inputs: ScoreInputs,
+    positions: Int[Array, "#B T"],
+    last: Int[Array, "B 1"],
+    reach: Int[Array, ""],
+) -> Float[Array, "B T N H"]:
+    """See `cache_blocks.cached_attention`; float32, of a cache in float32 or bfloat16, without segments or dropout."""
+    per_head = (jnp.zeros(0) if each is None else each.astype(jnp.float32) for each in (inputs.slopes, inputs.sinks))
+    where = (each.astype(jnp.int32) for each in (positions, last, jnp.reshape(reach, 1)))
+    call = jax.ffi.ffi_call("polygpt_attention", jax.ShapeDtypeStruct(q.shape, jnp.float32), vmap_method="sequential")
+    settings = {"scale": np.float32(rule.scale), "window": np.int64(rule.window or 0)}
+    return call(
+        q, cache.k, cache.v, *where, *per_head, _index(cache.layer), softcap=np.float32(rule.softcap or 0), **settings
+    )
+
+
+def _multiply(target: str, x: Array, outputs: int, weights: tuple[Array, ...], layer: Array | int | None) -> Array:
+    result = jax.ShapeDtypeStruct((x.shape[0], outputs), jnp.float32)
+    return jax.ffi.ffi_call(target, result, vmap_method="sequential")(x, *weights, _index(layer))
+
+
+def _index(layer: Array | int | None) -> Int[Array, "1"]:
+    return jnp.asarray(0 if layer is None else layer, jnp.int32).reshape(1)
+
+
+def _library(compiler: str) -> ctypes.CDLL:
+    """The compiled code, from the cache folder if it is there."""
+    folder = _folder()
+    if folder is None:
+        with tempfile.TemporaryDirectory() as temporary:
+            return ctypes.CDLL(str(_compile(compiler, Path(temporary) / "native.so")))
+    sources = [path.read_bytes() for path in sorted(FOLDER.iterdir()) if path.suffix in (".h", ".cc")]
+    made_from = [*sources, *(word.encode() for word in (compiler, *FLAGS, processor(), jax.__version__))]
+    file = folder / f"native-{hashlib.blake2b(b'|'.join(made_from), digest_size=8).hexdigest()}.so"
+    return ctypes.CDLL(str((file if file.exists() else _compile(compiler, file)).absolute()))
+
+
+def _folder() -> Path | None:
+    programs = jax.config.jax_compilation_cache_dir
+    if not programs or "://" in programs:  # JAX can keep them elsewhere than in a folder
+        return cache_folder()
+    try:
+        Path(programs).mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return Path(programs) if os.access(programs, os.W_OK | os.X_OK) else None
+
+
+def _compile(compiler: str, file: Path) -> Path:
+    """Compiles to another name first, so that a process beside this one never loads a part of the file."""
+    temporary = file.with_name(f"{file.name}.{secrets.token_hex(4)}")
+    try:
+        command = [compiler, *FLAGS, f"-I{jax.ffi.include_dir()}", str(FOLDER / "handlers.cc"), "-o", str(temporary)]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return file

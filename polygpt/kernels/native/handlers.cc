@@ -1,0 +1,146 @@
+// What XLA calls (https://docs.jax.dev/en/latest/ffi.html): polygpt/kernels/native/__init__.py registers these targets.
+
+#include "attention.h"
+#include "products.h"
+#include "threads.h"
+
+namespace polygpt {
+namespace {
+
+namespace ffi = xla::ffi;
+
+template <class T>
+void multiply(ThreadPool& pool, const float* x, const T* weights, const float* scale, float* y, Shape shape) {
+  const int64_t size = part_size(pool, shape.outputs, OUTPUTS);
+  in_parallel(pool, (shape.outputs + size - 1) / size, [=](int64_t part) {
+    const int64_t from = part * size, to = std::min(shape.outputs, from + size);
+    all_rows(shape.rows, [&](auto count, int64_t row) {
+      some_rows<count>(x + row * shape.inputs, weights, scale, y + row * shape.outputs, shape, from, to);
+    });
+  });
+}
+
+using Rows = ffi::Buffer<ffi::F32, 2>;
+using Layer = ffi::Buffer<ffi::S32, 1>;
+
+// `values` is [O, I] or a stack [L, O, I] of layers, `scale` [O] or [L, O], or [0] for none.
+ffi::Error Product(ffi::ThreadPool pool, Rows x, ffi::AnyBuffer values, ffi::Buffer<ffi::F32> scale, Layer layer,
+                   ffi::Result<Rows> y) {
+  const Shape shape{x.dimensions()[0], x.dimensions()[1], y->dimensions()[1]};
+  const int64_t index = layer.typed_data()[0], start = index * shape.outputs * shape.inputs;
+  const float* scales = scale.element_count() ? scale.typed_data() + index * shape.outputs : nullptr;
+  auto with = [&](auto* weights) {
+    multiply(pool, x.typed_data(), weights + start, scales, y->typed_data(), shape);
+    return ffi::Error::Success();
+  };
+  switch (values.element_type()) {
+    case ffi::F32: return with(values.typed_data<float>());
+    case ffi::S8: return with(values.typed_data<int8_t>());
+    case ffi::U16: return with(values.typed_data<uint16_t>());
+    default: return ffi::Error::InvalidArgument("weights are float32, int8, or the bits of bfloat16");
+  }
+}
+
+// See PackedInt4: [.., blocks, 8, I], [.., blocks, I], [.., blocks, I], [.., blocks, 16].
+ffi::Error ProductInt4(ffi::ThreadPool pool, Rows x, ffi::Buffer<ffi::U8> nibbles, ffi::Buffer<ffi::U8> step,
+                       ffi::Buffer<ffi::U8> zero, ffi::Buffer<ffi::F32> unit, Layer layer, ffi::Result<Rows> y) {
+  const Shape shape{x.dimensions()[0], x.dimensions()[1], y->dimensions()[1]};
+  const int64_t blocks = (shape.outputs + GROUP - 1) / GROUP, start = layer.typed_data()[0] * blocks;
+  const Int4 packed{nibbles.typed_data() + start * HALF * shape.inputs, step.typed_data() + start * shape.inputs,
+                    zero.typed_data() + start * shape.inputs, unit.typed_data() + start * GROUP};
+  const float* rows = x.typed_data();
+  float* out = y->typed_data();
+  const int64_t size = part_size(pool, blocks, 1);
+  in_parallel(pool, (blocks + size - 1) / size, [=](int64_t part) {
+    for (int64_t block = part * size; block < std::min(blocks, (part + 1) * size); block++)
+      all_rows(shape.rows, [&](auto count, int64_t row) {
+        int4_block<count>(rows + row * shape.inputs, packed, block, out + row * shape.outputs, shape);
+      });
+  });
+  return ffi::Error::Success();
+}
+
+using Numbers = ffi::Buffer<ffi::F32>;
+using Whole = ffi::Buffer<ffi::S32, 2>;
+
+// q [B, T, N, H]; k, v [.., B, K, S, H] as they are stored; positions [1 or B, T], last [B, 1], reach [1]; slopes and
+// sinks [N], or [0] for none.
+ffi::Error Attention(ThreadPool pool, Numbers q, ffi::AnyBuffer k, ffi::AnyBuffer v, Whole positions, Whole last,
+                     Layer reach, Numbers slopes, Numbers sinks, Layer layer, float scale, int64_t window,
+                     float softcap, ffi::Result<Numbers> out) {
+  const auto queries = q.dimensions(), stored = k.dimensions();
+  const size_t at = stored.size() - 4;
+  const Cache cache{queries[0], queries[1], queries[2], stored[at + 1], stored[at + 2], stored[at + 3]};
+  const Rule rule{scale, softcap, window};
+  const int64_t end = std::min<int64_t>(cache.slots, reach.typed_data()[0] + 1), group = cache.heads / cache.kv_heads;
+  const bool shared = positions.dimensions()[0] == 1;
+  const int32_t *where = positions.typed_data(), *lasts = last.typed_data();
+  const float *in = q.typed_data(), *slope = slopes.element_count() ? slopes.typed_data() : nullptr;
+  const float* sink = sinks.element_count() ? sinks.typed_data() : nullptr;
+  float* result = out->typed_data();
+  auto with = [&](auto* keys, auto* values) {
+    const int64_t matrix = cache.slots * cache.dim;
+    const int64_t start = layer.typed_data()[0] * cache.rows * cache.kv_heads * matrix;
+    keys += start, values += start;
+    in_parallel(pool, cache.rows * cache.kv_heads, [=](int64_t part) {
+      const int64_t row = part / cache.kv_heads, kv_head = part % cache.kv_heads;
+      for (int64_t token = 0; token < cache.tokens; token++) {
+        const int64_t position = where[(shared ? 0 : row) * cache.tokens + token];
+        // Of a cache that has not wrapped, no slot beyond the query's own position is seen.
+        const int64_t used = lasts[row] < cache.slots ? std::min(end, position + 1) : end;
+        for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++) {
+          const int64_t query = ((row * cache.tokens + token) * cache.heads + head) * cache.dim;
+          attend(in + query, keys + part * matrix, values + part * matrix, rule, slope ? slope[head] : 0,
+                 sink ? sink + head : nullptr, position, lasts[row], used, cache, result + query);
+        }
+      }
+    });
+    return ffi::Error::Success();
+  };
+  if (cache.dim > HEAD_DIM) return ffi::Error::InvalidArgument("heads of more than 256 numbers");
+  switch (k.element_type()) {
+    case ffi::F32: return with(k.typed_data<float>(), v.typed_data<float>());
+    case ffi::U16: return with(k.typed_data<uint16_t>(), v.typed_data<uint16_t>());
+    default: return ffi::Error::InvalidArgument("a cache is float32, or the bits of bfloat16");
+  }
+}
+
+}  // namespace
+}  // namespace polygpt
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(polygpt_product, polygpt::Product,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<polygpt::Rows>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Arg<polygpt::Layer>()
+                                  .Ret<polygpt::Rows>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(polygpt_product_int4, polygpt::ProductInt4,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<polygpt::Rows>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::U8>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::U8>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::U8>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Arg<polygpt::Layer>()
+                                  .Ret<polygpt::Rows>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(polygpt_attention, polygpt::Attention,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<polygpt::Numbers>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<polygpt::Whole>()
+                                  .Arg<polygpt::Whole>()
+                                  .Arg<polygpt::Layer>()
+                                  .Arg<polygpt::Numbers>()
+                                  .Arg<polygpt::Numbers>()
+                                  .Arg<polygpt::Layer>()
+                                  .Attr<float>("scale")
+                                  .Attr<int64_t>("window")
+                                  .Attr<float>("softcap")
+                                  .Ret<polygpt::Numbers>());

@@ -1,0 +1,52 @@
+// Work on several threads of XLA's pool.
+
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <thread>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "xla/ffi/api/ffi.h"
+
+namespace polygpt {
+
+using ThreadPool = xla::ffi::ThreadPool;
+
+// Calls part(0) to part(parts - 1) on the calling thread and those of XLA's pool that are free. It waits for parts that
+// another thread has begun, never for a thread to become free: all of them may be waiting here.
+template <class Part>
+void in_parallel(ThreadPool& pool, int64_t parts, Part part) {
+  struct State {
+    std::atomic<int64_t> next{0}, done{0};
+  };
+  auto state = std::make_shared<State>();
+  auto work = [state, parts, part] {
+    for (int64_t each; (each = state->next.fetch_add(1)) < parts;) {
+      part(each);
+      state->done.fetch_add(1, std::memory_order_release);
+    }
+  };
+  const int64_t threads = std::min<int64_t>(pool.num_threads(), parts);
+  for (int64_t other = 1; other < threads; other++) pool.Schedule([work] { work(); });
+  work();
+  for (int64_t turns = 0; state->done.load(std::memory_order_acquire) < parts; turns++) {
+    if (turns > 1000) std::this_thread::yield();
+#if defined(__x86_64__)
+    else _mm_pause();
+#endif
+  }
+}
+
+// Outputs of a part: threads meet at the end of a product, so parts are small beside a thread's share.
+int64_t part_size(ThreadPool& pool, int64_t outputs, int64_t multiple) {
+  const int64_t wanted = outputs / (8 * std::max<int64_t>(1, pool.num_threads()));
+  return std::max<int64_t>(multiple, std::min<int64_t>(96, wanted) / multiple * multiple);
+}
+
+}  // namespace polygpt

@@ -1,0 +1,109 @@
+// Vectors of floats in the registers of this processor: GCC's and Clang's vector extensions.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace polygpt {
+
+// LANES floats in a register; a tile of ROWS x OUTPUTS sums, which fills most of the registers.
+#if defined(__AVX512F__)
+constexpr int LANES = 16, ROWS = 8, OUTPUTS = 3;
+#elif defined(__AVX2__)
+constexpr int LANES = 8, ROWS = 4, OUTPUTS = 3;
+#else
+constexpr int LANES = 4, ROWS = 4, OUTPUTS = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(LANES * 4)));
+typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
+typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
+
+template <class Vector, class T>
+inline Vector read(const T* from) {
+  Vector vector;
+  std::memcpy(&vector, from, sizeof vector);
+  return vector;
+}
+
+// GCC 12 converts vectors of bytes one by one, hence the intrinsics.
+inline Ints widen(const int8_t* from) {
+#if defined(__AVX512F__)
+  return (Ints)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from));
+#elif defined(__AVX2__)
+  return (Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from));
+#else
+  Ints wide;
+  for (int i = 0; i < LANES; i++) wide[i] = from[i];
+  return wide;
+#endif
+}
+
+inline Ints widen(const uint8_t* from) {
+#if defined(__AVX512F__)
+  return (Ints)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from));
+#elif defined(__AVX2__)
+  return (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from));
+#else
+  Ints wide;
+  for (int i = 0; i < LANES; i++) wide[i] = from[i];
+  return wide;
+#endif
+}
+
+inline Floats to_floats(Ints numbers) { return __builtin_convertvector(numbers, Floats); }
+
+inline Floats load(const float* from) { return read<Floats>(from); }
+inline Floats load(const int8_t* from) { return to_floats(widen(from)); }
+inline Floats load(const uint8_t* from) { return to_floats(widen(from)); }
+// bfloat16
+inline Floats load(const uint16_t* from) {
+  return (Floats)(__builtin_convertvector(read<Halves>(from), Ints) << 16);
+}
+
+inline float one(float number) { return number; }
+inline float one(int8_t number) { return number; }
+inline float one(uint16_t bits) {
+  uint32_t wide = uint32_t(bits) << 16;
+  float number;
+  std::memcpy(&number, &wide, sizeof number);
+  return number;
+}
+
+template <int N>
+inline float sum_of(const float* numbers) {
+  if constexpr (N == 1) return *numbers;
+  else return sum_of<N / 2>(numbers) + sum_of<N / 2>(numbers + N / 2);
+}
+
+inline float sum(Floats v) {
+#if defined(__AVX512F__)
+  typedef float Eight __attribute__((vector_size(32)));
+  Eight eight = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+                __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+#else
+  auto eight = v;
+#endif
+#if defined(__AVX2__)
+  auto four = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) + __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
+  return (four[0] + four[2]) + (four[1] + four[3]);
+#else
+  float numbers[LANES];
+  std::memcpy(numbers, &eight, sizeof numbers);
+  return sum_of<LANES>(numbers);
+#endif
+}
+
+// Keeps a vector in a register for all products with it: GCC would load it anew for each.
+inline void keep(Floats& vector) {
+#if defined(__x86_64__)
+  asm("" : "+v"(vector));
+#endif
+}
+
+}  // namespace polygpt

@@ -1,0 +1,15 @@
+"""Kernels that have two forms on a CPU."""
+
+import pytest
+
+from polygpt.kernels import native
+
+
+@pytest.fixture(params=["C++", "XLA"])
+def compute(request, monkeypatch):
+    """What computes products with packed weights, and attention over a cache."""
+    if request.param == "XLA":
+        monkeypatch.setattr(native, "available", lambda: False)
+    elif not native.available():
+        pytest.skip(native.why_not() or "not on a CPU")
+    return request.param

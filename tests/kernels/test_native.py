@@ -1,0 +1,120 @@
+"""Products and attention in C++ are those of float64, row by row the same bits, and can be done without."""
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from polygpt.kernels import KVCache, ScoreInputs, ScoreRule, native, pack
+from polygpt.kernels.int4 import PackedInt4
+
+TYPES = ["float32", "bfloat16", "int8", "int4"]
+needs_compiler = pytest.mark.skipif(not native.available(), reason=native.why_not() or "not on a CPU")
+
+
+def matrices(inputs, outputs, dtype, seed=0):
+    """The second of three layers' matrices, packed, and its numbers in float64."""
+    weights = np.random.default_rng(seed).normal(size=(3, inputs, outputs)).astype(np.float32)
+    packed = pack(weights, (inputs,), (outputs,), dtype)
+    return replace(packed, layer=jnp.int32(1)), np.asarray(packed[...], np.float64)[1]
+
+
+def multiply(packed, x):
+    x = jnp.asarray(x)
+    if isinstance(packed, PackedInt4):
+        arrays = (packed.nibbles, packed.step, packed.zero, packed.unit)
+        return native.product_int4(x, arrays, packed.outputs[0], packed.layer)
+    return native.product(x, packed.values, packed.scale, packed.layer)
+
+
+@needs_compiler
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 70), st.integers(1, 1100), st.integers(1, 70), st.sampled_from(TYPES), st.integers(0, 99))
+def test_products(rows, inputs, outputs, dtype, seed):
+    packed, weights = matrices(inputs, outputs, dtype, seed)
+    x = np.random.default_rng(seed).normal(size=(rows, inputs)).astype(np.float32)
+    size = np.abs(x) @ np.abs(weights)
+    assert (np.abs(multiply(packed, x) - x @ weights) <= 1e-6 * size + 1e-6).all()
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("inputs", [48, 600])
+def test_a_row_has_the_same_bits_among_any_number_of_others(inputs, dtype):
+    packed, _ = matrices(inputs, 100, dtype)
+    x = np.random.default_rng(1).normal(size=(23, inputs)).astype(np.float32)
+    whole = np.asarray(multiply(packed, x))
+    for rows in (1, 2, 3, 5, 8, 16):
+        np.testing.assert_array_equal(multiply(packed, x[:rows]), whole[:rows])
+        np.testing.assert_array_equal(multiply(packed, x[-rows:]), whole[-rows:])
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", TYPES)
+def test_what_is_not_finite_stays_in_its_row(dtype):
+    packed, _ = matrices(40, 20, dtype)
+    x = np.ones((9, 40), np.float32)
+    x[2, 39], x[4, 0] = np.nan, np.inf
+    y = np.asarray(multiply(packed, x))
+    assert np.isnan(y[2]).all()
+    assert not np.isfinite(y[4]).any()
+    assert np.isfinite(y[[0, 1, 3, 5, 6, 7, 8]]).all()
+
+
+@needs_compiler
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_a_score_that_is_not_finite_is_seen_in_the_result(number):
+    keys = jnp.ones((1, 1, 6, 8), jnp.float32)
+    cache = KVCache(keys.at[0, 0, 2, 3].set(number), keys, "float32")
+    last = jnp.asarray([[5]], jnp.int32)
+    q = jnp.ones((1, 1, 1, 8), jnp.float32)
+    found = native.cached_attention(q, cache, ScoreRule(1.0), ScoreInputs(), last, last, last.max())
+    assert np.isnan(found).all()
+
+
+@needs_compiler
+def test_many_products_at_once_on_all_threads():
+    """Products that XLA runs beside each other share its threads, and each is waited for."""
+    packed, weights = matrices(200, 300, "int8")
+    x = np.random.default_rng(2).normal(size=(40, 4, 200)).astype(np.float32)
+    found = jax.jit(lambda x: [multiply(packed, row) for row in x])(x)
+    np.testing.assert_allclose(found, x @ weights, rtol=1e-3, atol=1e-3)
+
+
+def reason(**environment) -> str:
+    """Why another process cannot use it."""
+    code = "from polygpt.kernels import native; print(native.available(), native.why_not())"
+    env = {**os.environ, "POLYGPT_CACHE": "off", **environment}
+    env.pop("JAX_COMPILATION_CACHE_DIR", None)
+    return subprocess.run([sys.executable, "-c", code], env=env, text=True, capture_output=True, check=True).stdout
+
+
+def test_without_it(tmp_path):
+    assert reason(POLYGPT_NATIVE="0") == "False POLYGPT_NATIVE=0\n"
+    assert reason(CXX="no-such-compiler") == "False there is no C++ compiler: no-such-compiler\n"
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\necho 'it is broken' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    assert reason(CXX=str(compiler)) == f"False {compiler} failed: it is broken\n"
+
+
+@needs_compiler
+def test_it_is_compiled_once_for_all_processes(tmp_path):
+    calls = tmp_path / "calls"
+    compiler = tmp_path / "c++"
+    compiler.write_text(
+        f'#!/bin/sh\necho called >> {calls}\nexec {shutil.which(os.environ.get("CXX") or "c++")} "$@"\n'
+    )
+    compiler.chmod(0o755)
+    for _ in range(2):
+        assert reason(CXX=str(compiler), POLYGPT_CACHE=str(tmp_path / "cache")) == "True None\n"
+    assert calls.read_text() == "called\n"
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".so"]
