@@ -320,13 +320,17 @@ class LanguageModel:
         choices: Sequence[str] | None = None,
         grammar: str | None = None,
     ) -> Constraint | None:
-        """What the whole of a continuation must match, for a `Request`; None if nothing is given.
+        """What the whole of a continuation must match, for a `Request`, compiled; None if nothing is given.
 
         Raises:
-            RequestError: as `as_grammar`, or the model has no tokenizer.
+            RequestError: as `as_grammar` and `Constraint.compiled`, or the model has no tokenizer.
         """
         made = as_grammar(schema, regex, choices, grammar)
-        return None if made is None else Constraint(self._vocabulary, made)
+        if made is None:
+            return None
+        constraint = Constraint(self._vocabulary, made)
+        _ = constraint.compiled
+        return constraint
 
     @cached_property
     def _vocabulary(self) -> Vocabulary:

@@ -110,7 +110,7 @@ class Engine:
     def submit(self, request: Request, stream: TextStream | None = None, listener: Listener | None = None) -> Handle:
         """Queues a request; it runs as the engine is stepped.
 
-        A constraint's grammar is compiled here, which may take a second for a large one.
+        A constraint is compiled here, in the caller's thread, unless it has been (`Constraint.compiled`).
 
         Args:
             request: what is continued, and how.

@@ -29,6 +29,7 @@ class Served:
         lm: the model.
         runner: runs its jobs.
         background: computes what is no part of the engine.
+        compiler: compiles constraints.
         length: tokens of a sequence at most, prompt included.
     """
 
@@ -62,10 +63,11 @@ class Served:
 
         self.runner = Runner(make_engine, name, settings.slots, settings.queue)
         self.background = BackgroundWorker(name, settings.slots + settings.queue)
+        self.compiler = BackgroundWorker(f"constraints of {name}", settings.slots + settings.queue)
 
     def close(self, seconds: float = 10.0) -> bool:
         """Ends the threads; returns whether they have ended within so many seconds."""
-        return self.runner.close(seconds) & self.background.close(seconds)
+        return self.runner.close(seconds) & self.background.close(seconds) & self.compiler.close(seconds)
 
     def facts(self) -> dict[str, Any]:
         """What `/v1/settings` tells of it."""
