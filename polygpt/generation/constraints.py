@@ -115,23 +115,28 @@ def as_grammar(
 class Constraint:
     """A grammar that a whole continuation must match.
 
+    It is compiled when it is made, so that no engine waits for that. A large grammar takes up to a few seconds, during
+    which other threads run.
+
     Attributes:
         vocabulary: of the tokens that it is written in.
         grammar: as `as_grammar` gives it.
+
+    Raises:
+        RequestError: the grammar has no text at all, or exceeds llguidance's limits.
     """
 
     vocabulary: Vocabulary = field(repr=False, compare=False)
     grammar: str
 
+    def __post_init__(self) -> None:
+        _ = self.compiled
+
     @cached_property
     def compiled(self) -> Any:
         """llguidance's matcher at the start of a text, for `Matcher` to copy.
 
-        Compiling a large grammar takes up to a few seconds, during which other threads run. What the first token may be
-        is computed here too: that takes longer than for any later one.
-
-        Raises:
-            RequestError: the grammar has no text at all, or exceeds llguidance's limits.
+        What the first token may be is computed here too: that takes longer than for any later one.
         """
         matcher = _library().LLMatcher(self.vocabulary.compiled, self.grammar, log_level=0, limits=_limits())
         _check(matcher)
@@ -148,9 +153,6 @@ class Matcher:
 
     Attributes:
         end: the id that ends a text; None if there is none.
-
-    Raises:
-        RequestError: the constraint cannot be compiled.
     """
 
     def __init__(self, constraint: Constraint):

@@ -110,8 +110,6 @@ class Engine:
     def submit(self, request: Request, stream: TextStream | None = None, listener: Listener | None = None) -> Handle:
         """Queues a request; it runs as the engine is stepped.
 
-        A constraint is compiled here, in the caller's thread, unless it has been (`Constraint.compiled`).
-
         Args:
             request: what is continued, and how.
             stream: its text; None leaves it at tokens.
