@@ -22,6 +22,18 @@ class RequestError(PolygptError):
     exit_code = 2
 
 
+class TooLong(RequestError):
+    """A text exceeds the context by its length alone; it was not tokenized.
+
+    Attributes:
+        tokens: it has at least so many.
+    """
+
+    def __init__(self, tokens: int, context: int):
+        super().__init__(f"the prompt has at least {tokens} tokens, model.context_length is {context}: shorten it")
+        self.tokens = tokens
+
+
 def suggest(word: str, choices: Iterable[str]) -> str:
     """The fix for a misspelled `word`: the nearest of `choices`, or all of them if none is close."""
     choices = sorted(set(choices))

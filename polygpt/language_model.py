@@ -177,28 +177,29 @@ class LanguageModel:
         end = self.tokenizer.end_of_text if self.has_tokenizer else None
         return tuple(dict.fromkeys([*self.origin.stop_tokens, *([] if end is None else [end])]))
 
-    def prompt_tokens(self, prompt: str, chat: bool = False) -> list[int]:
+    def prompt_tokens(self, prompt: str, chat: bool = False, most: int | None = None) -> list[int]:
         """The ids from which a prompt is continued: a start token, if the tokenizer has one, and the text's.
 
         Special tokens typed in a prompt are ordinary text. With `chat` the prompt is a user's message within the chat
-        template, whose own special tokens count.
+        template, whose own special tokens count. A prompt that must have more than `most` tokens is not tokenized.
 
         Raises:
-            RequestError: `chat` is asked for and there is no template.
+            RequestError: `chat` is asked for and there is no template, or the prompt is too long.
         """
         tokenizer = self.tokenizer
         if chat:
-            return self.chat_tokens(prompt)
+            return self.chat_tokens(prompt, most=most)
+        tokenizer.check_length(prompt, most)
         ids = [*tokenizer.start, *tokenizer.encode(prompt)]
         return ids or ([] if tokenizer.end_of_text is None else [tokenizer.end_of_text])
 
-    def chat_tokens(self, messages: str | Messages, tools: Tools = ()) -> list[int]:
+    def chat_tokens(self, messages: str | Messages, tools: Tools = (), most: int | None = None) -> list[int]:
         """The ids from which the answer to a conversation, or to a single message of a user, is continued.
 
-        `tools` are offered to the model, where its template knows tools.
+        `tools` are offered to the model, where its template knows tools. `most` is as in `prompt_tokens`.
 
         Raises:
-            RequestError: the model has no chat template, or the template refuses the messages.
+            RequestError: the model has no chat template, it refuses the messages, or they are too long.
         """
         template = self.origin.chat_template
         if template is None:
@@ -206,7 +207,7 @@ class LanguageModel:
                 "this model came without a chat template: generate without --chat (chat=True in Python) and write the "
                 "prompt in full"
             )
-        return chat_tokens(self.tokenizer, template, messages, tools)
+        return chat_tokens(self.tokenizer, template, messages, tools, most)
 
     def chat(self, messages: Messages, **settings: Any) -> Generation:
         """The model's answer to a conversation: messages with a `role` and `content`, the oldest first.
@@ -216,7 +217,7 @@ class LanguageModel:
         Raises:
             RequestError: as `chat_tokens` and `generate`.
         """
-        return self.generate(self.chat_tokens(messages), **settings)
+        return self.generate(self.chat_tokens(messages, most=self.config.context_length), **settings)
 
     def generate(
         self,
@@ -323,7 +324,7 @@ class LanguageModel:
         """What the whole of a continuation must match, for a `Request`; None if nothing is given.
 
         Raises:
-            RequestError: as `as_grammar`, or the model has no tokenizer.
+            RequestError: as `as_grammar` and `Constraint`, or the model has no tokenizer.
         """
         made = as_grammar(schema, regex, choices, grammar)
         return None if made is None else Constraint(self._vocabulary, made)
@@ -343,7 +344,7 @@ class LanguageModel:
 
     def _ids_of(self, prompt: Prompt, chat: bool) -> list[int]:
         if isinstance(prompt, str):
-            return self.prompt_tokens(prompt, chat)
+            return self.prompt_tokens(prompt, chat, most=self.config.context_length)
         if chat:
             raise RequestError("chat=True lays out a message, which is text; a prompt of ids is taken as it is")
         return list(prompt)

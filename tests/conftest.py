@@ -15,6 +15,7 @@ import pytest
 import xla
 from hypothesis import settings
 from jaxtyping import install_import_hook
+from tiny_recipe import tiny_recipe
 
 # What XLA compiled once is read from here, by this process and by those it starts: set before JAX is imported.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".jax_cache"))
@@ -40,26 +41,14 @@ install_import_hook(["polygpt.kernels", "polygpt.model"], "beartype.beartype")
 settings.register_profile("polygpt", derandomize=True, deadline=None)
 settings.load_profile("polygpt")
 
-TINY = """\
-model:
-  context_length: 16
-  embed_dim: 16
-  num_layers: 1
-  position: {kind: rope}
-  norm: {kind: rmsnorm}
-  attention: {kind: softmax, num_heads: 2}
-  feedforward: {kind: mlp, mlp_dim: 32}
-  dropout: 0.1
-tokenizer: {kind: char}
-data: {path: text.txt, split: fraction}
-training:
-  steps: 6
-  batch_size: 4
-  schedule: {kind: cosine, warmup_steps: 2}
-  eval_every: 3
-  eval_batches: 2
-  save_every: 2
-  log_every: 2
+TRAINING = """\
+steps: 6
+batch_size: 4
+schedule: {kind: cosine, warmup_steps: 2}
+eval_every: 3
+eval_batches: 2
+save_every: 2
+log_every: 2
 """
 
 # `polygpt` in a process whose files can only grow so far. (Not by `preexec_fn`: JAX's threads do not survive a fork.)
@@ -102,7 +91,7 @@ def tiny_files(tmp_path_factory) -> Path:
     phrases = ["the cat sat on a mat", "and then it ran", "to see what was there", "o yes!", "ROMEO: speak again"]
     lines = (", ".join(draw.choices(phrases, k=3)) for _ in range(300))
     (folder / "text.txt").write_text("\n".join(lines) + "\n")
-    (folder / "tiny.yaml").write_text(TINY)
+    (folder / "tiny.yaml").write_text(tiny_recipe(TRAINING, dropout=0.1))
     return folder
 
 

@@ -108,6 +108,7 @@ def test_tokens_per_second_of_the_first_call_count_no_compilation(lm):
     ("call", "word"),
     [
         (lambda lm: lm.generate("a" * 65), "65"),
+        (lambda lm: lm.generate("the cat " * 500_000), "at least 4000000 tokens, model.context_length is 64"),
         (lambda lm: lm.generate("a", temperature=-1.0), "temperature"),
         (lambda lm: lm.generate("a", seed=2**32), "seed"),
         (lambda lm: lm.generate("a", stop=[""]), "stop"),

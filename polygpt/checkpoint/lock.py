@@ -50,8 +50,7 @@ def _acquire(path: Path) -> int:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_file(descriptor, path):
-                os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+                _write_process_id(descriptor, path)
                 return descriptor
         except BlockingIOError:
             holder = os.pread(descriptor, 20, 0).decode(errors="replace") or "unknown"
@@ -64,6 +63,15 @@ def _acquire(path: Path) -> int:
             os.close(descriptor)
             raise
         os.close(descriptor)  # its owner removed the file between our opening and locking it
+
+
+def _write_process_id(descriptor: int, path: Path) -> None:
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+    except OSError:  # on a full disk no empty file stays
+        path.unlink(missing_ok=True)
+        raise
 
 
 def _is_file(descriptor: int, path: Path) -> bool:

@@ -184,7 +184,7 @@ def _request(lm: LanguageModel, prompt: Any, asked: dict[str, Any]) -> Request:
     if not isinstance(chat, bool):
         raise RequestError(f"chat must be true or false, not {chat!r:.40}")
     if isinstance(prompts[0], str):
-        ids = lm.prompt_tokens(prompts[0], chat)
+        ids = lm.prompt_tokens(prompts[0], chat, most=lm.config.context_length)
     elif chat:
         raise RequestError("chat lays out a message, which is text; a prompt of ids is taken as it is")
     else:

@@ -18,7 +18,7 @@ from polygpt.process import command_line
 @click.command(cls=RunCommand)
 @click.argument("recipe", required=False, metavar="[RECIPE|FILE]")
 @overrides_argument
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="The run's folder.")
+@click.option("--out", type=click.Path(path_type=Path), help="The run's folder.  [required]")
 @click.option("--resume", is_flag=True, help="Continue the run in --out; needs no recipe.")
 @click.option("--short", is_flag=True, help="The recipe's short form: a minute or two on a laptop.")
 @click.option("--check", is_flag=True, help="Exit with 1 if the validation loss is outside the recipe's band.")
@@ -30,7 +30,7 @@ from polygpt.process import command_line
 def train(
     recipe: str | None,
     overrides: tuple[str, ...],
-    out: Path,
+    out: Path | None,
     resume: bool,
     short: bool,
     check: bool,
@@ -50,7 +50,7 @@ def train(
     if recipe is not None and "=" in recipe and not Path(recipe).exists():
         recipe, overrides = None, (recipe, *overrides)
     changes = parse_overrides(overrides)
-    _check(recipe, changes, expand(out), resume, short)
+    _check(recipe, changes, out, resume, short)
 
     launch = find_launch(coordinator, num_processes, process_id)
     if launch is not None:
@@ -98,8 +98,8 @@ def train(
         raise click.exceptions.Exit(1)
 
 
-def _check(recipe: str | None, changes: Mapping[str, Any], out: Path, resume: bool, short: bool) -> None:
-    """Refuses what can be refused before JAX is imported."""
+def _check(recipe: str | None, changes: Mapping[str, Any], out: Path | None, resume: bool, short: bool) -> None:
+    """Refuses what can be refused before JAX is imported; a misspelled key before a missing --out."""
     from polygpt.config import dotted_to_nested
     from polygpt.errors import RequestError
     from polygpt.folders import check_new_run, check_run
@@ -113,9 +113,11 @@ def _check(recipe: str | None, changes: Mapping[str, Any], out: Path, resume: bo
         check_file(expand(recipe))
     fields = dotted_to_nested(changes) if recipe is None else recipe_fields(recipe, changes, short=short)
     check_settings(fields)
+    if out is None:
+        raise click.MissingParameter(ctx=click.get_current_context(), param_hint="'--out'", param_type="option")
     if resume:
-        check_run(out)
+        check_run(expand(out))
     else:
         check_placeholders(recipe, changes, short=short)
-        check_new_run(out)
+        check_new_run(expand(out))
         check_sources(fields)

@@ -7,7 +7,7 @@ import json
 import os
 from array import array
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -87,15 +87,12 @@ def prepare_in_parallel(
         PolygptError: as `prepare`; or the process that had a certain part died, three times in a row; or no Ray cluster
             answers.
     """
-    from polygpt.checkpoint import folder_lock  # imports JAX, which workers do without
-
     out = expand(out)
     _check_new(out)
     work = out.with_name(f"{out.name}.work") if work is None else work
     made = plan(source, config, _dtype(tokenizer))
     try:
-        work.mkdir(parents=True, exist_ok=True)
-        with folder_lock(work):
+        with _work_folder(work):
             write_plan(work, made, tokenizer)
             pool = Pool(work, made, tokenizer, note, progress)
             try:
@@ -119,6 +116,29 @@ def prepare_in_parallel(
         raise PolygptError(f"{where}: cannot be written ({error.strerror or error})") from None
     remove_folder(work)
     return open_shards(out, tokenizer)
+
+
+@contextmanager
+def _work_folder(work: Path) -> Iterator[None]:
+    """Holds the lock of `work`; a failure removes the folder and its new parents, unless a finished part is in it."""
+    from polygpt.checkpoint import folder_lock  # imports JAX, which workers do without
+
+    missing = [folder for folder in (work, *work.parents) if not folder.exists()]
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        with folder_lock(work):
+            try:
+                yield
+            except BaseException:
+                if not any(entry.is_dir() and entry.name.isdecimal() for entry in work.iterdir()):
+                    remove_folder(work)
+                raise
+    except BaseException:
+        with suppress(OSError):  # a folder that is not empty is kept, and so are those above it
+            for folder in missing:
+                if folder.exists():
+                    folder.rmdir()
+        raise
 
 
 def _check_new(out: Path) -> None:

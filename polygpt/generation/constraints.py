@@ -19,6 +19,12 @@ from jaxtyping import UInt32
 from polygpt.errors import RequestError
 
 MISSING = "constraints need the package llguidance: pip install 'polygpt[constraints]'"
+# llguidance's limits, where ours are lower: Earley items and lexer steps that one token may take. An ambiguous grammar
+# takes 20 ms a token with them, 500 ms with its own (50,000 and 200,000); other grammars take a tenth of them.
+LIMITS = {"step_max_items": 10_000, "step_lexer_fuel": 100_000}
+# Words of llguidance's about a grammar that exceeds a limit.
+_TOO_AMBIGUOUS = ("too many items", "current row has")
+_TOO_LARGE = ("too many expressions", "too many states", "too big", "too large", "too complex", "fuel", "lexer")
 
 
 @dataclass(frozen=True)
@@ -99,9 +105,9 @@ def as_grammar(
         made = matcher.grammar_from_regex(f"(?:{_text(regex, 'regex')})")
     else:
         made = matcher.grammar_from_lark(_text(grammar, "grammar"))
-    failed = matcher.validate_grammar(made)
+    failed = matcher.validate_grammar(made, limits=_limits())
     if failed and not failed.startswith("WARNING"):
-        raise RequestError(f"the {named[0]} cannot be used: {_first_line(failed)}")
+        raise RequestError(f"the {named[0]} cannot be used: {_reason(failed)}")
     return made
 
 
@@ -109,30 +115,50 @@ def as_grammar(
 class Constraint:
     """A grammar that a whole continuation must match.
 
+    It is compiled when it is made, so that no engine waits for that. A large grammar takes up to a few seconds, during
+    which other threads run.
+
     Attributes:
         vocabulary: of the tokens that it is written in.
         grammar: as `as_grammar` gives it.
-    """
-
-    vocabulary: Vocabulary = field(repr=False, compare=False)
-    grammar: str
-
-
-class Matcher:
-    """Follows one continuation through a grammar.
-
-    Attributes:
-        end: the id that ends a text; None if there is none.
 
     Raises:
         RequestError: the grammar has no text at all, or exceeds llguidance's limits.
     """
 
+    vocabulary: Vocabulary = field(repr=False, compare=False)
+    grammar: str
+
+    def __post_init__(self) -> None:
+        _ = self.compiled
+
+    @cached_property
+    def compiled(self) -> Any:
+        """llguidance's matcher at the start of a text, for `Matcher` to copy.
+
+        What the first token may be is computed here too: that takes longer than for any later one.
+        """
+        matcher = _library().LLMatcher(self.vocabulary.compiled, self.grammar, log_level=0, limits=_limits())
+        _check(matcher)
+        matcher.compute_ff_tokens()
+        matcher.compute_bitmask()
+        _check(matcher)
+        return matcher
+
+
+class Matcher:
+    """Follows one continuation through a grammar.
+
+    Copies of one constraint share its lexer, and llguidance's limits to the lexer's size.
+
+    Attributes:
+        end: the id that ends a text; None if there is none.
+    """
+
     def __init__(self, constraint: Constraint):
-        vocabulary, grammar = constraint.vocabulary, constraint.grammar
+        vocabulary = constraint.vocabulary
         self._size, self.end = len(vocabulary.tokens), vocabulary.end
-        self._matcher = _library().LLMatcher(vocabulary.compiled, grammar, log_level=0)
-        self._check()
+        self._matcher = constraint.compiled.deep_copy()
 
     @property
     def stopped(self) -> bool:
@@ -146,7 +172,7 @@ class Matcher:
     def allowed(self, words: int) -> UInt32[np.ndarray, "W"]:
         """Which ids may come next, a bit each: id 32 i + j is bit j of word i."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
-        self._check()
+        _check(self._matcher)
         allowed = np.zeros(words, np.uint32)
         whole, rest = divmod(self._size, 32)  # beyond the tokenizer's ids llguidance may have one of its own
         used = min(words, -(-self._size // 32), len(bits))
@@ -159,16 +185,7 @@ class Matcher:
         """Goes on by `ids`."""
         if ids:
             self._matcher.consume_tokens(list(ids))
-        self._check()
-
-    def _check(self) -> None:
-        if self._matcher.is_error():
-            reason = _first_line(self._matcher.get_error())
-            raise RequestError(
-                "the constraint cannot be met: no text matches it"
-                if reason.startswith("NoExtension")
-                else f"the constraint cannot be followed: {reason}"
-            )
+        _check(self._matcher)
 
 
 def _as_schema(schema: Mapping[str, Any] | str | bool) -> str:
@@ -191,8 +208,27 @@ def _text(value: Any, name: str) -> str:
     return value
 
 
-def _first_line(message: str) -> str:
-    return (message.strip().splitlines() or ["unknown"])[0][:200]
+def _check(matcher: Any) -> None:
+    if matcher.is_error():
+        failed = matcher.get_error()
+        if failed.startswith("NoExtension"):
+            raise RequestError("the constraint cannot be met: no text matches it")
+        raise RequestError(f"the constraint cannot be followed: {_reason(failed)}")
+
+
+def _reason(message: str) -> str:
+    """The first line of an error of llguidance's, and what would be right if a limit is exceeded."""
+    reason = (message.strip().splitlines() or ["unknown"])[0][:200]
+    words = reason.lower()
+    if any(word in words for word in _TOO_AMBIGUOUS):
+        return f"it can be read in too many ways ({reason}); write lists as item*, not as list: list list"
+    if any(word in words for word in _TOO_LARGE):
+        return f"it is too complex ({reason}); repeat less, above all within repetitions, as in (a{{1,500}}){{1,500}}"
+    return reason
+
+
+def _limits() -> Any:
+    return _library().LLParserLimits(**LIMITS)
 
 
 def _library() -> Any:

@@ -110,8 +110,6 @@ class Engine:
     def submit(self, request: Request, stream: TextStream | None = None, listener: Listener | None = None) -> Handle:
         """Queues a request; it runs as the engine is stepped.
 
-        A constraint's grammar is compiled here, which may take a second for a large one.
-
         Args:
             request: what is continued, and how.
             stream: its text; None leaves it at tokens.

@@ -22,6 +22,8 @@ from polygpt.config import Config
 NOT_FINITE = -1
 _FLOAT32 = np.finfo(np.float32)
 _EDITS = ("repetition_penalty", "presence_penalty", "frequency_penalty", "no_repeat_ngram", "min_new_tokens")
+# What is added to a logit: bounded, so that no sum exceeds the range of float32.
+Term = Annotated[float, Field(ge=-10_000, le=10_000)]
 
 
 class Sampler(Config):
@@ -33,8 +35,9 @@ class Sampler(Config):
         top_p: only the smallest set of likeliest tokens whose probability reaches p is kept (Holtzman et al. 2020).
         min_p: only tokens at least p times as likely as the likeliest are kept (Nguyen et al. 2024).
         repetition_penalty: positive logits of tokens in the sequence, the prompt included, are divided by it, negative
-            ones multiplied (Keskar et al. 2019).
-        presence_penalty: subtracted from the logit of every token that was generated.
+            ones multiplied (Keskar et al. 2019); 0.01 to 100.
+        presence_penalty: subtracted from the logit of every token that was generated; -10,000 to 10,000, as the next
+            and the bias.
         frequency_penalty: subtracted from it once for each time it was generated.
         no_repeat_ngram: no run of this many tokens occurs twice in the sequence; 0 allows it.
         min_new_tokens: stop tokens are not sampled before this many others were generated.
@@ -45,12 +48,12 @@ class Sampler(Config):
     top_k: PositiveInt | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
+    presence_penalty: Term = 0.0
+    frequency_penalty: Term = 0.0
     no_repeat_ngram: Annotated[int, Field(ge=0, lt=2**31)] = 0
     min_new_tokens: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    logit_bias: dict[int, float] = Field(default_factory=dict)
+    logit_bias: dict[int, Term] = Field(default_factory=dict)
 
     @property
     def edits_logits(self) -> bool:

@@ -44,9 +44,10 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
     return ApiError(400, message, param=param, code=code)
 
 
-def too_long(tokens: int, context: int, param: str) -> ApiError:
+def too_long(tokens: int, context: int, param: str, *, at_least: bool = False) -> ApiError:
     """The prompt exceeds the context."""
-    message = f"the prompt has {tokens:,} tokens, but the model's context holds {context:,}: shorten it"
+    count = f"at least {tokens:,}" if at_least else f"{tokens:,}"
+    message = f"the prompt has {count} tokens, but the model's context holds {context:,}: shorten it"
     return ApiError(400, message, param=param, code="context_length_exceeded")
 
 

@@ -67,19 +67,24 @@ def check_count(name: str, value: int | None, most: int) -> None:
         raise invalid(f"{name}: {value:,} is above this server's limit of {most:,}", param=name)
 
 
-async def constraint_of(served: Served, **given: Any) -> Constraint | None:
+async def constraint_of(served: Served, settings: ServerSettings, **given: Any) -> Constraint | None:
     """What the whole continuation must match: a `schema`, a `regex` or a `grammar`; None if none is given.
 
     Raises:
-        ApiError: several are given, or one cannot be used.
+        ApiError: several are given, one cannot be used, or compiling it takes too long.
     """
     named = [name for name, value in given.items() if value is not None]
     if not named:
         return None
+    param, seconds = {"schema": "response_format"}.get(named[0], named[0]), settings.constraint_seconds
     try:
-        return await asyncio.to_thread(partial(served.lm.constraint, **{name: given[name] for name in named}))
+        async with asyncio.timeout(seconds):
+            return await served.compiler.run(partial(served.lm.constraint, **{name: given[name] for name in named}))
     except RequestError as error:
-        raise invalid(str(error), param={"schema": "response_format"}.get(named[0], named[0])) from None
+        raise invalid(str(error), param=param) from None
+    except TimeoutError:
+        message = f"{param} was not compiled within {seconds:g} seconds: make it smaller, or try again later"
+        raise invalid(message, param=param, code="constraint_too_slow") from None
 
 
 def works_of(

@@ -48,7 +48,7 @@ class Sampled(Named):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: PositiveInt | None = None
     min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = Field(default_factory=dict)
@@ -74,6 +74,12 @@ class Sampled(Named):
             if value.get(name) is not None:
                 raise invalid(f"{name} is not supported: {reason}", param=name)
         return {name: field for name, field in value.items() if name not in cls.IGNORED}
+
+    @model_validator(mode="after")
+    def _check_stream(self) -> Sampled:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options: goes with stream: true; leave it out, or ask for a stream")
+        return self
 
     @property
     def stops(self) -> list[str]:

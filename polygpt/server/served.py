@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import cached_property, partial
 from typing import Any, Literal
 
-from polygpt.errors import RequestError
+from polygpt.errors import RequestError, TooLong
 from polygpt.generation import Engine, Logprob, ScoredGeneration
 from polygpt.inspection import score_tokens
 from polygpt.language_model import LanguageModel
@@ -29,6 +29,7 @@ class Served:
         lm: the model.
         runner: runs its jobs.
         background: computes what is no part of the engine.
+        compiler: compiles constraints.
         length: tokens of a sequence at most, prompt included.
     """
 
@@ -62,10 +63,11 @@ class Served:
 
         self.runner = Runner(make_engine, name, settings.slots, settings.queue)
         self.background = BackgroundWorker(name, settings.slots + settings.queue)
+        self.compiler = BackgroundWorker(f"constraints of {name}", settings.slots + settings.queue)
 
     def close(self, seconds: float = 10.0) -> bool:
         """Ends the threads; returns whether they have ended within so many seconds."""
-        return self.runner.close(seconds) & self.background.close(seconds)
+        return self.runner.close(seconds) & self.background.close(seconds) & self.compiler.close(seconds)
 
     def facts(self) -> dict[str, Any]:
         """What `/v1/settings` tells of it."""
@@ -112,7 +114,7 @@ class Served:
             ApiError: it is no text of this model's, or exceeds the context.
         """
         if isinstance(prompt, str):
-            ids = await self.text_ids(prompt)
+            ids = await self.text_ids(prompt, most=self.length)
         else:
             ids = list(prompt)
             self.check_ids(ids, "prompt")
@@ -122,16 +124,18 @@ class Served:
         self._check_length(ids, "prompt")
         return ids
 
-    async def text_ids(self, text: str) -> list[int]:
-        """The ids of a prompt's text, however many.
+    async def text_ids(self, text: str, most: int | None = None) -> list[int]:
+        """The ids of a prompt's text; one that must have more than `most` is refused before it is tokenized.
 
         Raises:
-            ApiError: the tokenizer has no token for some of it.
+            ApiError: the tokenizer has no token for some of it, or it is too long.
         """
         try:
             if len(text) < _LONG:
-                return self.lm.prompt_tokens(text)
-            return await asyncio.to_thread(self.lm.prompt_tokens, text)
+                return self.lm.prompt_tokens(text, most=most)
+            return await asyncio.to_thread(self.lm.prompt_tokens, text, most=most)
+        except TooLong as error:
+            raise too_long(error.tokens, self.length, "prompt", at_least=True) from None
         except RequestError as error:
             raise invalid(str(error), param="prompt") from None
 
@@ -147,7 +151,9 @@ class Served:
             message = f"{self.name} came without a chat template, so it takes no messages: use /v1/completions"
             raise invalid(message, param="messages", code="no_chat_template")
         try:
-            ids = await asyncio.to_thread(self.lm.chat_tokens, messages, tools)
+            ids = await asyncio.to_thread(self.lm.chat_tokens, messages, tools, self.length if limited else None)
+        except TooLong as error:
+            raise too_long(error.tokens, self.length, "messages", at_least=True) from None
         except RequestError as error:
             raise invalid(str(error), param="messages") from None
         if limited:

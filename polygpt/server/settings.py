@@ -34,6 +34,7 @@ class ServerSettings(Config):
         header_seconds: to the end of the headers, from the first byte of a request or from the connection being made.
         body_seconds: for the body.
         idle_seconds: how long a connection may stay without a request, or with a client that reads nothing.
+        constraint_seconds: to compile a request's constraint, the wait for those of other requests included.
         deadline_seconds: from a request's arrival to the end of its answer.
         comment_seconds: a stream that has nothing to send for this long sends a comment, so that proxies keep it open.
         shutdown_seconds: what running requests are given after SIGTERM.
@@ -56,6 +57,7 @@ class ServerSettings(Config):
     header_seconds: Seconds = 10.0
     body_seconds: Seconds = 30.0
     idle_seconds: Seconds = 60.0
+    constraint_seconds: Seconds = 10.0
     deadline_seconds: Seconds = 600.0
     comment_seconds: Seconds = 10.0
     shutdown_seconds: Annotated[float, Field(ge=0)] = 30.0

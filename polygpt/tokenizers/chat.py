@@ -13,7 +13,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 from polygpt.errors import RequestError
 from polygpt.tokenizers.tokenizer import Tokenizer
-from polygpt.tokenizers.typed import mark_tokens
+from polygpt.tokenizers.typed import mark_tokens, unmark
 
 _FAILURES = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError)
 _FAILURES += (RecursionError, TypeError, ValueError)
@@ -28,7 +28,9 @@ Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Mapping[str, Any]]
 
 
-def chat_tokens(tokenizer: Tokenizer, template: str, messages: str | Messages, tools: Tools = ()) -> list[int]:
+def chat_tokens(
+    tokenizer: Tokenizer, template: str, messages: str | Messages, tools: Tools = (), most: int | None = None
+) -> list[int]:
     """The ids that a model continues as its answer to `messages`, or to a single message of a user.
 
     Special tokens of the template count; those typed in a message or a tool, whoever's it is, are ordinary text.
@@ -38,9 +40,10 @@ def chat_tokens(tokenizer: Tokenizer, template: str, messages: str | Messages, t
         template: as tokenizer_config.json or a GGUF file has it.
         messages: the conversation, the oldest first.
         tools: what the template is to offer; it must know `tools`.
+        most: refuse a conversation that must have more tokens, before it is tokenized (`Tokenizer.check_length`).
 
     Raises:
-        RequestError: as `render_chat`.
+        RequestError: as `render_chat`; `TooLong` for more than `most` tokens.
     """
     names = {number: token for token, number in tokenizer.special_tokens.items()}
     guesses = {"bos_token": names.get((*tokenizer.start, None)[0]), "eos_token": names.get(tokenizer.end_of_text)}
@@ -48,7 +51,9 @@ def chat_tokens(tokenizer: Tokenizer, template: str, messages: str | Messages, t
     special = tokenizer.special_tokens
     marked = [_marked(message, special) | {"role": message["role"]} for message in _as_messages(messages)]
     offered = {"tools": _marked(list(tools), special)} if tools else {}
-    return tokenizer.encode_marked(render_chat(template, marked, {**variables, **offered}))
+    text = render_chat(template, marked, {**variables, **offered})
+    tokenizer.check_length(unmark(text), most, special=True)
+    return tokenizer.encode_marked(text)
 
 
 def _marked(value: Any, tokens: Mapping[str, int]) -> Any:

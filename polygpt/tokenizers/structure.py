@@ -29,6 +29,8 @@ class Structure:
     """Encoding keeps every character, or fails."""
     lost_at_start: tuple[str, ...]
     """Characters that the pre-tokenizer drops from the beginning of a text."""
+    spells: str | None
+    """What its tokens' spellings have as many of as the text: `bytes`, `characters`, or None if neither is sure."""
 
     @property
     def exact(self) -> bool:
@@ -56,6 +58,8 @@ class Structure:
 # GPT-2's split never joins a letter or digit with a space after it: `foo  bar` is foo, one space, space+bar.
 _WORD_END = re.compile(r"(?<=[^\W_])(?=[ \n])")
 
+_BYTE_TOKENS = frozenset(f"<0x{byte:02X}>" for byte in range(256))
+
 
 def describe_structure(tokenizer: hf.Tokenizer, vocab: Mapping[str, int]) -> Structure:
     """The `Structure` of a tokenizer of the library, and of its model's `vocab`."""
@@ -72,14 +76,36 @@ def describe_structure(tokenizer: hf.Tokenizer, vocab: Mapping[str, int]) -> Str
             kind = "byte"
     # An added token that is not special is found in any text, across a cut too.
     can_cut = tokenizer.normalizer is None and all(token.special for token in added)
+    lossless = tokenizer.normalizer is None and (byte_level or kind == "char") and _keeps_all(pre)
     return Structure(
         kind=kind,
         byte_level=byte_level,
         added=frozenset(token.content for token in added),
         cuts=_cuts(pre, kind) if can_cut else None,
-        lossless=tokenizer.normalizer is None and (byte_level or kind == "char") and _keeps_all(pre),
+        lossless=lossless,
         lost_at_start=_lost_at_start(pre),
+        spells=_spells(tokenizer, vocab, pre, byte_level, lossless),
     )
+
+
+def _spells(
+    tokenizer: hf.Tokenizer, vocab: Mapping[str, int], pre: Mapping[str, Any], byte_level: bool, lossless: bool
+) -> str | None:
+    if any(token.lstrip or token.rstrip for token in tokenizer.get_added_tokens_decoder().values()):
+        return None  # such a token takes any number of blanks with it
+    if lossless:
+        return "bytes" if byte_level else "characters"
+    # SentencePiece's BPE: spaces are written as another character, and unknown characters as bytes.
+    fallback = getattr(tokenizer.model, "byte_fallback", False) and vocab.keys() >= _BYTE_TOKENS
+    normal = _spec(tokenizer.normalizer)
+    steps = normal.get("normalizers", [normal] if normal else [])
+    kept = all(step["type"] == "Prepend" or _replaces_one_by_one(step) for step in steps)
+    return "characters" if fallback and kept and pre.get("type") in (None, "Metaspace") else None
+
+
+def _replaces_one_by_one(step: Mapping[str, Any]) -> bool:
+    pattern = step["pattern"].get("String", "") if step["type"] == "Replace" else ""
+    return len(pattern) == 1 == len(step["content"])
 
 
 def _spec(part: Any) -> dict[str, Any]:

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import tokenizers as hf
 
-from polygpt.errors import PolygptError, RequestError
+from polygpt.errors import PolygptError, RequestError, TooLong
 from polygpt.tokenizers.bytelevel import BYTE_TO_CHAR, token_bytes
 from polygpt.tokenizers.config import END_OF_TEXT
 from polygpt.tokenizers.decoding import REPLACEMENT, Decoder
-from polygpt.tokenizers.encoding import GROUP_CHARS, Encoder
+from polygpt.tokenizers.encoding import GROUP_CHARS, Encoder, refuse_surrogates
 from polygpt.tokenizers.structure import describe_structure
 from polygpt.tokenizers.typed import unmark
 
@@ -113,6 +113,32 @@ class Tokenizer:
         added = self._structure.added
         to_bytes = token_bytes if self._structure.byte_level else str.encode
         return {i: t.encode() if t in added else to_bytes(t) for i, t in self._tokens.items()}
+
+    @cached_property
+    def _longest(self) -> tuple[int, int]:
+        """Characters of the longest token as it is spelled (where it is byte-level, bytes), and of a special one."""
+        sizes = {
+            token: len(token.encode() if token in self._structure.added else token) for token in self._tokens.values()
+        }
+        special = max((sizes.pop(token, 1) for token in self.special_tokens), default=1)
+        return max(sizes.values(), default=1), special
+
+    def check_length(self, text: str, most: int | None, *, special: bool = False) -> None:
+        """Refuses a text that must have more than `most` tokens, without encoding it; None is no limit.
+
+        A text that passes may be too long all the same: its characters divided by those of the longest token are a
+        lower bound, and not every kind of tokenizer has one.
+
+        Raises:
+            RequestError: `TooLong`, which names the bound; or the text holds a lone surrogate.
+        """
+        if most is None or self._structure.spells is None or len(text) <= most:
+            return
+        refuse_surrogates(text)
+        size = len(text.encode()) if self._structure.spells == "bytes" else len(text)
+        least = -(-size // (max(self._longest) if special else self._longest[0]))
+        if least > most:
+            raise TooLong(least, most)
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """The ids of `text`. Special tokens written in it are ordinary text unless `special` is set.

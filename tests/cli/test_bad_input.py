@@ -36,6 +36,10 @@ REQUESTS = {
     ),
     "a key without model": (["show", "gpt2", "num_layers=4"], "a model without a run; write model.num_layers=4"),
     "no --out": (["train", "tiny.yaml"], "Missing option '--out'.\nfor example: polygpt train own_text data.path="),
+    "no --out and a key": (
+        ["train", "demo", "trainig.steps=5"],
+        "trainig: no such key; did you mean 'training'?",
+    ),
     "no --prompt": (["generate", "run"], "Missing option '--prompt'.\nfor example: polygpt generate runs/notes"),
     "a type by its short name": ([*GENERATE, "--dtype", "bf16"], "did you mean 'bfloat16'?"),
     "a task by a near name": (

@@ -164,9 +164,10 @@ def test_penalties_reach_the_sampler(run, program):
     done = program("generate", run, "--prompt", "a", *GREEDY, "--no-repeat-ngram", "1", "--json")
     tokens = json.loads(done.out)["tokens"]
     assert len(set(tokens)) == len(tokens) == 6
-    wrong = program("generate", run, "--prompt", "a", "--repetition-penalty", "0")
-    assert (wrong.code, wrong.out) == (2, "")
-    assert "repetition_penalty" in wrong.err
+    for value in ("0", "1e300"):
+        wrong = program("generate", run, "--prompt", "a", "--repetition-penalty", value)
+        assert (wrong.code, wrong.out, wrong.err.count("\n")) == (2, "", 1)
+        assert "repetition_penalty" in wrong.err
 
 
 def test_beam_search_gives_the_best_texts_with_their_scores(run, program):

@@ -223,6 +223,28 @@ def test_a_disk_that_fills_up_ends_the_preparation_in_a_line_and_what_is_done_is
     assert files_of(out) == files_of(tmp_path / "large")
 
 
+@pytest.mark.parametrize("free", [0, 1 << 16])
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_disk_that_is_full_before_a_part_is_done_is_left_as_it_was(
+    tmp_path, small_disk, byte_tokenizer, program, count, free
+):
+    """With no space at all, and with enough for the plan alone."""
+    paths = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for path in paths:
+        path.write_text("the cat " * 20_000)
+    byte_tokenizer.save(tmp_path / "tokenizer.json")
+    disk = os.statvfs(small_disk)
+    (small_disk / "full").write_bytes(bytes(disk.f_bavail * disk.f_frsize - free))
+    words = ["data", "prepare", *paths, "--tokenizer", tmp_path / "tokenizer.json", "--workers", count]
+    words += ["--split", "fraction", "--out", small_disk / "new" / "out"]
+    done = program(*words)
+    assert (done.code, len(done.complaint)) == (1, 1), done.err
+    assert re.search(rf"{small_disk}/\S*: cannot be written \(No space left on device\)$", done.complaint[0])
+    assert [found.name for found in small_disk.iterdir()] == ["full"]
+    (small_disk / "full").unlink()
+    assert program(*words).code == 0
+
+
 MEMORY = """
 import re, sys
 from pathlib import Path

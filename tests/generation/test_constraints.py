@@ -14,6 +14,7 @@ import pytest
 from polygpt.config import validate
 from polygpt.errors import RequestError
 from polygpt.generation import Constraint, Engine, Request, Sampler, Vocabulary, as_grammar
+from polygpt.generation.constraints import Matcher
 from polygpt.loading import build
 from polygpt.model import Model, ModelConfig
 from polygpt.tokenizers import load_tokenizer
@@ -227,11 +228,39 @@ EXPONENTIAL = {
 @pytest.mark.parametrize("name", EXPONENTIAL)
 def test_a_constraint_of_exponential_size_is_followed_or_refused_in_time(write, name):
     began = time.monotonic()
-    refused = pytest.raises(RequestError, match=r"^the constraint cannot be followed: lexer error[^\n]*$")
+    refused = pytest.raises(RequestError, match=r"^the constraint cannot be followed: it is too complex [^\n]*repeat")
     with refused if name == "repeated repetitions" else contextlib.nullcontext():
         assert write(count=30, **EXPONENTIAL[name])[1] in ("length", "stop")
     assert time.monotonic() - began < 20  # half a second where nothing else runs
     assert write(regex="ab")[:2] == ("ab", "stop")
+
+
+def test_an_ambiguous_grammar_is_refused_before_a_token_takes_long():
+    """The engine's thread computes what may come next, so all requests wait for it."""
+    words = [b"abcdefghijkl"[:length] * times for length in range(1, 12) for times in range(1, 4)]
+    vocabulary = Vocabulary(
+        [bytes([byte]) for byte in range(256)] + words[1:], [], None, lambda text: list(text.encode())
+    )
+    matcher = Matcher(Constraint(vocabulary, as_grammar(grammar="start: e\ne: e e | e e e | /[a-z ]/")))
+
+    def follow():
+        for _ in range(60):
+            matcher.allowed(9)
+            matcher.take(list(b"a"))
+
+    with pytest.raises(RequestError, match=r"too many ways .* write lists as item\*"):
+        follow()
+
+
+def test_a_constraint_is_compiled_once_for_all_that_share_it(bytes_, engine, monkeypatch):
+    """When it is made: no thread that submits or steps waits for that."""
+    import llguidance
+
+    made = Constraint(bytes_, as_grammar(regex="(yes|no), [a-z]{2}"))
+    monkeypatch.setattr(llguidance, "LLMatcher", None)
+    handles = [engine.submit(Request(list(b"x"), 20, SAMPLED, seed, constraint=made)) for seed in range(3)]
+    for handle in handles:
+        assert re.fullmatch("(yes|no), [a-z]{2}", bytes(handle.result().tokens).decode())
 
 
 LANGUAGE = 'the cat sat on a mat. é ö 日本 {} " 0 1 2 3'

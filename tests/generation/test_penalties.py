@@ -85,6 +85,11 @@ def test_the_temperature_comes_before_the_share():
     "field",
     [
         {"repetition_penalty": 0.0},
+        {"repetition_penalty": 1e300},
+        {"repetition_penalty": 1e-300},
+        {"presence_penalty": 1e300},
+        {"frequency_penalty": -1e300},
+        {"logit_bias": {1: 1e300}},
         {"presence_penalty": float("nan")},
         {"no_repeat_ngram": -1},
         {"min_new_tokens": -1},

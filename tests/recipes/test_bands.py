@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from tiny_recipe import tiny_recipe
 
 from polygpt.cli import polygpt
 from polygpt.errors import RequestError
@@ -13,19 +14,7 @@ from polygpt.recipes import as_written, check_band, load_recipe, resume_config, 
 from polygpt.training import train
 
 TEXT = "\n".join(f"Line {n} says that {n} times {n} is {n * n}." for n in range(400))
-RECIPE = """
-model:
-  context_length: 16
-  embed_dim: 16
-  num_layers: 1
-  position: {kind: rope}
-  norm: {kind: rmsnorm}
-  attention: {kind: softmax, num_heads: 2}
-  feedforward: {kind: mlp, mlp_dim: 16, activation: relu}
-tokenizer: {kind: char}
-data: {path: text.txt, split: fraction, validation_fraction: 0.1}
-training: {steps: 4, batch_size: 2, log_every: 1}
-"""
+RECIPE = tiny_recipe("steps: 4\nbatch_size: 2\nlog_every: 1")
 
 
 @pytest.fixture(scope="module")

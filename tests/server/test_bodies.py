@@ -129,7 +129,9 @@ def test_the_time_to_read_a_body_grows_with_its_length_alone():
 
 
 def test_null_counts_as_absent_within_objects_too():
-    body = check_fields(Completion, {"model": "m", "prompt": "x", "stream_options": {"include_usage": None}})
+    body = check_fields(
+        Completion, {"model": "m", "prompt": "x", "stream": True, "stream_options": {"include_usage": None}}
+    )
     assert not body.wants_usage
     tool = {"type": "function", "function": {"name": "f", "description": None, "strict": None, "parameters": None}}
     schema = {"type": "json_schema", "json_schema": {"name": "s", "strict": None, "schema": {"const": None}}}

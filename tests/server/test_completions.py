@@ -164,6 +164,7 @@ def test_a_full_context_ends_with_length(client, lm):
 
 WRONG = [
     ({"prompt": "x " * 2000}, "prompt", "holds 1,024"),
+    ({"prompt": "x " * 20_000}, "prompt", "at least"),
     ({"prompt": ""}, None, None),
     ({"prompt": []}, "prompt", "empty list"),
     ({"prompt": [[1], "x", 3]}, "prompt", "prompt 2"),
@@ -183,6 +184,9 @@ WRONG = [
     ({"prompt": "x", "stop": [""]}, "stop", "empty"),
     ({"prompt": "x", "logit_bias": {"9999": 1}}, "logit_bias", "0..281"),
     ({"prompt": "x", "logit_bias": {"1": 101}}, "logit_bias", None),
+    ({"prompt": "x", "stream_options": {"include_usage": True}}, "stream_options", "goes with stream: true"),
+    ({"prompt": "x", "stream_options": {}, "stream": False}, "stream_options", "goes with stream: true"),
+    ({"prompt": "x", "repetition_penalty": 1e300}, "repetition_penalty", "less than or equal to 100"),
     ({"prompt": "x", "suffix": "y"}, "suffix", "not supported"),
     ({"prompt": "x", "beams": 17}, "beams", "limit of 16"),
     ({"prompt": "x", "beams": 2, "top_p": 0.5}, "top_p", "beams"),

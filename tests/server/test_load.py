@@ -1,5 +1,6 @@
 """More than the server can take, clients that go away, and an engine that fails."""
 
+import itertools
 import json
 import socket
 import threading
@@ -229,3 +230,40 @@ def test_two_models_are_served_side_by_side(lm):
             ("org/two", 1024, False),
         ]
         assert time.time() - client.models.retrieve("org/two").created < 600
+
+
+# Compiling it takes half a second, and its validation none.
+LONG_TO_COMPILE = 'start: %json {"type": "integer", "multipleOf": 99991}'
+
+
+def test_compiling_a_constraint_holds_up_no_stream(live, client, endless):
+    pytest.importorskip("llguidance", reason="llguidance is not installed (pip install 'polygpt[constraints]')")
+    asked = {"model": "tiny", "prompt": "x", "max_tokens": 1, "grammar": LONG_TO_COMPILE}
+    live.served.lm.constraint(grammar="start: /a/")  # what is done once for all constraints
+    began = time.perf_counter()
+    live.served.lm.constraint(grammar=LONG_TO_COMPILE)
+    alone = time.perf_counter() - began
+    arrivals, answered = [], threading.Event()
+    with live.slowly(0.005), live.connect("/v1/completions", endless | {"stream": True}) as stream:
+        stream.recv(65536)
+        other = threading.Thread(target=lambda: (client.post("/completions", body=asked, cast_to=dict), answered.set()))
+        other.start()
+        while not answered.is_set() and stream.recv(65536):
+            arrivals.append(time.perf_counter())
+        other.join()
+    longest = max(after - before for before, after in itertools.pairwise(arrivals))
+    assert len(arrivals) > 10
+    assert longest < alone / 2
+
+
+def test_a_constraint_that_takes_too_long_to_compile_is_refused_and_the_next_is_followed(lm):
+    pytest.importorskip("llguidance", reason="llguidance is not installed (pip install 'polygpt[constraints]')")
+    with serving.running({"tiny": lm}, constraint_seconds=0.05) as live, live.client() as client:
+        with pytest.raises(openai.BadRequestError, match=r"grammar was not compiled within 0\.05 seconds") as caught:
+            client.completions.create(model="tiny", prompt="x", extra_body={"grammar": LONG_TO_COMPILE})
+        assert (caught.value.param, caught.value.code) == ("grammar", "constraint_too_slow")
+        compiled = threading.Event()
+        live.served.compiler._queue.put(compiled.set)  # runs after what compiles now
+        assert compiled.wait(60)
+        done = client.completions.create(model="tiny", prompt="x", extra_body={"regex": "ab"})
+        assert done.choices[0].text == "ab"

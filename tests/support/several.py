@@ -13,19 +13,6 @@ import orbax.checkpoint as ocp
 
 from polygpt import checkpoint
 
-# A model that several processes train, and its text.
-MODEL = """\
-model:
-  context_length: 16
-  embed_dim: 16
-  num_layers: 1
-  position: {kind: rope}
-  norm: {kind: rmsnorm}
-  attention: {kind: softmax, num_heads: 4}
-  feedforward: {kind: mlp, mlp_dim: 32}
-tokenizer: {kind: char}
-data: {path: text.txt, split: fraction}
-"""
 SCRIPT = Path(__file__).parent / "one_of_several.py"
 
 

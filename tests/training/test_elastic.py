@@ -4,10 +4,16 @@ import shutil
 
 import numpy as np
 import pytest
-from several import MODEL, Processes, arrays, losses
+from several import Processes, arrays, losses
+from tiny_recipe import tiny_recipe
 
-RUN = f"""\
-{MODEL}training: {{steps: 12, batch_size: 8, save_every: 6, keep: 9, log_every: 3, schedule: {{kind: constant}}}}
+TRAINING = """\
+steps: 12
+batch_size: 8
+save_every: 6
+keep: 9
+log_every: 3
+schedule: {kind: constant}
 """
 
 
@@ -16,7 +22,7 @@ def eight(tmp_path_factory):
     """A run on eight devices, whole, with a checkpoint in its middle: the folder that it is in."""
     folder = tmp_path_factory.mktemp("elastic")
     (folder / "text.txt").write_text("the cat sat on a mat and then it ran home again. " * 200)
-    (folder / "run.yaml").write_text(RUN)
+    (folder / "run.yaml").write_text(tiny_recipe(TRAINING, heads=4))
     ran = Processes(folder, 1, "train", "run.yaml", "mesh.data=8", "--out", "eight", devices=8).wait()
     assert ran.codes == [0], ran.err
     return folder

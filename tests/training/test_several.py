@@ -5,23 +5,23 @@ import signal
 
 import numpy as np
 import pytest
-from several import MODEL, Processes, arrays, losses
+from several import Processes, arrays, losses
+from tiny_recipe import tiny_recipe
 
 from polygpt import checkpoint
 from polygpt.recipes import load_recipe
 from polygpt.training import train
 
-RUN = f"""\
-{MODEL}training:
-  steps: 60
-  batch_size: 8
-  accumulation_steps: 2
-  schedule: {{kind: cosine, warmup_steps: 5}}
-  eval_every: 30
-  eval_batches: 2
-  save_every: 10
-  keep: 100
-  log_every: 5
+TRAINING = """\
+steps: 60
+batch_size: 8
+accumulation_steps: 2
+schedule: {kind: cosine, warmup_steps: 5}
+eval_every: 30
+eval_batches: 2
+save_every: 10
+keep: 100
+log_every: 5
 """
 
 
@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
     draw = random.Random(0)
     words = ["the", "cat", "sat", "on", "a", "mat", "and", "then", "it", "ran", "home", "again"]
     (folder / "text.txt").write_text("\n".join(" ".join(draw.choices(words, k=9)) for _ in range(400)))
-    (folder / "run.yaml").write_text(RUN)
+    (folder / "run.yaml").write_text(tiny_recipe(TRAINING, heads=4))
     return folder
 
 

@@ -33,7 +33,7 @@ async def chat(request: Request) -> Any:
         read_messages(body.messages), [tool.model_dump(exclude_unset=True) for tool in tools]
     )
     grammar = forced_grammar(tools, style) if forced else body.grammar
-    constraint = await constraint_of(served, schema=_schema(body), regex=body.regex, grammar=grammar)
+    constraint = await constraint_of(served, state.settings, schema=_schema(body), regex=body.regex, grammar=grammar)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     form = ChatForm(served, body, style)
     answer = Answer(request, served, body, form, [prompt])

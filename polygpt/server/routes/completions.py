@@ -26,7 +26,7 @@ async def completions(request: Request) -> Any:
     served = state.model(body.model)
     facts_of(request).model = served.name
     _check(body, served, state.settings)
-    constraint = await constraint_of(served, regex=body.regex, grammar=body.grammar)
+    constraint = await constraint_of(served, state.settings, regex=body.regex, grammar=body.grammar)
     prompts = await _prompts(body, served, state.settings)
     echoed = [Echo(served, ids) for ids in prompts] if body.echo else []
     form = CompletionForm(served, body, len(prompts), echoed)
