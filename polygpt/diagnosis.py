@@ -27,7 +27,7 @@ from polygpt.kernels import (
     ScoreRule,
     attention,
     choose_attention,
-    native,
+    native_unavailable,
     reference_attention,
 )
 from polygpt.process import machine_memory
@@ -130,7 +130,7 @@ def _native() -> str | None:
     """How decoding on a CPU is computed; None with an accelerator."""
     if jax.default_backend() != "cpu":
         return None
-    return f"by XLA, half as fast: {why}" if (why := native.why_not()) else "in C++, compiled for this processor"
+    return f"by XLA, half as fast: {why}" if (why := native_unavailable()) else "in C++, compiled for this processor"
 
 
 def check_attention(case: str) -> AttentionCheck:

@@ -17,6 +17,7 @@ from polygpt.kernels.experts import (
 )
 from polygpt.kernels.head_shards import sharded_over_heads
 from polygpt.kernels.loss import LogitRule, nll_of_logits, token_nll, weighted_nll
+from polygpt.kernels.native import unavailable as native_unavailable
 from polygpt.kernels.packing import (
     ALIGNMENT,
     QUANTIZED,
@@ -63,6 +64,7 @@ __all__ = [
     "in_stack",
     "layer_view",
     "matmul",
+    "native_unavailable",
     "mean_over_devices",
     "nll_of_logits",
     "pack",

@@ -11,5 +11,5 @@ def compute(request, monkeypatch):
     if request.param == "XLA":
         monkeypatch.setattr(native, "available", lambda: False)
     elif not native.available():
-        pytest.skip(native.why_not() or "not on a CPU")
+        pytest.skip(native.unavailable() or "not on a CPU")
     return request.param

@@ -17,7 +17,7 @@ from polygpt.kernels import KVCache, ScoreInputs, ScoreRule, native, pack
 from polygpt.kernels.int4 import PackedInt4
 
 TYPES = ["float32", "bfloat16", "int8", "int4"]
-needs_compiler = pytest.mark.skipif(not native.available(), reason=native.why_not() or "not on a CPU")
+needs_compiler = pytest.mark.skipif(not native.available(), reason=native.unavailable() or "not on a CPU")
 
 
 def matrices(inputs, outputs, dtype, seed=0):
@@ -91,7 +91,7 @@ def test_many_products_at_once_on_all_threads():
 
 def reason(**environment) -> str:
     """Why another process cannot use it."""
-    code = "from polygpt.kernels import native; print(native.available(), native.why_not())"
+    code = "from polygpt.kernels import native; print(native.available(), native.unavailable())"
     env = {**os.environ, "POLYGPT_CACHE": "off", **environment}
     env.pop("JAX_COMPILATION_CACHE_DIR", None)
     return subprocess.run([sys.executable, "-c", code], env=env, text=True, capture_output=True, check=True).stdout

@@ -40,10 +40,10 @@ _lock = threading.Lock()
 
 def available() -> bool:
     """Whether this can be used: on a CPU with a compiler."""
-    return jax.default_backend() == "cpu" and why_not() is None
+    return jax.default_backend() == "cpu" and unavailable() is None
 
 
-def why_not() -> str | None:
+def unavailable() -> str | None:
     """Compiles and registers it, once in a process; why that is not possible, or None."""
     with _lock:
         return _prepare()
