@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import defaultdict
 
 import numpy as np
 import uvicorn
@@ -43,32 +44,36 @@ def body_of(prompt: list[int], new: int, bias: dict[str, float]) -> dict:
 # --- The client's process -------------------------------------------------------------------------------------
 
 
-async def ask(host: str, port: int, body: dict) -> float:
-    """Seconds of one stream."""
+async def ask(host: str, port: int, body: dict) -> tuple[float, int]:
+    """Seconds of one stream, and its events."""
     data = json.dumps(body).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
     began = time.perf_counter()
     reader, writer = await asyncio.open_connection(host, port)
     writer.write(f"{head}content-length: {len(data)}\r\nconnection: close\r\n\r\n".encode() + data)
-    received = b""
+    received, events = b"", 0
     while piece := await reader.read(65536):
         received = received[-64:] + piece
+        events += piece.count(b"data: ")
     writer.close()
     assert b"[DONE]" in received, received
-    return time.perf_counter() - began
+    return time.perf_counter() - began, events
 
 
 async def client() -> None:
-    """Reads tasks from standard input, one a line: {host, port, bodies, together}; answers with seconds."""
+    """Reads tasks from standard input, one a line: {host, port, bodies, together}; answers with {seconds, cpu}."""
     for line in sys.stdin:
         task = json.loads(line)
-        began = time.perf_counter()
+        began, spent = time.perf_counter(), time.process_time()
         asked = [ask(task["host"], task["port"], body) for body in task["bodies"]]
         if task["together"]:
-            await asyncio.gather(*asked)
-            print(json.dumps([time.perf_counter() - began]), flush=True)
+            done = await asyncio.gather(*asked)
+            seconds = [time.perf_counter() - began]
         else:
-            print(json.dumps([await each for each in asked]), flush=True)
+            done = [await each for each in asked]
+            seconds = [each for each, _ in done]
+        spent = time.process_time() - spent
+        print(json.dumps({"seconds": seconds, "cpu": spent, "events": sum(count for _, count in done)}), flush=True)
 
 
 class Client:
@@ -80,7 +85,7 @@ class Client:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.process = subprocess.Popen([sys.executable, __file__, "--client"], **pipes)
 
-    def run(self, bodies: list[dict], together: bool) -> list[float]:
+    def run(self, bodies: list[dict], together: bool) -> dict:
         task = {"host": self.host, "port": self.port, "bodies": bodies, "together": together}
         self.process.stdin.write(json.dumps(task) + "\n")
         self.process.stdin.flush()
@@ -101,6 +106,20 @@ def engine_seconds(lm: polygpt.LanguageModel, engine: Engine, prompts: list[list
     return time.perf_counter() - began
 
 
+class Meter:
+    """Processor seconds since it was made: of the whole process, and of one thread in it."""
+
+    def __init__(self, thread: threading.Thread):
+        self.clock = time.pthread_getcpuclockid(thread.ident)
+        self.began = self._now()
+
+    def read(self) -> tuple[float, float]:
+        return tuple(now - began for now, began in zip(self._now(), self.began, strict=True))
+
+    def _now(self) -> tuple[float, float]:
+        return time.process_time(), time.clock_gettime(self.clock)
+
+
 def measure(arguments: argparse.Namespace) -> dict:
     lm = polygpt.load(arguments.model, weights=arguments.weights)
     shape = {"slots": arguments.streams, "length": arguments.length, "cache_bytes": 0}
@@ -111,26 +130,39 @@ def measure(arguments: argparse.Namespace) -> dict:
     engine = Engine(lm.model, lm.params, **shape, vocab_size=lm.tokenizer.vocab_size)
     engine.compile()
     server = uvicorn.Server(uvicorn_config(app, settings))
-    threading.Thread(target=asyncio.run, args=(server.serve([listening]),), daemon=True).start()
+    thread = threading.Thread(target=server.run, args=([listening],), daemon=True)  # in the event loop of `serve`
+    thread.start()
     other = Client(address_of(listening))
     bias = {str(token): -100.0 for token in lm.stop_tokens}
     prompts = prompts_of(arguments.streams, lm.tokenizer.vocab_size)
     bodies = [body_of(prompt, arguments.new, bias) for prompt in prompts]
     short = [body_of(prompt, 1, bias) for prompt in prompts[:16]]
-    seconds: dict[str, list[float]] = {"engine": [], "server": [], "engine_one": [], "server_one": []}
+    seconds = defaultdict(list)
+    cpu = defaultdict(list)
     for _ in range(arguments.rounds + 1):  # the first warms up and does not count
+        meter = Meter(thread)
         seconds["engine"].append(engine_seconds(lm, engine, prompts, arguments.new, bias))
-        seconds["server"] += other.run(bodies, together=True)
+        cpu["engine"].append(meter.read()[0])
+        meter = Meter(thread)
+        answer = other.run(bodies, together=True)
+        whole, loop = meter.read()
+        seconds["server"] += answer["seconds"]
+        cpu["server"].append(whole)
+        cpu["event_loop"].append(loop)
+        cpu["client"].append(answer["cpu"])
         seconds["engine_one"].append(
             statistics.median(engine_seconds(lm, engine, [prompt], 1, bias) for prompt in prompts[:16])
         )
-        seconds["server_one"].append(statistics.median(other.run(short, together=False)))
+        seconds["server_one"].append(statistics.median(other.run(short, together=False)["seconds"]))
     other.process.stdin.close()
     medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
     tokens = arguments.streams * arguments.new
+    spent = {name: 1000 * statistics.median(times[1:]) / tokens for name, times in cpu.items()}
+    spent["server"] -= spent["engine"]
     return {
         "tokens_per_second": {name: tokens / medians[name] for name in ("engine", "server")},
         "overhead": medians["server"] / medians["engine"] - 1,
+        "cpu_ms_per_token": spent,
         "fixed_cost_ms": 1000 * (medians["server_one"] - medians["engine_one"]),
         "one_token_ms": {name: 1000 * medians[f"{name}_one"] for name in ("engine", "server")},
     }
