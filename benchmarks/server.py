@@ -12,8 +12,9 @@ of half a second of computing: take it with a small one.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
+import select
+import socket
 import statistics
 import subprocess
 import sys
@@ -44,36 +45,53 @@ def body_of(prompt: list[int], new: int, bias: dict[str, float]) -> dict:
 # --- The client's process -------------------------------------------------------------------------------------
 
 
-async def ask(host: str, port: int, body: dict) -> tuple[float, int]:
-    """Seconds of one stream, and its events."""
-    data = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
-    began = time.perf_counter()
-    reader, writer = await asyncio.open_connection(host, port)
-    writer.write(f"{head}content-length: {len(data)}\r\nconnection: close\r\n\r\n".encode() + data)
-    received, events = b"", 0
-    while piece := await reader.read(65536):
-        received = received[-64:] + piece
-        events += piece.count(b"data: ")
-    writer.close()
-    assert b"[DONE]" in received, received
-    return time.perf_counter() - began, events
+class Stream:
+    """A request whose events are counted as they come, and not read otherwise."""
+
+    def __init__(self, host: str, port: int, body: dict):
+        data = json.dumps(body).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
+        self.events, self.last = 0, b""
+        self.socket = socket.create_connection((host, port))
+        self.socket.sendall(f"{head}content-length: {len(data)}\r\nconnection: close\r\n\r\n".encode() + data)
+
+    def receive(self) -> bool:
+        """Takes what has come; False at the end."""
+        piece = self.socket.recv(65536)
+        if not piece:
+            assert b"[DONE]" in self.last, self.last
+            self.socket.close()
+            return False
+        self.events, self.last = self.events + piece.count(b"data: "), piece[-64:]
+        return True
 
 
-async def client() -> None:
-    """Reads tasks from standard input, one a line: {host, port, bodies, together}; answers with {seconds, cpu}."""
+def read_all(streams: list[Stream]) -> int:
+    """Reads streams to their ends, each as its data come; the number of events."""
+    poll, left = select.epoll(), {}
+    for stream in streams:
+        left[stream.socket.fileno()] = stream
+        poll.register(stream.socket, select.EPOLLIN)
+    while left:
+        for number, _ in poll.poll():
+            if not left[number].receive():
+                del left[number]
+    return sum(stream.events for stream in streams)
+
+
+def client() -> None:
+    """Reads tasks from standard input, one a line: {host, port, bodies, together}; answers with {seconds, cpu, events}.
+
+    `seconds` are of all if they are asked together, else of each.
+    """
     for line in sys.stdin:
         task = json.loads(line)
-        began, spent = time.perf_counter(), time.process_time()
-        asked = [ask(task["host"], task["port"], body) for body in task["bodies"]]
-        if task["together"]:
-            done = await asyncio.gather(*asked)
-            seconds = [time.perf_counter() - began]
-        else:
-            done = [await each for each in asked]
-            seconds = [each for each, _ in done]
-        spent = time.process_time() - spent
-        print(json.dumps({"seconds": seconds, "cpu": spent, "events": sum(count for _, count in done)}), flush=True)
+        bodies, seconds, events, spent = task["bodies"], [], 0, time.process_time()
+        for asked in [bodies] if task["together"] else [[body] for body in bodies]:
+            began = time.perf_counter()
+            events += read_all([Stream(task["host"], task["port"], body) for body in asked])
+            seconds.append(time.perf_counter() - began)
+        print(json.dumps({"seconds": seconds, "cpu": time.process_time() - spent, "events": events}), flush=True)
 
 
 class Client:
@@ -179,7 +197,7 @@ def main() -> None:
     parser.add_argument("--client", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.client:
-        asyncio.run(client())
+        client()
         return
     print(json.dumps(measure(arguments), indent=1))
 
