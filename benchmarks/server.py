@@ -62,7 +62,7 @@ class Stream:
             assert b"[DONE]" in self.last, self.last
             self.socket.close()
             return False
-        self.events, self.last = self.events + piece.count(b"data: "), piece[-64:]
+        self.events, self.last = self.events + piece.count(b"data: "), (self.last + piece)[-64:]
         return True
 
 
