@@ -12,13 +12,15 @@ of half a second of computing: take it with a small one.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
+import select
+import socket
 import statistics
 import subprocess
 import sys
 import threading
 import time
+from collections import defaultdict
 
 import numpy as np
 import uvicorn
@@ -43,32 +45,53 @@ def body_of(prompt: list[int], new: int, bias: dict[str, float]) -> dict:
 # --- The client's process -------------------------------------------------------------------------------------
 
 
-async def ask(host: str, port: int, body: dict) -> float:
-    """Seconds of one stream."""
-    data = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
-    began = time.perf_counter()
-    reader, writer = await asyncio.open_connection(host, port)
-    writer.write(f"{head}content-length: {len(data)}\r\nconnection: close\r\n\r\n".encode() + data)
-    received = b""
-    while piece := await reader.read(65536):
-        received = received[-64:] + piece
-    writer.close()
-    assert b"[DONE]" in received, received
-    return time.perf_counter() - began
+class Stream:
+    """A request whose events are counted as they come, and not read otherwise."""
+
+    def __init__(self, host: str, port: int, body: dict):
+        data = json.dumps(body).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
+        self.events, self.last = 0, b""
+        self.socket = socket.create_connection((host, port))
+        self.socket.sendall(f"{head}content-length: {len(data)}\r\nconnection: close\r\n\r\n".encode() + data)
+
+    def receive(self) -> bool:
+        """Takes what has come; False at the end."""
+        piece = self.socket.recv(65536)
+        if not piece:
+            assert b"[DONE]" in self.last, self.last
+            self.socket.close()
+            return False
+        self.events, self.last = self.events + piece.count(b"data: "), (self.last + piece)[-64:]
+        return True
 
 
-async def client() -> None:
-    """Reads tasks from standard input, one a line: {host, port, bodies, together}; answers with seconds."""
+def read_all(streams: list[Stream]) -> int:
+    """Reads streams to their ends, each as its data come; the number of events."""
+    poll, left = select.epoll(), {}
+    for stream in streams:
+        left[stream.socket.fileno()] = stream
+        poll.register(stream.socket, select.EPOLLIN)
+    while left:
+        for number, _ in poll.poll():
+            if not left[number].receive():
+                del left[number]
+    return sum(stream.events for stream in streams)
+
+
+def client() -> None:
+    """Reads tasks from standard input, one a line: {host, port, bodies, together}; answers with {seconds, cpu, events}.
+
+    `seconds` are of all if they are asked together, else of each.
+    """
     for line in sys.stdin:
         task = json.loads(line)
-        began = time.perf_counter()
-        asked = [ask(task["host"], task["port"], body) for body in task["bodies"]]
-        if task["together"]:
-            await asyncio.gather(*asked)
-            print(json.dumps([time.perf_counter() - began]), flush=True)
-        else:
-            print(json.dumps([await each for each in asked]), flush=True)
+        bodies, seconds, events, spent = task["bodies"], [], 0, time.process_time()
+        for asked in [bodies] if task["together"] else [[body] for body in bodies]:
+            began = time.perf_counter()
+            events += read_all([Stream(task["host"], task["port"], body) for body in asked])
+            seconds.append(time.perf_counter() - began)
+        print(json.dumps({"seconds": seconds, "cpu": time.process_time() - spent, "events": events}), flush=True)
 
 
 class Client:
@@ -80,7 +103,7 @@ class Client:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.process = subprocess.Popen([sys.executable, __file__, "--client"], **pipes)
 
-    def run(self, bodies: list[dict], together: bool) -> list[float]:
+    def run(self, bodies: list[dict], together: bool) -> dict:
         task = {"host": self.host, "port": self.port, "bodies": bodies, "together": together}
         self.process.stdin.write(json.dumps(task) + "\n")
         self.process.stdin.flush()
@@ -101,6 +124,20 @@ def engine_seconds(lm: polygpt.LanguageModel, engine: Engine, prompts: list[list
     return time.perf_counter() - began
 
 
+class Meter:
+    """Processor seconds since it was made: of the whole process, and of one thread in it."""
+
+    def __init__(self, thread: threading.Thread):
+        self.clock = time.pthread_getcpuclockid(thread.ident)
+        self.began = self._now()
+
+    def read(self) -> tuple[float, float]:
+        return tuple(now - began for now, began in zip(self._now(), self.began, strict=True))
+
+    def _now(self) -> tuple[float, float]:
+        return time.process_time(), time.clock_gettime(self.clock)
+
+
 def measure(arguments: argparse.Namespace) -> dict:
     lm = polygpt.load(arguments.model, weights=arguments.weights)
     shape = {"slots": arguments.streams, "length": arguments.length, "cache_bytes": 0}
@@ -111,26 +148,39 @@ def measure(arguments: argparse.Namespace) -> dict:
     engine = Engine(lm.model, lm.params, **shape, vocab_size=lm.tokenizer.vocab_size)
     engine.compile()
     server = uvicorn.Server(uvicorn_config(app, settings))
-    threading.Thread(target=asyncio.run, args=(server.serve([listening]),), daemon=True).start()
+    thread = threading.Thread(target=server.run, args=([listening],), daemon=True)  # in the event loop of `serve`
+    thread.start()
     other = Client(address_of(listening))
     bias = {str(token): -100.0 for token in lm.stop_tokens}
     prompts = prompts_of(arguments.streams, lm.tokenizer.vocab_size)
     bodies = [body_of(prompt, arguments.new, bias) for prompt in prompts]
     short = [body_of(prompt, 1, bias) for prompt in prompts[:16]]
-    seconds: dict[str, list[float]] = {"engine": [], "server": [], "engine_one": [], "server_one": []}
+    seconds = defaultdict(list)
+    cpu = defaultdict(list)
     for _ in range(arguments.rounds + 1):  # the first warms up and does not count
+        meter = Meter(thread)
         seconds["engine"].append(engine_seconds(lm, engine, prompts, arguments.new, bias))
-        seconds["server"] += other.run(bodies, together=True)
+        cpu["engine"].append(meter.read()[0])
+        meter = Meter(thread)
+        answer = other.run(bodies, together=True)
+        whole, loop = meter.read()
+        seconds["server"] += answer["seconds"]
+        cpu["server"].append(whole)
+        cpu["event_loop"].append(loop)
+        cpu["client"].append(answer["cpu"])
         seconds["engine_one"].append(
             statistics.median(engine_seconds(lm, engine, [prompt], 1, bias) for prompt in prompts[:16])
         )
-        seconds["server_one"].append(statistics.median(other.run(short, together=False)))
+        seconds["server_one"].append(statistics.median(other.run(short, together=False)["seconds"]))
     other.process.stdin.close()
     medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
     tokens = arguments.streams * arguments.new
+    spent = {name: 1000 * statistics.median(times[1:]) / tokens for name, times in cpu.items()}
+    spent["server"] -= spent["engine"]
     return {
         "tokens_per_second": {name: tokens / medians[name] for name in ("engine", "server")},
         "overhead": medians["server"] / medians["engine"] - 1,
+        "cpu_ms_per_token": spent,
         "fixed_cost_ms": 1000 * (medians["server_one"] - medians["engine_one"]),
         "one_token_ms": {name: 1000 * medians[f"{name}_one"] for name in ("engine", "server")},
     }
@@ -147,7 +197,7 @@ def main() -> None:
     parser.add_argument("--client", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.client:
-        asyncio.run(client())
+        client()
         return
     print(json.dumps(measure(arguments), indent=1))
 

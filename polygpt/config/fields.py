@@ -51,6 +51,8 @@ def typed(cls: type[BaseModel], data: Any) -> Any:
 
 
 def read(annotation: Any, value: Any) -> Any:
+    if isinstance(value, (int, float)):  # a request may bring thousands of token ids
+        return value
     members = list(_members(annotation))
     if isinstance(value, Word):
         if str not in members:
@@ -61,7 +63,8 @@ def read(annotation: Any, value: Any) -> Any:
     ):
         return value.text
     if isinstance(value, (list, tuple)):
-        return [read(_entries(members) or Any, entry) for entry in value]
+        inner = _entries(members) or Any
+        return [read(inner, entry) for entry in value]
     if isinstance(value, Mapping) and (inner := _nested(annotation)) is not None:
         return typed(inner, value)
     return value

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
+from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -79,6 +80,9 @@ class Answer:
         self.prompts = prompts
         self.settings = state_of(request).settings
         self.head = {"id": f"{form.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": served.name}
+        # What the events of a stream have in common, around their choices.
+        common = dump({"object": form.chunk, **self.head, "choices": []})
+        self._before, self._after = b"data: " + common[:-2], b',"usage":null}' if body.wants_usage else b"}"
 
     async def respond(self, works: list[Work]) -> Response | EventStream:
         """Runs the sequences and gives the answer; a stream runs as it is sent.
@@ -140,21 +144,21 @@ class Answer:
         return Response(dump(answer), media_type="application/json")
 
     async def _events(self, job: Job) -> AsyncIterator[bytes]:
-        for choice in self.form.beginnings():
-            yield self._chunk([choice])
+        if beginnings := self.form.beginnings():
+            yield b"".join(map(self._event, beginnings))
         while (parts := await job.next(self.settings.comment_seconds)) or not job.ended:
             if not parts:
                 yield COMMENT
-            for index, part in merged(parts):
-                for choice in self.form.deltas(index, part):
-                    yield self._chunk([choice])
+            choices = (choice for index, part in merged(parts) for choice in self.form.deltas(index, part))
+            data = b"".join(map(self._event, choices))
+            if data:
+                yield data
         if self.body.wants_usage:
-            yield self._chunk([], usage=self._usage_of(job))
+            yield event({"object": self.form.chunk, **self.head, "choices": [], "usage": self._usage_of(job)})
         yield DONE
 
-    def _chunk(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
-        usage = {"usage": None} if self.body.wants_usage else {}
-        return event({"object": self.form.chunk, **self.head, "choices": choices, **usage, **more})
+    def _event(self, choice: dict[str, Any]) -> bytes:
+        return b"%b%b]%b\n\n" % (self._before, to_json(choice), self._after)
 
     def _count(self, job: Job) -> None:
         """Reports a finished job to the metrics and the log, however it ended."""

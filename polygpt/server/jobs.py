@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections import deque
 from collections.abc import Callable
@@ -52,7 +51,10 @@ class Job:
         self.on_end: list[Callable[[], None]] = []
         self._left = len(works)
         self._parts: deque[tuple[int, Part]] = deque()
-        self._changed = asyncio.Event()
+        # Of whoever waits in `next`, since when, and the timer that ends a wait that is too long.
+        self._waiter: asyncio.Future[None] | None = None
+        self._since = 0.0
+        self._timer: asyncio.TimerHandle | None = None
 
     @property
     def ended(self) -> bool:
@@ -69,7 +71,7 @@ class Job:
             timing.last = now
             self.tokens[index] += len(part.tokens)
         self._parts.append((index, part))
-        self._changed.set()
+        self._wake()
         if part.finish_reason is not None:
             self._left -= 1
             if not self._left:
@@ -79,7 +81,7 @@ class Job:
         """Ends all sequences with an error; those that wait for parts see it."""
         if not self.ended:
             self.error = error
-            self._changed.set()
+            self._wake()
             self._end()
 
     def cached_tokens(self, prompts: int) -> int:
@@ -98,17 +100,33 @@ class Job:
             Exception: the job's error.
         """
         if not self._parts and not self.ended:
-            self._changed.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(seconds):
-                    await self._changed.wait()
+            loop = asyncio.get_running_loop()
+            self._waiter, self._since = loop.create_future(), loop.time()
+            if seconds is not None and self._timer is None:
+                self._timer = loop.call_later(seconds, self._remind, loop, seconds)
+            await self._waiter
         if self.error is not None:
             raise self.error
         parts = list(self._parts)
         self._parts.clear()
         return parts
 
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _remind(self, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
+        """Ends a wait of so many seconds; one timer serves all waits, since most of them end long before."""
+        left = self._since + seconds - loop.time()
+        self._timer = None
+        if left > 0:
+            self._timer = loop.call_later(left, self._remind, loop, seconds)
+        else:
+            self._wake()
+
     def _end(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
         for call in self.on_end:
             call()
         self.on_end.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -77,4 +78,6 @@ def _top(served: Served, chosen: int, score: Logprob) -> dict[str, float]:
 
 
 def _number(logprob: float) -> float:
+    if math.isnan(logprob):
+        raise ValueError("a log probability is NaN, which JSON has no number for")
     return max(logprob, LOWEST)

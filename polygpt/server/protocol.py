@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+from typing import Any
 
+import h11
+import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from polygpt.server.errors import ApiError
@@ -19,6 +22,10 @@ def limited(settings: ServerSettings) -> type[H11Protocol]:
 
         _heading: asyncio.TimerHandle | None = None
         _stalled: asyncio.TimerHandle | None = None
+
+        def __init__(self, config: uvicorn.Config, *arguments: Any, **named: Any):
+            super().__init__(config, *arguments, **named)
+            self.conn = _Connection(h11.SERVER)
 
         def connection_made(self, transport: asyncio.Transport) -> None:
             super().connection_made(transport)
@@ -59,6 +66,20 @@ def limited(settings: ServerSettings) -> type[H11Protocol]:
             return self.loop.call_later(seconds, self.transport.abort)
 
     return Limited
+
+
+class _Connection(h11.Connection):
+    """h11's side of a connection, with short cuts for the pieces of a chunked body, of which a stream has many."""
+
+    _chunked = False
+
+    def send(self, event: h11.Event) -> bytes | None:
+        if type(event) is h11.Data and self._chunked and event.data and self.our_state is h11.SEND_BODY:
+            return b"%x\r\n%b\r\n" % (len(event.data), event.data)
+        sent = super().send(event)
+        if type(event) is h11.Response:
+            self._chunked = b"\r\ntransfer-encoding: chunked\r\n" in sent.lower()
+        return sent
 
 
 def _stopped(timer: asyncio.TimerHandle | None) -> None:
