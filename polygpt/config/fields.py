@@ -67,6 +67,8 @@ def read(annotation: Any, value: Any) -> Any:
         return [read(inner, entry) for entry in value]
     if isinstance(value, Mapping) and (inner := _nested(annotation)) is not None:
         return typed(inner, value)
+    if isinstance(value, Mapping) and (values := _values(members)) is not None:
+        return {name: read(values, entry) for name, entry in value.items()}
     return value
 
 
@@ -85,6 +87,11 @@ def _members(annotation: Any) -> Iterator[Any]:
 def _entries(members: list[Any]) -> Any:
     """The type of the entries of the list that is among `members`; None if there is none."""
     return next((get_args(member)[0] for member in members if get_origin(member) in (tuple, list)), None)
+
+
+def _values(members: list[Any]) -> Any:
+    """The type of the values of the mapping that is among `members`; None if there is none."""
+    return next((get_args(member)[1] for member in members if get_origin(member) is dict), None)
 
 
 def _marks(annotation: Any) -> Iterator[Any]:

@@ -30,6 +30,7 @@ from polygpt.tokenizers.typed import unmark
 # What published models call the end of a text, the commonest first.
 END_TOKENS = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "[EOS]")
 FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
+CHECKED = 2**16  # characters of a text from which on its length alone may refuse it
 
 
 class Tokenizer:
@@ -127,12 +128,12 @@ class Tokenizer:
         """Refuses a text that must have more than `most` tokens, without encoding it; None is no limit.
 
         A text that passes may be too long all the same: its characters divided by those of the longest token are a
-        lower bound, and not every kind of tokenizer has one.
+        lower bound, and not every kind of tokenizer has one. Shorter ones than `CHECKED` pass: they are soon counted.
 
         Raises:
             RequestError: `TooLong`, which names the bound; or the text holds a lone surrogate.
         """
-        if most is None or self._structure.spells is None or len(text) <= most:
+        if most is None or self._structure.spells is None or len(text) < max(CHECKED, most):
             return
         refuse_surrogates(text)
         size = len(text.encode()) if self._structure.spells == "bytes" else len(text)

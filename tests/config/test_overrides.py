@@ -70,6 +70,14 @@ def test_the_fields_type_decides_how_a_value_is_read(word, value):
     assert found == value
 
 
+def test_the_values_of_a_mapping_are_read_by_their_type():
+    sources = "data.sources=[{path: a.txt, weight: 3}, {path: b.txt, name: notes}]"
+    data = load_recipe("demo", parse_overrides([sources, "data.stages=[{from_step: 8, weights: {notes: 1e1}}]"])).data
+    assert data.stages[0].weights == {"notes": 10.0}
+    rules = load_recipe("demo", parse_overrides(["mesh.rules={heads: null, embed: [fsdp, data]}"])).mesh.rules
+    assert rules == {"heads": (), "embed": ("fsdp", "data")}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

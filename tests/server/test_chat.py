@@ -154,7 +154,7 @@ WRONG = [
     ({"functions": []}, "functions", "use 'tools'"),
     ({"modalities": ["audio"]}, "modalities", "text"),
     ({"messages": [{"role": "user", "content": "x " * 2000}]}, "messages", "holds 1,024"),
-    ({"messages": [{"role": "user", "content": "x " * 20_000}]}, "messages", "at least"),
+    ({"messages": [{"role": "user", "content": "x " * 50_000}]}, "messages", "at least"),
 ]
 
 

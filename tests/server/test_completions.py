@@ -164,7 +164,7 @@ def test_a_full_context_ends_with_length(client, lm):
 
 WRONG = [
     ({"prompt": "x " * 2000}, "prompt", "holds 1,024"),
-    ({"prompt": "x " * 20_000}, "prompt", "at least"),
+    ({"prompt": "x " * 50_000}, "prompt", "at least"),
     ({"prompt": ""}, None, None),
     ({"prompt": []}, "prompt", "empty list"),
     ({"prompt": [[1], "x", 3]}, "prompt", "prompt 2"),

@@ -1,6 +1,7 @@
 """Encoding and decoding: exact round trips, special tokens, published ids, files."""
 
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from polygpt.errors import PolygptError, RequestError, TooLong
 from polygpt.tokenizers import END_OF_TEXT, Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer
 from polygpt.tokenizers import encoding as module
+from polygpt.tokenizers import tokenizer as tokenizer_module
 
 SAMPLE = "the cat sat on the mat, the rat ate the oat; another brought together Größe 東京 🙂\n" * 20
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]))
@@ -366,8 +368,9 @@ def sentencepiece(*steps):
 @settings(deadline=None, max_examples=40)
 @given(text=st.text(sorted(set(SAMPLE))) | st.lists(st.sampled_from(["the ", " the", "    ", "Größe"])).map("".join))
 def test_a_text_is_never_refused_for_its_length_that_has_no_more_tokens(tokenizer, text):
-    tokenizer.check_length(text, len(tokenizer.encode(text)))
-    tokenizer.check_length(text, len(tokenizer.encode(text, special=True)), special=True)
+    with patch.object(tokenizer_module, "CHECKED", 0):
+        tokenizer.check_length(text, len(tokenizer.encode(text)))
+        tokenizer.check_length(text, len(tokenizer.encode(text, special=True)), special=True)
 
 
 @pytest.mark.parametrize(
@@ -378,15 +381,16 @@ def test_a_text_is_never_refused_for_its_length_that_has_no_more_tokens(tokenize
 def test_a_text_of_too_many_tokens_is_refused_by_its_length(tokenizer, longest, monkeypatch):
     """`longest`: of the tokens, in bytes or characters; `<0x00>` has 6."""
     monkeypatch.setattr(module.Encoder, "encode_batch", None)
-    text = "the cat " * 1000
-    with pytest.raises(TooLong, match=f"at least {-(-8000 // longest)} tokens, model.context_length is 800:"):
-        tokenizer.check_length(text, 800)
+    text = "the cat " * 10_000
+    with pytest.raises(TooLong, match=f"at least {-(-80_000 // longest)} tokens, model.context_length is 8000:"):
+        tokenizer.check_length(text, 8000)
     with pytest.raises(RequestError, match="lone surrogate"):
-        tokenizer.check_length(text + "\ud800", 800)
+        tokenizer.check_length(text + "\ud800", 8000)
+    tokenizer.check_length("the cat " * 8000, 10)  # soon counted
 
 
 def test_a_tokenizer_that_may_drop_text_refuses_none_for_its_length():
     stripping = hf.Tokenizer.from_str(BYTE.to_json())
     stripping.add_tokens([hf.AddedToken("cat", rstrip=True)])
     for tokenizer in (sentencepiece(normalizers.Replace(hf.Regex(" +"), "")), Tokenizer(stripping)):
-        tokenizer.check_length("cat" + " " * 1000, 4)
+        tokenizer.check_length("cat" + " " * 100_000, 4)
