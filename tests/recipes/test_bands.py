@@ -35,6 +35,10 @@ def folder(tmp_path_factory):
     ):
         band = f'{{val_loss: {middle}, tolerance: 0.1, seeds: 5, held_out: "{fingerprint}"}}'
         (folder / f"{name}.yaml").write_text(f"{RECIPE}expected: {band}\n")
+    (folder / "both.yaml").write_text(
+        f"{RECIPE}expected: {{val_loss: {result.val_loss + 1}, tolerance: 0.1, seeds: 5}}\n"
+        f"short: {{training: {{steps: 3}}, expected: {{val_loss: {result.val_loss}, tolerance: 0.2, seeds: 5}}}}\n"
+    )
     return folder
 
 
@@ -102,6 +106,25 @@ def test_a_recipe_without_a_band_and_a_run_that_trains_something_else_are_refuse
 )
 def test_a_band_stays_where_the_same_is_trained(changes, stays):
     assert (load_recipe("inside.yaml", changes).expected is not None) is stays
+
+
+def test_a_short_form_has_a_band_of_its_own():
+    full, short = as_written("both.yaml"), as_written("both.yaml", short=True)
+    assert (full.expected.tolerance, short.expected.tolerance) == (0.1, 0.2)
+    outcome = invoke("both.yaml", "--short", "--out", "short", "--check", "--json")
+    assert outcome.exit_code == 0
+    band = json.loads(outcome.stdout)["band"]
+    assert band["within"]
+    assert band["high"] == pytest.approx(short.expected.val_loss + 0.2)
+    assert load_recipe("both.yaml", {"training.seed": 1}, short=True).expected == short.expected
+    assert "changes training.steps 3 → 4" in refusal("both.yaml", "--short", "training.steps=4", "--out", "no")
+
+
+def test_the_band_of_a_full_form_does_not_apply_to_its_short_form(folder):
+    both = (folder / "both.yaml").read_text()
+    (folder / "full.yaml").write_text(both.partition(", expected: {val_loss")[0] + "}\n")  # of the short form
+    assert as_written("full.yaml").expected is not None
+    assert "states no expected validation loss" in refusal("full.yaml", "--short", "--out", "no")
 
 
 def test_a_run_resumed_with_other_settings_has_no_band(tmp_path):

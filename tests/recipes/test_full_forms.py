@@ -9,6 +9,7 @@ from polygpt.recipes import load_recipe, short_recipes
 OPEN = {
     "giant_wikitext2": ["model.vocab_size=50257"],
     "small_bpe": ["data.path=text.txt"],
+    "tinystories_cpu": ["data.path=text.txt"],
 }  # not known without the data
 MESHES = {"charformer_text": ["mesh.data=2", "mesh.fsdp=4"]}
 

@@ -26,9 +26,11 @@ PUBLISHED = [
     "tiny_moe_2",
     "tiny_moe_3",
 ]
-RECIPES = ["demo", "own_text", "shakespeare_char_cpu", "shakespeare_char_gpu", *PUBLISHED]
+WITH_SHORT_FORM = [*PUBLISHED, "tinystories_cpu"]
+RECIPES = ["demo", "own_text", "shakespeare_char_cpu", "shakespeare_char_gpu", *WITH_SHORT_FORM]
 FINETUNE = "finetune"  # its model is the one it is given
-REQUIRED = {name: {"data.path": "text.txt"} for name in ("own_text", "small_bpe")}  # what a recipe leaves to the user
+LEFT_OPEN = ("own_text", "small_bpe", "tinystories_cpu")
+REQUIRED = {name: {"data.path": "text.txt"} for name in LEFT_OPEN}  # what a recipe leaves to the user
 EVERY = pytest.mark.parametrize("name", RECIPES)
 
 
@@ -50,7 +52,7 @@ def test_a_recipe_is_valid_as_it_stands(name):
         assert config.model.vocab_size is None
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", WITH_SHORT_FORM)
 def test_a_short_form_reads_what_every_machine_has_and_keeps_what_is_special_about_the_recipe(name):
     config, short = load_recipe(name, REQUIRED.get(name)), load_recipe(name, short=True)
     assert short.data.path == "builtin"
@@ -66,7 +68,7 @@ def test_a_short_form_reads_what_every_machine_has_and_keeps_what_is_special_abo
 
 
 def test_only_some_recipes_have_a_short_form():
-    assert short_recipes() == PUBLISHED
+    assert short_recipes() == WITH_SHORT_FORM
     with pytest.raises(RequestError, match=r"^demo has no short form; these have one: charformer_text, giant"):
         load_recipe("demo", short=True)
 
@@ -94,19 +96,36 @@ def test_the_recipes_are_the_published_runs(name):
     assert (training.optimizer.weight_decay, training.clip_norm) == (0.1, 1.0)
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_the_cost_that_a_recipe_states_is_that_of_its_model_and_its_tokens(name):
+def flops_of(name):
+    """What the full form computes, from its model and its tokens."""
     config = load_recipe(name, REQUIRED.get(name))
     vocab = {"giant_wikitext2": 50257, "gpt3_medium_rope": 50304}.get(name, config.tokenizer.vocab_size)
     model = config.model if config.model.vocab_size else config.model.with_vocab(vocab)
     tokens = config.training.steps * config.training.batch_size * model.context_length
-    flops = summary(model, config.training)["flops_per_token"] * tokens
+    return summary(model, config.training)["flops_per_token"] * tokens
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_cost_that_a_recipe_states_is_that_of_its_model_and_its_tokens(name):
+    flops = flops_of(name)
     stated = re.search(
         r"(\S+) FLOPs: ([\d.,]+) (minute|hour)s? of an H100 at 40 % utilisation", " ".join(opening(name))
     )
     assert float(stated[1]) == pytest.approx(flops, rel=0.05)
     seconds = float(stated[2].replace(",", "")) * {"minute": 60, "hour": 3600}[stated[3]]
     assert seconds == pytest.approx(max(flops / (0.4 * 989e12), 60), rel=0.3)
+
+
+def test_the_story_teller_states_its_cost_on_two_cores_and_holds_out_whole_stories():
+    stated = re.search(r"(\S+) FLOPs: 20 minutes on 2 CPU cores", " ".join(opening("tinystories_cpu")))
+    assert float(stated[1]) == pytest.approx(flops_of("tinystories_cpu"), rel=0.05)
+    for config in (
+        load_recipe("tinystories_cpu", {"data.path": "text.txt"}),
+        load_recipe("tinystories_cpu", short=True),
+    ):
+        assert config.data.split == "document"
+        assert config.training.samples.every > 0
+        assert "Once upon a time" in config.training.samples.prompts
 
 
 def test_finetuning_takes_the_model_it_is_given():
