@@ -1,4 +1,4 @@
-"""What the HTTP server costs beside its engine: tokens per second of many streams, processor time, and a request's cost.
+"""What the HTTP server costs beside its engine: tokens per second of many streams, processor time, cost of a request.
 
     python benchmarks/server.py --model FILE [--streams 32] [--new 32] [--length 1024] [--rounds 3]
 
