@@ -1,12 +1,20 @@
-"""What the HTTP server costs beside its engine: tokens per second of many streams, and the fixed cost of a request.
+"""What the HTTP server costs beside its engine: tokens per second of many streams, processor time, cost of a request.
 
-    python benchmarks/server.py --model FILE [--streams 32] [--length 1024] [--rounds 3]
+    python benchmarks/server.py --model FILE [--streams 32] [--new 32] [--length 1024] [--rounds 3]
 
 The same requests (prompts of 32 tokens, --new tokens each) run once by stepping an engine, and once as streams over
 loopback sockets, read by a process of its own; rounds alternate, and the ratio of medians counts. The fixed cost is the
 median time of a request for one token, one after the other, beyond what the engine takes for it. The client's work is
 part of both figures, since it shares the machine. With a model of 135 M parameters the fixed cost is lost in the noise
 of half a second of computing: take it with a small one.
+
+`cpu_ms_per_token` is processor time, all cores together, divided by the tokens of a round; it counts what requests cost
+as a whole, so more with few tokens each:
+    engine: the process while the engine is stepped.
+    server: the process while it serves, less `engine`: the event loop, the wake-ups of the engine's thread, and the
+        steps with few rows while the requests arrive one after the other.
+    event_loop: its thread alone, which is the part of `server` that is measured exactly.
+    client: the other process, which connects, reads with epoll and counts events, but parses nothing.
 """
 
 from __future__ import annotations
