@@ -126,6 +126,8 @@ def test_the_story_teller_states_its_cost_on_two_cores_and_holds_out_whole_stori
         assert config.data.split == "document"
         assert config.training.samples.every > 0
         assert "Once upon a time" in config.training.samples.prompts
+    assert full.expected is None
+    assert short.expected.seeds == 5
 
 
 def test_finetuning_takes_the_model_it_is_given():

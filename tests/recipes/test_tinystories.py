@@ -20,7 +20,9 @@ def test_sixty_steps_on_the_stories(shared_data, tmp_path):
     )
     events = []
     result = train(config, tmp_path / "run", listeners=[events.append])
-    assert 1.1 < result.val_bits_per_byte < 1.6
-    assert any("1800 documents" in event.text for event in events if isinstance(event, Note))
+    assert 1.95 < result.val_bits_per_byte < 2.14, "a mistake in the step, the data or the masks shows here"
+    notes = " ".join(event.text for event in events if isinstance(event, Note))
+    assert "of 1,724 documents to train on" in notes
+    assert "of 76 documents held out (70,825 bytes)" in notes
     told = [event.prompt for event in events if isinstance(event, Sampled) and event.step == 60]
     assert told == ["Once upon a time", "One day, a little girl"]
