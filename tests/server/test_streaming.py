@@ -3,6 +3,7 @@
 import asyncio
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import h11
 import pytest
@@ -68,7 +69,8 @@ def test_one_timer_serves_all_waits_of_a_stream():
         assert job.ended
         assert job._timer.cancelled()
 
-    asyncio.run(main())
+    with ThreadPoolExecutor(1) as pool:  # in this thread the browser's tests leave an event loop running
+        pool.submit(asyncio.run, main()).result()
 
 
 @pytest.mark.parametrize("method", [b"GET", b"HEAD"])
