@@ -59,7 +59,8 @@ def test_the_shards_are_those_of_local_workers_though_a_node_dies(text, cluster,
 
 
 def test_a_failure_on_the_cluster_is_the_one_of_local_workers_and_finished_parts_are_kept(text, cluster, tmp_path):
-    tokenizer = train_tokenizer(TokenizerConfig(kind="char"), [(text / "a.jsonl").read_text()])
+    documents = [json.loads(line)["text"] for line in (text / "a.jsonl").read_text().splitlines()]
+    tokenizer = train_tokenizer(TokenizerConfig(kind="char"), documents)
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad/a.jsonl").write_text((text / "a.jsonl").read_text() + '{"text": 3}\n')
     found = []
@@ -67,8 +68,9 @@ def test_a_failure_on_the_cluster_is_the_one_of_local_workers_and_finished_parts
         with pytest.raises(RequestError) as refused:
             prepared(tmp_path / "bad", tmp_path / engine, tokenizer, engine)
         found.append(str(refused.value))
-        assert any((tmp_path / f"{engine}.work").iterdir())
+        assert any(entry.name.isdecimal() for entry in (tmp_path / f"{engine}.work").iterdir())
     assert found[0] == found[1]
+    assert "'text' must be text, not int" in found[0]
 
 
 @pytest.mark.parametrize(
