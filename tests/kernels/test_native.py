@@ -81,6 +81,18 @@ def test_a_score_that_is_not_finite_is_seen_in_the_result(number):
 
 
 @needs_compiler
+def test_any_reach_and_64_bits():
+    keys = jnp.ones((1, 1, 6, 8), jnp.float32)
+    q, last = jnp.ones((1, 1, 1, 8), jnp.float32), jnp.asarray([[5]], jnp.int32)
+    cache = KVCache(keys, keys, "float32")
+    for wide in (False, True):
+        with jax.enable_x64(wide):
+            reach = jnp.int32(2**31 - 1)
+            found = native.cached_attention(q, cache, ScoreRule(1.0), ScoreInputs(), last, last, reach)
+            np.testing.assert_allclose(found, q, rtol=1e-6)
+
+
+@needs_compiler
 def test_many_products_at_once_on_all_threads():
     """Products that XLA runs beside each other share its threads, and each is waited for."""
     packed, weights = matrices(200, 300, "int8")
@@ -118,3 +130,72 @@ def test_it_is_compiled_once_for_all_processes(tmp_path):
         assert reason(CXX=str(compiler), POLYGPT_CACHE=str(tmp_path / "cache")) == "True None\n"
     assert calls.read_text() == "called\n"
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".so"]
+
+
+def small_compiler(tmp_path, source="int polygpt_product, polygpt_product_int4, polygpt_attention;"):
+    """A program that compiles something small in place of polygpt's source."""
+    (tmp_path / "small.cc").write_text(f'extern "C" {{ {source} }}')
+    compiler, real = tmp_path / "c++", shutil.which("c++")
+    compiler.write_text(f'#!/bin/sh\nfor out; do :; done\nexec {real} -shared -fPIC {tmp_path}/small.cc -o "$out"\n')
+    compiler.chmod(0o755)
+    return compiler
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    monkeypatch.setattr(native, "_folder", lambda: folder)
+    return folder
+
+
+@needs_compiler
+def test_a_library_of_which_a_part_is_lost_is_compiled_again(tmp_path, cache):
+    compiler = [str(small_compiler(tmp_path))]
+    path = native._compile(compiler, cache / "native")
+    whole = path.read_bytes()
+    path.unlink()
+    native._library(compiler)
+    (file,) = cache.iterdir()
+    file.unlink()  # not written over: this process has loaded it
+    file.write_bytes(whole[: len(whole) // 2])
+    native._library(compiler)
+    assert [path.read_bytes() for path in cache.iterdir()] == [whole]
+
+
+@needs_compiler
+def test_what_a_killed_process_left_is_deleted(tmp_path, cache):
+    old, new = cache / "native-0.so.1234", cache / "native-0.so.5678"
+    old.touch()
+    new.touch()
+    os.utime(old, (0, 0))
+    native._compile([str(small_compiler(tmp_path))], cache / "native-1")
+    assert not old.exists()
+    assert new.exists()
+
+
+def test_the_compiler_may_be_more_than_a_name(tmp_path, monkeypatch):
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    compiler = folder / "c++"
+    compiler.write_text("#!/bin/sh\n")
+    compiler.chmod(0o755)
+    for name, command in (
+        (f"'{compiler}' sh -O1", [str(compiler), "sh", "-O1"]),
+        (str(compiler), [str(compiler)]),
+    ):
+        monkeypatch.setenv("CXX", name)
+        assert native._compiler() == command
+    monkeypatch.setenv("CXX", "no-such-compiler -O1")
+    with pytest.raises(FileNotFoundError, match=r"there is no C\+\+ compiler: no-such-compiler$"):
+        native._compiler()
+    monkeypatch.setenv("CXX", "'c++")
+    with pytest.raises(FileNotFoundError, match="quotation"):
+        native._compiler()
+
+
+def test_the_compilers_message_may_be_in_any_encoding_and_it_reads_no_input(tmp_path):
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\ncat >&2\nprintf 'caf\\351\\n' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    assert reason(CXX=str(compiler), PYTHONUTF8="1").startswith(f"False {compiler} failed: caf")

@@ -11,10 +11,13 @@ import ctypes
 import hashlib
 import os
 import secrets
+import shlex
 import shutil
 import subprocess
 import tempfile
 import threading
+import time
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -53,19 +56,34 @@ def unavailable() -> str | None:
 def _prepare() -> str | None:
     if os.environ.get(SETTING) in ("0", "off"):
         return f"{SETTING}={os.environ[SETTING]}"
-    name = os.environ.get("CXX") or "c++"
-    compiler = shutil.which(name)
-    if compiler is None:
-        return f"there is no C++ compiler: {name}" + ("" if "CXX" in os.environ else ", or $CXX")
+    try:
+        compiler = _compiler()
+    except FileNotFoundError as error:
+        return str(error)
     try:
         library = _library(compiler)
         for target in TARGETS:
             jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
     except subprocess.CalledProcessError as error:
-        return f"{compiler} failed: {(error.stderr.strip().splitlines() or ['no message'])[0]}"
-    except (OSError, AttributeError, subprocess.TimeoutExpired) as error:
+        return f"{compiler[0]} failed: {(error.stderr.strip().splitlines() or ['no message'])[0]}"
+    except subprocess.TimeoutExpired:
+        return f"{compiler[0]} took more than {SECONDS} s"
+    except (OSError, AttributeError) as error:
         return str(error)
     return None
+
+
+def _compiler() -> list[str]:
+    """The command: $CXX may be more than a name, as in CXX="ccache g++"."""
+    name = os.environ.get("CXX", "").strip() or "c++"
+    try:
+        program, *flags = [name] if shutil.which(name) else shlex.split(name)
+    except ValueError as error:  # quotation marks
+        raise FileNotFoundError(f"CXX={name}: {error}") from None
+    path = shutil.which(program)
+    if path is None:
+        raise FileNotFoundError(f"there is no C++ compiler: {program}" + ("" if "CXX" in os.environ else ", or $CXX"))
+    return [path, *flags]
 
 
 def product(
@@ -99,7 +117,10 @@ def cached_attention(
     reach: Int[Array, ""],
 ) -> Float[Array, "B T N H"]:
     """See `cache_blocks.cached_attention`; float32, of a cache in float32 or bfloat16, without segments or dropout."""
-    per_head = (jnp.zeros(0) if each is None else each.astype(jnp.float32) for each in (inputs.slopes, inputs.sinks))
+    per_head = (
+        jnp.zeros(0, jnp.float32) if each is None else each.astype(jnp.float32)
+        for each in (inputs.slopes, inputs.sinks)
+    )
     where = (each.astype(jnp.int32) for each in (positions, last, jnp.reshape(reach, 1)))
     call = jax.ffi.ffi_call("polygpt_attention", jax.ShapeDtypeStruct(q.shape, jnp.float32), vmap_method="sequential")
     settings = {"scale": np.float32(rule.scale), "window": np.int64(rule.window or 0)}
@@ -117,16 +138,21 @@ def _index(layer: Array | int | None) -> Int[Array, "1"]:
     return jnp.asarray(0 if layer is None else layer, jnp.int32).reshape(1)
 
 
-def _library(compiler: str) -> ctypes.CDLL:
-    """The compiled code, from the cache folder if it is there."""
+def _library(compiler: list[str]) -> ctypes.CDLL:
+    """The compiled code, from the cache folder if it is there whole."""
     folder = _folder()
     if folder is None:
         with tempfile.TemporaryDirectory() as temporary:
-            return ctypes.CDLL(str(_compile(compiler, Path(temporary) / "native.so")))
+            return ctypes.CDLL(str(_compile(compiler, Path(temporary) / "native")))
     sources = [path.read_bytes() for path in sorted(FOLDER.iterdir()) if path.suffix in (".h", ".cc")]
-    made_from = [*sources, *(word.encode() for word in (compiler, *FLAGS, processor(), jax.__version__))]
-    file = folder / f"native-{hashlib.blake2b(b'|'.join(made_from), digest_size=8).hexdigest()}.so"
-    return ctypes.CDLL(str((file if file.exists() else _compile(compiler, file)).absolute()))
+    made_from = [*sources, *(word.encode() for word in (*compiler, *FLAGS, processor(), jax.__version__))]
+    name = f"native-{_digest(b'|'.join(made_from))}"
+    whole = (file for file in folder.glob(f"{name}-*.so") if file.stem == f"{name}-{_digest(file.read_bytes())}")
+    return ctypes.CDLL(str((next(whole, None) or _compile(compiler, folder / name)).absolute()))
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 def _folder() -> Path | None:
@@ -140,12 +166,21 @@ def _folder() -> Path | None:
     return Path(programs) if os.access(programs, os.W_OK | os.X_OK) else None
 
 
-def _compile(compiler: str, file: Path) -> Path:
-    """Compiles to another name first, so that a process beside this one never loads a part of the file."""
-    temporary = file.with_name(f"{file.name}.{secrets.token_hex(4)}")
+def _compile(compiler: list[str], stem: Path) -> Path:
+    """Compiles to another name first, so that a process beside this one never loads a part of the file.
+
+    Its name ends in a digest of what it holds: to load a library of which a part is lost can end the process.
+    """
+    for left in stem.parent.glob("native-*.so.*"):  # by processes that were killed
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > 2 * SECONDS:
+                left.unlink()
+    temporary = stem.with_name(f"{stem.name}.so.{secrets.token_hex(4)}")
     try:
-        command = [compiler, *FLAGS, f"-I{jax.ffi.include_dir()}", str(FOLDER / "handlers.cc"), "-o", str(temporary)]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
+        command = [*compiler, *FLAGS, f"-I{jax.ffi.include_dir()}", str(FOLDER / "handlers.cc"), "-o", str(temporary)]
+        streams = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "errors": "replace"}
+        subprocess.run(command, check=True, timeout=SECONDS, **streams)
+        file = stem.with_name(f"{stem.name}-{_digest(temporary.read_bytes())}.so")
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)

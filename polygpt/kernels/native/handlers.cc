@@ -72,7 +72,8 @@ ffi::Error Attention(ThreadPool pool, Numbers q, ffi::AnyBuffer k, ffi::AnyBuffe
   const size_t at = stored.size() - 4;
   const Cache cache{queries[0], queries[1], queries[2], stored[at + 1], stored[at + 2], stored[at + 3]};
   const Rule rule{scale, softcap, window};
-  const int64_t end = std::min<int64_t>(cache.slots, reach.typed_data()[0] + 1), group = cache.heads / cache.kv_heads;
+  const int64_t end = std::min<int64_t>(cache.slots, int64_t(reach.typed_data()[0]) + 1);
+  const int64_t group = cache.heads / cache.kv_heads;
   const bool shared = positions.dimensions()[0] == 1;
   const int32_t *where = positions.typed_data(), *lasts = last.typed_data();
   const float *in = q.typed_data(), *slope = slopes.element_count() ? slopes.typed_data() : nullptr;

@@ -31,7 +31,7 @@ inline Vector read(const T* from) {
   return vector;
 }
 
-// GCC 12 converts vectors of bytes one by one, hence the intrinsics.
+// GCC 12 converts vectors of bytes one by one, hence the intrinsics; GCC 11 has no __builtin_shufflevector (`sum`).
 inline Ints widen(const int8_t* from) {
 #if defined(__AVX512F__)
   return (Ints)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from));
@@ -84,13 +84,15 @@ inline float sum_of(const float* numbers) {
 inline float sum(Floats v) {
 #if defined(__AVX512F__)
   typedef float Eight __attribute__((vector_size(32)));
-  Eight eight = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
-                __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512d whole = (__m512d)v;
+  const Eight eight = (Eight)_mm512_castpd512_pd256(whole) + (Eight)_mm512_extractf64x4_pd(whole, 1);
 #else
   auto eight = v;
 #endif
 #if defined(__AVX2__)
-  auto four = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) + __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
+  typedef float Four __attribute__((vector_size(16)));
+  const __m256 half = (__m256)eight;
+  const Four four = (Four)_mm256_castps256_ps128(half) + (Four)_mm256_extractf128_ps(half, 1);
   return (four[0] + four[2]) + (four[1] + four[3]);
 #else
   float numbers[LANES];
