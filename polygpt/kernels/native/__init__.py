@@ -54,7 +54,7 @@ def unavailable() -> str | None:
 
 @cache
 def _prepare() -> str | None:
-    if os.environ.get(SETTING) in ("0", "off"):
+    if os.environ.get(SETTING) in ("", "0", "off"):
         return f"{SETTING}={os.environ[SETTING]}"
     try:
         compiler = _compiler()
