@@ -16,7 +16,7 @@ from polygpt.kernels.softmax_attention import reference_attention
 from polygpt.sharding import current_mesh
 
 CACHE_BLOCK = 128
-# So many tokens a row are taken in C++; more make products for which XLA is faster.
+# Up to this many new tokens a row are attended to in C++; for more, XLA's matrix products are faster.
 FEW_TOKENS = 4
 
 

@@ -26,8 +26,8 @@ from polygpt.kernels.stacks import InStack
 
 GROUP = 16  # outputs
 HALF = GROUP // 2
-# Up to so many rows are multiplied in C++: a step of SmolLM2-135M takes 7 ms with one row, 24 with 8, and a prompt of
-# 64 tokens 120 ms (10, 63 and 270 by XLA). Of a prompt of 512 tokens XLA takes 20 % more a second.
+# Products of up to this many rows are computed in C++: a step of SmolLM2-135M takes 7 ms with one row, 24 with 8, and a
+# prompt of 64 tokens 120 ms (10, 63 and 270 by XLA). A prompt of 512 tokens is 20 % faster by XLA.
 NATIVE_ROWS = 128
 # Without a compiler, up to this many rows are multiplied one by one: to turn a matrix into floats first takes as long
 # as about 20 of them. A step of 8 rows of SmolLM2-135M took 75 ms this way, and 220 with the matrix as floats.

@@ -27,7 +27,7 @@ from jaxtyping import Array, Float
 from polygpt.kernels import native
 from polygpt.kernels.stacks import InStack, from_stored
 
-# Products with so many rows are taken in C++. A step of 8 rows of SmolLM2-135M takes 34 ms in float32 and 20 in int8
+# Products of this many rows are computed in C++. A step of 8 rows of SmolLM2-135M takes 34 ms in float32 and 20 in int8
 # (36 and 28 by XLA), one of 32 rows 95 and 80 (95 and 98); of 512 rows in int8 XLA multiplies a quarter faster, and one
 # row as well, because it fuses what comes before and after.
 NATIVE_ROWS = range(2, 33)

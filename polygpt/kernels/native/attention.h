@@ -13,8 +13,8 @@
 
 namespace polygpt {
 
-constexpr int64_t KEYS = 128;      // of a block, whose scores stay in the first-level cache
-constexpr int64_t HEAD_DIM = 256;  // largest
+constexpr int64_t KEYS = 128;      // of a block, whose scores stay in the L1 cache
+constexpr int64_t HEAD_DIM = 256;  // at most
 
 struct Cache {
   int64_t rows, tokens, heads, kv_heads, slots, dim;

@@ -16,8 +16,8 @@
 
 namespace polygpt {
 
-constexpr int64_t AHEAD = 4096;  // bytes; 1024 and 2048 gained less, 8192 leaves the first-level cache
-constexpr int64_t PIECE = 512;   // inputs of a block in 4 bits, whose scaled rows stay in the first-level cache
+constexpr int64_t AHEAD = 4096;  // bytes; 1024 and 2048 gained less, 8192 no more
+constexpr int64_t PIECE = 512;   // inputs of a block in 4 bits, whose scaled rows stay in the L1 cache
 constexpr int GROUP = 16, HALF = GROUP / 2;  // outputs of such a block, and those in the low halves of its bytes
 constexpr float ZERO_STEPS = 16;
 
