@@ -16,8 +16,6 @@ from polygpt.kernels.softmax_attention import reference_attention
 from polygpt.sharding import current_mesh
 
 CACHE_BLOCK = 128
-# Up to this many new tokens a row are attended to in C++; for more, XLA's matrix products are faster.
-FEW_TOKENS = 4
 
 
 class _Sums(NamedTuple):
@@ -41,8 +39,9 @@ def cached_attention(
 
     On a CPU it goes through the cache block by block, up to the position `reach`: a step of 8 rows of SmolLM2-135M took
     43 ms, whatever the cache's length, and 105 ms when all of 768 slots were read. A block in which a row sees no
-    key adds exact zeros to its sums, so that a row's result does not depend on how long the others are. A few new
-    tokens are attended to in C++ (`native`), which reads blocks in place, each row's own: 7 ms less in such a step.
+    key adds exact zeros to its sums, so that a row's result does not depend on how long the others are. In C++
+    (`native`) blocks are read in place, each row's own: 7 ms less in such a step, and 512 tokens of a prompt take
+    0.68 s instead of 0.95.
 
     Args:
         reach: the largest position that any query whose result counts may see.
@@ -91,7 +90,7 @@ def cached_attention(
 
 def _is_native(q: Float[Array, "B T N H"], cache: KVCache) -> bool:
     supported = q.dtype == jnp.float32 and cache.dtype in ("float32", "bfloat16") and q.shape[3] <= native.HEAD_DIM
-    return supported and q.shape[1] <= FEW_TOKENS and native.available()
+    return supported and native.available()
 
 
 def _with_sink(sums: _Sums, sink: Float[Array, "1 K G 1"]) -> _Sums:

@@ -4,8 +4,7 @@ A product with few rows takes as long as reading its weights, so 16 bits are twi
 take it in C++ (`native`); XLA's CPU backend gets there only with some help (figures in benchmarks/README.md):
 - it converts a whole stack of 16-bit floats before it slices one layer out of it, so their bits are kept as integers;
 - it fuses slicing and conversion into a product only if that has a single row;
-- it copies the second operand of a product, so with some rows the weights come first;
-- it copies a layer's float32 matrix out of its stack, unless each is an array of its own in a branch of a switch.
+- it copies the second operand of a product, so with some rows the weights come first.
 
 Nothing here is differentiable: training uses plain parameters.
 """
@@ -15,7 +14,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import jax
@@ -27,16 +25,15 @@ from jaxtyping import Array, Float
 from polygpt.kernels import native
 from polygpt.kernels.stacks import InStack, from_stored
 
-# Products of this many rows are computed in C++. A step of 8 rows of SmolLM2-135M takes 34 ms in float32 and 20 in int8
-# (36 and 28 by XLA), one of 32 rows 95 and 80 (95 and 98); of 512 rows in int8 XLA multiplies a quarter faster, and one
-# row as well, because it fuses what comes before and after.
-NATIVE_ROWS = range(2, 33)
+# Products of this many rows are computed in C++. A step of 8 rows of SmolLM2-135M takes 24 ms in float32 and 19 in int8
+# (36 and 28 by XLA), a chunk of 64 tokens 92 and 87 (101 and 100). One row XLA multiplies as fast as memory allows; 128
+# and more as fast with AVX-512, and 7 % faster with AVX2.
+NATIVE_ROWS = range(2, 65)
 # Without a compiler, up to this many rows are multiplied one by one, while a matrix stays in the processor's cache: 53
 # M weights of 16 bits took 6 ms for 2 rows and 12 for 4; all rows at once 12 and 12.
 FEW_ROWS = 4
-# Up to this many rows are the second operand of a float32 product, and a layer's matrix is read in place. With 80 M
-# weights 8 rows took 23 ms this way, 26 with the matrix copied out of its stack and 45 with the operands swapped; 32
-# rows 55, 87 and 100; 512 rows, which are bound by arithmetic, 640, 600 and 550.
+# Up to this many rows are the second operand of a product: with 80 M weights 8 rows took 26 ms this way, and 45 with
+# the operands swapped; 32 rows 87 and 100; 512 rows, which are bound by arithmetic, 600 and 550.
 SOME_ROWS = 128
 # XLA fuses the product of a vector and a matrix if the vector is shorter than this (16 kB).
 FUSED = 4096
@@ -54,7 +51,6 @@ class Packed(InStack):
     Attributes:
         values: [*stack, O, I], or a table as it is: float32, int8, or the bits of 16-bit floats as unsigned integers.
         scale: float32 [*stack, O] (a table: [rows]), the factor of int8 values, or None.
-        matrices: the same memory again, as an array [O, I] for each layer; () if that would not be faster.
         inputs: the axes that a product contracts, I in all; none for a table.
         outputs: those that remain, O in all.
         dtype: of the numbers that the values stand for.
@@ -62,7 +58,6 @@ class Packed(InStack):
 
     values: Any  # not always arrays: JAX also puts other things into trees
     scale: Any
-    matrices: tuple[Any, ...]
     inputs: tuple[int, ...] = field(metadata={"static": True})
     outputs: tuple[int, ...] = field(metadata={"static": True})
     dtype: str = field(metadata={"static": True})
@@ -85,23 +80,12 @@ class Packed(InStack):
             y = at_once(x, from_stored(self._own(self.values), self.dtype).astype(x.dtype))
         elif in_loop and converted and self.values.shape[0] > BLOCK:
             y = self._in_blocks(x)
-        elif self.matrices and self.layer is not None and FEW_ROWS < len(x) <= SOME_ROWS and not converted:
-            y = self._in_branch(x)
         else:
             y = self._on_cpu(x, self._own(self.values))
         return y if self.scale is None else y * self._own(self.scale)
 
     def _own(self, stack: Array) -> Array:
         return stack if self.layer is None else lax.dynamic_index_in_dim(stack, self.layer, keepdims=False)
-
-    def _in_branch(self, x: Float[Array, "M I"]) -> Float[Array, "M O"]:
-        """The product of each layer is a branch of a switch, which reads the layer's own matrix."""
-
-        def product(matrix: Array, x: Array) -> Array:
-            return lax.dot_general(matrix, x, (((1,), (1,)), ((), ())))
-
-        # Transposed outside the branch: inside, XLA would swap the operands again.
-        return lax.switch(self.layer, [partial(product, matrix) for matrix in self.matrices], x).T
 
     def _in_blocks(self, x: Float[Array, "M I"]) -> Float[Array, "M O"]:
         def block(start: Array) -> Array:

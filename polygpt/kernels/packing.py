@@ -58,21 +58,12 @@ def pack_rows(
         return pack_int4(jax.device_put(rows, device, may_alias=True), inputs, outputs)
     if dtype == "int8":
         steps, scale = _quantize(jax.device_put(rows, device, may_alias=True))
-        return Packed(steps, scale, (), inputs, outputs, dtype)
+        return Packed(steps, scale, inputs, outputs, dtype)
     numbers = rows.astype(jnp.dtype(dtype), copy=False)
     bits = numbers.view(np.uint16) if numbers.itemsize == 2 else numbers
     # JAX transposes a matrix on its way to the device faster than NumPy or XLA (25, 67 and 200 ms for 27 M numbers).
     own = jax.device_put(bits, device, may_alias=True)
-    return Packed(own, None, _separate(own), inputs, outputs, dtype)
-
-
-def _separate(stack: Array) -> tuple[Array, ...]:
-    """The matrices of a float32 stack as separate arrays in the same memory, if a CPU can have them."""
-    (device,) = stack.devices()
-    aligned = stack.nbytes // len(stack) % ALIGNMENT == 0
-    if device.platform != "cpu" or stack.dtype != jnp.float32 or stack.ndim < 3 or not aligned:
-        return ()
-    return tuple(jax.device_put(matrix, device, may_alias=True) for matrix in np.asarray(stack))
+    return Packed(own, None, inputs, outputs, dtype)
 
 
 @jax.jit

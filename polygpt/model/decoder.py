@@ -172,6 +172,8 @@ class Decoder(nnx.Module):
         scale = config.width**0.5 if config.embed_scale == "sqrt" else config.embed_scale
         x = x if scale == 1 else x * jnp.asarray(scale, x.dtype)
         x = position.embed(x, context.positions)
+        if context.valid is not None:  # products leave out rows of zeros (kernels/native)
+            x = jnp.where(context.valid[..., None], x, 0)
         return dropout(x, config.embed_dropout, context.fold(config.num_layers).key)
 
     def _layers(

@@ -38,16 +38,40 @@ RULES = {
 
 
 @pytest.mark.parametrize("slots", [256, 300, 129])
-@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize("count", [1, 5, 50])
 @pytest.mark.parametrize("rule", RULES)
 def test_blocks_are_the_equation(rule, count, slots):
     rule, inputs = RULES[rule][0], ScoreInputs(**RULES[rule][1])
-    lasts = [4, 128, slots - 1] if rule.window is None or count > 1 else [4, slots + 7, 2 * slots + 100]  # a ring
+    lasts = [count, 128, slots - 1] if rule.window is None or count > 1 else [4, slots + 7, 2 * slots + 100]  # a ring
     cache, last = filled(slots, lasts)
     q, positions = queries(last, count)
     found = cached_attention(q, cache, rule, inputs, positions, last, last.max())
     expected = reference_attention(q, *cache.read(), rule, inputs, positions, cache.positions(last))
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_query_is_the_same_to_the_bit_among_any_others(rule, compute):
+    if compute == "XLA":
+        pytest.skip("programs of other shapes")
+    rule, inputs = RULES[rule][0], ScoreInputs(**RULES[rule][1])
+    cache, last = filled(300, [45, 170, 299])
+    q, positions = queries(last, 40)
+    whole = np.asarray(cached_attention(q, cache, rule, inputs, positions, last, last.max()))
+    for token in (0, 7, 39):
+        few = slice(token, token + 1)
+        alone = cached_attention(q[:, few], cache, rule, inputs, positions[:, few], last, positions[:, few].max())
+        np.testing.assert_array_equal(alone, whole[:, few])
+
+
+def test_padding_and_free_slots_give_zeros_in_c(compute):
+    if compute == "XLA":
+        pytest.skip("gives numbers that nobody reads")
+    cache, last = filled(300, [45, 170, 299])
+    q, positions = queries(last, 40)
+    cut = last - jnp.asarray([[0], [13], [40]])  # so many at the end of each row are padding
+    found = cached_attention(q, cache, ScoreRule(0.3), ScoreInputs(), positions, cut, cut.max())
+    assert [int(row.any((1, 2)).sum()) for row in np.asarray(found) != 0] == [40, 27, 0]
 
 
 def test_the_cache_may_keep_16_bits():

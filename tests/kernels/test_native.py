@@ -59,6 +59,18 @@ def test_a_row_has_the_same_bits_among_any_number_of_others(inputs, dtype):
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", TYPES)
+def test_rows_of_zeros_are_left_out(dtype):
+    packed, _ = matrices(40, 100, dtype)
+    x = np.random.default_rng(1).normal(size=(11, 40)).astype(np.float32)
+    zeros = [0, 3, 4, 10]
+    expected = np.asarray(multiply(packed, x)).copy()
+    x[zeros] = expected[zeros] = 0
+    np.testing.assert_array_equal(multiply(packed, x), expected)
+    assert not np.asarray(multiply(packed, 0 * x)).any()
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", TYPES)
 def test_what_is_not_finite_stays_in_its_row(dtype):
     packed, _ = matrices(40, 20, dtype)
     x = np.ones((9, 40), np.float32)

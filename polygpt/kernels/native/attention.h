@@ -9,11 +9,12 @@
 #include <cmath>
 #include <limits>
 
-#include "vectors.h"
+#include "products.h"
 
 namespace polygpt {
 
-constexpr int64_t KEYS = 128;      // of a block, whose scores stay in the L1 cache
+constexpr int64_t QUERIES = 32;    // that are taken together
+constexpr int64_t KEYS = 128;      // of a block, whose scores stay in the cache with those of the queries
 constexpr int64_t HEAD_DIM = 256;  // at most
 
 struct Cache {
@@ -41,64 +42,123 @@ inline Floats exponential(Floats x) {
   return p * (Floats)((__builtin_convertvector(n, Ints) + 127) << 23);
 }
 
-// One query of one head: softmax over the keys that it sees, block by block (Milakov and Gimelshein 2018).
-template <class T>
-void attend(const float* q, const T* k, const T* v, const Rule& rule, float slope, const float* sink, int64_t position,
-            int64_t last, int64_t used, const Cache& cache, float* out) {
-  const int64_t dim = cache.dim, whole = dim / LANES * LANES, slots = cache.slots;
+// A query of a head, and what it has gathered from the blocks so far.
+struct Query {
+  Row row;
+  int64_t position;
+  float slope;
+  const float* sink;
+  float largest = -std::numeric_limits<float>::infinity(), denominator = 0;
+};
+
+// The scores of a block become weights; what was gathered before counts `kept` times as much from now on.
+inline float weigh(Query& query, float* scores, const int32_t* held, int64_t size, const Rule& rule) {
   const float none = -std::numeric_limits<float>::infinity();
-  float mixed[HEAD_DIM] = {}, largest = none, denominator = 0;
+  const int32_t position = query.position, window = rule.window ? rule.window : std::numeric_limits<int32_t>::max();
+  if (rule.softcap)
+    for (int64_t s = 0; s < size; s++) scores[s] = rule.softcap * std::tanh(scores[s] * rule.scale / rule.softcap);
+  const float scale = rule.softcap ? 1.0f : rule.scale;
+  Floats most = Floats{} + std::numeric_limits<float>::lowest();  // finite, for scores that are not
+  for (int64_t s = 0; s < size; s += LANES) {
+    const Ints holds = read<Ints>(held + s), distance = position - holds;
+    const auto seen = (holds >= 0) & (distance >= 0) & (distance < window);
+    const Floats score = seen ? load(scores + s) * scale - query.slope * to_floats(distance) : Floats{} + none;
+    most = score > most ? score : most;
+    std::memcpy(scores + s, &score, sizeof score);
+  }
+  float higher = query.largest;
+  for (int i = 0; i < LANES; i++) higher = std::max(higher, most[i]);
+  Floats total = {};
+  for (int64_t s = 0; s < size; s += LANES) {
+    const Floats score = load(scores + s), weights = score == none ? Floats{} : exponential(score - higher);
+    total += weights;
+    std::memcpy(scores + s, &weights, sizeof weights);
+  }
+  const float kept = std::exp(query.largest - higher);
+  query.denominator = query.denominator * kept + sum(total);
+  query.largest = higher;
+  return kept;
+}
+
+// R queries and V vectors of their output, from number h on: what was gathered, and the block's values.
+template <int R, int V, class T>
+inline void mix(const float* weights, const float* kept, const T* values, int64_t size, int64_t dim, float* mixed) {
+  Floats sums[R][V] = {};
+  for (int64_t s = 0; s < size; s++) {
+    Floats value[V];
+#pragma GCC unroll 8
+    for (int j = 0; j < V; j++) value[j] = load(values + s * dim + j * LANES);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      const Floats weight = Floats{} + weights[r * KEYS + s];
+#pragma GCC unroll 8
+      for (int j = 0; j < V; j++) sums[r][j] += weight * value[j];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int j = 0; j < V; j++) {
+      float* to = mixed + r * dim + j * LANES;
+      const Floats all = load(to) * kept[r] + sums[r][j];
+      std::memcpy(to, &all, sizeof all);
+    }
+}
+
+template <int R, class T>
+void mix_rows(const float* weights, const float* kept, const T* values, int64_t size, int64_t dim, float* mixed) {
+  int64_t h = 0;
+  for (; h + 2 * LANES <= dim; h += 2 * LANES) mix<R, 2>(weights, kept, values + h, size, dim, mixed + h);
+  for (; h + LANES <= dim; h += LANES) mix<R, 1>(weights, kept, values + h, size, dim, mixed + h);
+  for (; h < dim; h++)
+    for (int r = 0; r < R; r++) {
+      float total = 0;
+      for (int64_t s = 0; s < size; s++) total += weights[r * KEYS + s] * one(values[s * dim + h]);
+      mixed[r * dim + h] = mixed[r * dim + h] * kept[r] + total;
+    }
+}
+
+// Up to QUERIES queries, which share keys k and values v: softmax over the keys that each sees, block by block (Milakov
+// and Gimelshein 2018), of the first `used` slots. What a query does not see adds exact zeros to its sums, so a result
+// has the same bits whatever else is in the batch.
+template <class T>
+void attend(Query* queries, int64_t count, const T* k, const T* v, const Rule& rule, int64_t last, int64_t used,
+            const Cache& cache) {
+  const int64_t dim = cache.dim, slots = cache.slots;
+  float mixed[QUERIES * HEAD_DIM], scores[QUERIES * KEYS], kept[QUERIES];
+  int32_t held[KEYS];
+  Row rows[QUERIES];
+  for (int64_t n = 0; n < count; n++) {
+    rows[n] = {queries[n].row.x, scores + n * KEYS};
+    std::fill_n(mixed + n * dim, dim, 0.0f);
+  }
   for (int64_t start = 0; start < used; start += KEYS) {
-    const int64_t size = std::min(KEYS, used - start);
-    float scores[KEYS], block = std::numeric_limits<float>::lowest();  // finite, for scores that are not
-    bool seen = false;
-    for (int64_t s = 0; s < size; s++) {
+    const int64_t size = std::min(KEYS, used - start), padded = (size + LANES - 1) / LANES * LANES;
+    for (int64_t s = 0; s < padded; s++) {
       // The position that the slot holds: the last one that falls on it. Negative if there is none.
-      const int64_t back = last - (start + s), held = last - (back % slots + slots) % slots, distance = position - held;
-      if (held < 0 || distance < 0 || (rule.window && distance >= rule.window)) {
-        scores[s] = none;
-        continue;
+      const int64_t back = last - (start + s);
+      held[s] = s < size ? last - (back < 0 ? back % slots + slots : back % slots) : -1;
+    }
+    all_rows(count, [&](auto few, int64_t n) {
+      some_rows<few>(rows + n, k + start * dim, (const float*)nullptr, dim, 0, size);
+      for (int64_t r = n; r < n + few; r++) {
+        std::fill(scores + r * KEYS + size, scores + r * KEYS + padded, 0.0f);
+        kept[r] = weigh(queries[r], scores + r * KEYS, held, padded, rule);
       }
-      const T* key = k + (start + s) * dim;
-      Floats sums = {};
-      for (int64_t i = 0; i < whole; i += LANES) sums += load(q + i) * load(key + i);
-      float score = sum(sums);
-      for (int64_t i = whole; i < dim; i++) score += q[i] * one(key[i]);
-      score *= rule.scale;
-      if (rule.softcap) score = rule.softcap * std::tanh(score / rule.softcap);
-      scores[s] = score - slope * distance;
-      block = std::max(block, scores[s]);
-      seen = true;
-    }
-    if (!seen) continue;
-    const float higher = std::max(largest, block), kept = std::exp(largest - higher);
-    for (int64_t s = size; s < (size + LANES - 1) / LANES * LANES; s++) scores[s] = none;
-    for (int64_t s = 0; s < size; s += LANES) {
-      Floats weights = exponential(load(scores + s) - higher);
-      weights = load(scores + s) == none ? Floats{} : weights;
-      std::memcpy(scores + s, &weights, sizeof weights);
-    }
-    denominator *= kept;
-    for (int64_t i = 0; i < dim; i++) mixed[i] *= kept;
-    for (int64_t s = 0; s < size; s++) {
-      const float weight = scores[s];
-      if (weight == 0) continue;
-      denominator += weight;
-      const T* value = v + (start + s) * dim;
-      for (int64_t i = 0; i < whole; i += LANES) {
-        const Floats more = load(mixed + i) + weight * load(value + i);
-        std::memcpy(mixed + i, &more, sizeof more);
-      }
-      for (int64_t i = whole; i < dim; i++) mixed[i] += weight * one(value[i]);
-    }
-    largest = higher;
+      mix_rows<few>(scores + n * KEYS, kept + n, v + start * dim, size, dim, mixed + n * dim);
+    });
   }
-  if (sink) {
-    const float higher = std::max(largest, *sink), kept = std::exp(largest - higher);
-    denominator = denominator * kept + std::exp(*sink - higher);
-    for (int64_t i = 0; i < dim; i++) mixed[i] *= kept;
+  for (int64_t n = 0; n < count; n++) {
+    Query& query = queries[n];
+    float kept = 1;
+    if (query.sink) {
+      const float higher = std::max(query.largest, *query.sink);
+      kept = std::exp(query.largest - higher);
+      query.denominator = query.denominator * kept + std::exp(*query.sink - higher);
+    }
+    for (int64_t i = 0; i < dim; i++)  // NaN stays
+      query.row.y[i] = query.denominator == 0 ? 0 : mixed[n * dim + i] * kept / query.denominator;
   }
-  for (int64_t i = 0; i < dim; i++) out[i] = denominator == 0 ? 0 : mixed[i] / denominator;  // NaN stays
 }
 
 }  // namespace polygpt

@@ -1,5 +1,7 @@
 // What XLA calls (https://docs.jax.dev/en/latest/ffi.html): polygpt/kernels/native/__init__.py registers these targets.
 
+#include <vector>
+
 #include "attention.h"
 #include "products.h"
 #include "threads.h"
@@ -9,14 +11,24 @@ namespace {
 
 namespace ffi = xla::ffi;
 
+// The rows of x with numbers other than zero. Those of zeros, which free slots have, are given their zeros.
+std::vector<Row> rows_to_multiply(const float* x, int64_t inputs, float* y, int64_t outputs, int64_t count) {
+  std::vector<Row> rows;
+  for (int64_t r = 0; r < count; r++, x += inputs, y += outputs) {
+    if (std::any_of(x, x + inputs, [](float number) { return number != 0; })) rows.push_back({x, y});
+    else std::fill_n(y, outputs, 0.0f);
+  }
+  return rows;
+}
+
 template <class T>
-void multiply(ThreadPool& pool, const float* x, const T* weights, const float* scale, float* y, Shape shape) {
-  const int64_t size = part_size(pool, shape.outputs, OUTPUTS);
-  in_parallel(pool, (shape.outputs + size - 1) / size, [=](int64_t part) {
-    const int64_t from = part * size, to = std::min(shape.outputs, from + size);
-    all_rows(shape.rows, [&](auto count, int64_t row) {
-      some_rows<count>(x + row * shape.inputs, weights, scale, y + row * shape.outputs, shape, from, to);
-    });
+void multiply(ThreadPool& pool, const std::vector<Row>& rows, const T* weights, const float* scale, int64_t inputs,
+              int64_t outputs) {
+  const int64_t size = part_size(pool, outputs, OUTPUTS), count = rows.size();
+  const Row* first = rows.data();
+  in_parallel(pool, (outputs + size - 1) / size, [=](int64_t part) {
+    const int64_t from = part * size, to = std::min(outputs, from + size);
+    all_rows(count, [&](auto few, int64_t row) { some_rows<few>(first + row, weights, scale, inputs, from, to); });
   });
 }
 
@@ -26,11 +38,11 @@ using Layer = ffi::Buffer<ffi::S32, 1>;
 // `values` is [O, I] or a stack [L, O, I] of layers, `scale` [O] or [L, O], or [0] for none.
 ffi::Error Product(ffi::ThreadPool pool, Rows x, ffi::AnyBuffer values, ffi::Buffer<ffi::F32> scale, Layer layer,
                    ffi::Result<Rows> y) {
-  const Shape shape{x.dimensions()[0], x.dimensions()[1], y->dimensions()[1]};
-  const int64_t index = layer.typed_data()[0], start = index * shape.outputs * shape.inputs;
-  const float* scales = scale.element_count() ? scale.typed_data() + index * shape.outputs : nullptr;
+  const int64_t inputs = x.dimensions()[1], outputs = y->dimensions()[1], index = layer.typed_data()[0];
+  const float* scales = scale.element_count() ? scale.typed_data() + index * outputs : nullptr;
+  const auto rows = rows_to_multiply(x.typed_data(), inputs, y->typed_data(), outputs, x.dimensions()[0]);
   auto with = [&](auto* weights) {
-    multiply(pool, x.typed_data(), weights + start, scales, y->typed_data(), shape);
+    multiply(pool, rows, weights + index * outputs * inputs, scales, inputs, outputs);
     return ffi::Error::Success();
   };
   switch (values.element_type()) {
@@ -44,18 +56,16 @@ ffi::Error Product(ffi::ThreadPool pool, Rows x, ffi::AnyBuffer values, ffi::Buf
 // See PackedInt4: [.., blocks, 8, I], [.., blocks, I], [.., blocks, I], [.., blocks, 16].
 ffi::Error ProductInt4(ffi::ThreadPool pool, Rows x, ffi::Buffer<ffi::U8> nibbles, ffi::Buffer<ffi::U8> step,
                        ffi::Buffer<ffi::U8> zero, ffi::Buffer<ffi::F32> unit, Layer layer, ffi::Result<Rows> y) {
-  const Shape shape{x.dimensions()[0], x.dimensions()[1], y->dimensions()[1]};
-  const int64_t blocks = (shape.outputs + GROUP - 1) / GROUP, start = layer.typed_data()[0] * blocks;
-  const Int4 packed{nibbles.typed_data() + start * HALF * shape.inputs, step.typed_data() + start * shape.inputs,
-                    zero.typed_data() + start * shape.inputs, unit.typed_data() + start * GROUP};
-  const float* rows = x.typed_data();
-  float* out = y->typed_data();
-  const int64_t size = part_size(pool, blocks, 1);
+  const int64_t inputs = x.dimensions()[1], outputs = y->dimensions()[1];
+  const int64_t blocks = (outputs + GROUP - 1) / GROUP, start = layer.typed_data()[0] * blocks;
+  const Int4 packed{nibbles.typed_data() + start * HALF * inputs, step.typed_data() + start * inputs,
+                    zero.typed_data() + start * inputs, unit.typed_data() + start * GROUP};
+  const auto rows = rows_to_multiply(x.typed_data(), inputs, y->typed_data(), outputs, x.dimensions()[0]);
+  const int64_t size = part_size(pool, blocks, 1), count = rows.size();
+  const Row* first = rows.data();
   in_parallel(pool, (blocks + size - 1) / size, [=](int64_t part) {
     for (int64_t block = part * size; block < std::min(blocks, (part + 1) * size); block++)
-      all_rows(shape.rows, [&](auto count, int64_t row) {
-        int4_block<count>(rows + row * shape.inputs, packed, block, out + row * shape.outputs, shape);
-      });
+      all_rows(count, [&](auto few, int64_t row) { int4_block<few>(first + row, packed, block, inputs, outputs); });
   });
   return ffi::Error::Success();
 }
@@ -83,18 +93,27 @@ ffi::Error Attention(ThreadPool pool, Numbers q, ffi::AnyBuffer k, ffi::AnyBuffe
     const int64_t matrix = cache.slots * cache.dim;
     const int64_t start = layer.typed_data()[0] * cache.rows * cache.kv_heads * matrix;
     keys += start, values += start;
-    in_parallel(pool, cache.rows * cache.kv_heads, [=](int64_t part) {
-      const int64_t row = part / cache.kv_heads, kv_head = part % cache.kv_heads;
-      for (int64_t token = 0; token < cache.tokens; token++) {
+    const int64_t many = cache.tokens * group, blocks = (many + QUERIES - 1) / QUERIES;
+    in_parallel(pool, cache.rows * cache.kv_heads * blocks, [=](int64_t part) {
+      // A row's last queries see most, and come first.
+      const int64_t matrix_of = part / blocks, row = matrix_of / cache.kv_heads, kv_head = matrix_of % cache.kv_heads;
+      const int64_t from = (blocks - 1 - part % blocks) * QUERIES;
+      Query queries[QUERIES];
+      int64_t count = 0, furthest = 0;
+      for (int64_t n = from; n < std::min(many, from + QUERIES); n++) {
+        const int64_t token = n / group, head = kv_head * group + n % group;
         const int64_t position = where[(shared ? 0 : row) * cache.tokens + token];
-        // Of a cache that has not wrapped, no slot beyond the query's own position is seen.
-        const int64_t used = lasts[row] < cache.slots ? std::min(end, position + 1) : end;
-        for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++) {
-          const int64_t query = ((row * cache.tokens + token) * cache.heads + head) * cache.dim;
-          attend(in + query, keys + part * matrix, values + part * matrix, rule, slope ? slope[head] : 0,
-                 sink ? sink + head : nullptr, position, lasts[row], used, cache, result + query);
+        const int64_t place = ((row * cache.tokens + token) * cache.heads + head) * cache.dim;
+        if (position > lasts[row]) {  // padding, or a free slot, whose row stays zeros for the next product
+          std::fill_n(result + place, cache.dim, 0.0f);
+          continue;
         }
+        queries[count++] = {{in + place, result + place}, position, slope ? slope[head] : 0, sink ? sink + head : nullptr};
+        furthest = std::max(furthest, position);
       }
+      // Of a cache that has not wrapped, no slot beyond the query's own position is seen.
+      const int64_t used = lasts[row] < cache.slots ? std::min(end, furthest + 1) : end;
+      attend(queries, count, keys + matrix_of * matrix, values + matrix_of * matrix, rule, lasts[row], used, cache);
     });
     return ffi::Error::Success();
   };

@@ -81,25 +81,52 @@ inline float sum_of(const float* numbers) {
   else return sum_of<N / 2>(numbers) + sum_of<N / 2>(numbers + N / 2);
 }
 
-inline float sum(Floats v) {
+#if defined(__AVX2__)
+typedef float Four __attribute__((vector_size(16)));
+
+inline Four quarter(Floats v) {
 #if defined(__AVX512F__)
   typedef float Eight __attribute__((vector_size(32)));
   const __m512d whole = (__m512d)v;
-  const Eight eight = (Eight)_mm512_castpd512_pd256(whole) + (Eight)_mm512_extractf64x4_pd(whole, 1);
+  const __m256 half = (__m256)((Eight)_mm512_castpd512_pd256(whole) + (Eight)_mm512_extractf64x4_pd(whole, 1));
 #else
-  auto eight = v;
+  const __m256 half = (__m256)v;
 #endif
-#if defined(__AVX2__)
-  typedef float Four __attribute__((vector_size(16)));
-  const __m256 half = (__m256)eight;
-  const Four four = (Four)_mm256_castps256_ps128(half) + (Four)_mm256_extractf128_ps(half, 1);
-  return (four[0] + four[2]) + (four[1] + four[3]);
-#else
-  float numbers[LANES];
-  std::memcpy(numbers, &eight, sizeof numbers);
-  return sum_of<LANES>(numbers);
-#endif
+  return (Four)_mm256_castps256_ps128(half) + (Four)_mm256_extractf128_ps(half, 1);
 }
+
+inline float sum(Floats v) {
+  const Four four = quarter(v);
+  return (four[0] + four[2]) + (four[1] + four[3]);
+}
+#else
+inline float sum(Floats v) {
+  float numbers[LANES];
+  std::memcpy(numbers, &v, sizeof numbers);
+  return sum_of<LANES>(numbers);
+}
+#endif
+
+// The sum of each of N vectors, four at a time in less than half the time, to the same bits.
+template <int N>
+inline void sums_of(const Floats (&vectors)[N], float (&totals)[N]) {
+  int n = 0;
+#if defined(__AVX2__)
+#pragma GCC unroll 2
+  for (; n + 4 <= N; n += 4) {
+    const __m128 a = (__m128)quarter(vectors[n]), b = (__m128)quarter(vectors[n + 1]);
+    const __m128 c = (__m128)quarter(vectors[n + 2]), d = (__m128)quarter(vectors[n + 3]);
+    const __m128 ab = (__m128)((Four)_mm_movelh_ps(a, b) + (Four)_mm_movehl_ps(b, a));
+    const __m128 cd = (__m128)((Four)_mm_movelh_ps(c, d) + (Four)_mm_movehl_ps(d, c));
+    const Four four = (Four)_mm_shuffle_ps(ab, cd, 0x88) + (Four)_mm_shuffle_ps(ab, cd, 0xdd);
+    std::memcpy(totals + n, &four, sizeof four);
+  }
+#endif
+  for (; n < N; n++) totals[n] = sum(vectors[n]);
+}
+
+// Fetches what lies so many bytes ahead into the L2 cache.
+inline void fetch(const void* from, int64_t ahead) { __builtin_prefetch((const char*)from + ahead, 0, 2); }
 
 // Keeps a vector in a register for all products with it: GCC would load it anew for each.
 inline void keep(Floats& vector) {
