@@ -4,7 +4,7 @@ Arrays in, arrays out: nothing here knows a model's configuration, and nothing o
 """
 
 from polygpt.kernels.cache import KVCache
-from polygpt.kernels.cache_blocks import cached_attention
+from polygpt.kernels.cache_blocks import cached_attention, prefers_cache
 from polygpt.kernels.experts import (
     expert_matmul,
     first_own_expert,
@@ -69,6 +69,7 @@ __all__ = [
     "nll_of_logits",
     "pack",
     "pack_rows",
+    "prefers_cache",
     "project_to_vocabulary",
     "reference_attention",
     "send_back",

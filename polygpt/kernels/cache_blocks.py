@@ -46,8 +46,7 @@ def cached_attention(
     Args:
         reach: the largest position that any query whose result counts may see.
     """
-    plain = inputs.segment_ids is None and inputs.key is None
-    blocks = plain and jax.default_backend() == "cpu" and current_mesh() is None
+    blocks = _in_blocks(inputs)
     if blocks and _is_native(q, cache):
         return native.cached_attention(q, cache, rule, inputs, positions, last, reach)
     if not blocks or cache.slots <= CACHE_BLOCK:
@@ -86,6 +85,19 @@ def cached_attention(
         sums = _with_sink(sums, inputs.sinks.reshape(groups)[None, :, :, None])
     mixed = sums.numerator / jnp.where(sums.denominator > 0, sums.denominator, 1)[..., None]
     return jnp.moveaxis(mixed, 3, 1).astype(q.dtype).reshape(b, t, n, h)
+
+
+def prefers_cache(q: Float[Array, "B T N H"], cache: KVCache, inputs: ScoreInputs) -> bool:
+    """Whether tokens that see only each other are best attended to over the cache that they have been written to.
+
+    In C++ they are: 512 tokens of SmolLM2-135M took 697 ms, and 769 with `attention`; padding is left out.
+    """
+    return _in_blocks(inputs) and cache.dtype == "float32" and _is_native(q, cache)
+
+
+def _in_blocks(inputs: ScoreInputs) -> bool:
+    plain = inputs.segment_ids is None and inputs.key is None
+    return plain and jax.default_backend() == "cpu" and current_mesh() is None
 
 
 def _is_native(q: Float[Array, "B T N H"], cache: KVCache) -> bool:

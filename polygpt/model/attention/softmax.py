@@ -18,6 +18,7 @@ from polygpt.kernels import (
     attention_weights,
     cached_attention,
     choose_attention,
+    prefers_cache,
     reference_attention,
 )
 from polygpt.model.attention.projections import HeadsConfig, Projections
@@ -121,9 +122,11 @@ class SoftmaxAttention(Projections):
             return self.merge(attention(q, k, v, self.rule, inputs, self.config.implementation)), None
         last = _last_positions(context)
         after = state.write(k, v, context.positions, last)
-        if context.fresh:
+        complete = self.rule.window is None  # the cache; a ring's oldest keys are overwritten by these
+        over_cache = complete and self.config.implementation == "auto" and prefers_cache(q, after, inputs)
+        if context.fresh and not over_cache:
             mixed = attention(q, k, v, self.rule, inputs, self.config.implementation)
-        elif q.shape[1] == 1 or self.rule.window is None:  # nothing that these queries see was overwritten
+        elif q.shape[1] == 1 or complete:  # nothing that these queries see was overwritten
             reach = jnp.where(_counts(context), last, -1).max()
             mixed = cached_attention(q, after, self.rule, inputs, context.positions, last, reach)
         else:
