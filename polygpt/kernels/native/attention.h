@@ -1,4 +1,4 @@
-// Attention of a few new tokens over a cache of keys and values, as polygpt/kernels/cache_blocks.py defines it.
+// Attention of new tokens over a cache of keys and values, as polygpt/kernels/cache_blocks.py defines it.
 //
 // Each row reads its own slots up to its last position, in place. XLA copies each block out of the stack of layers, up
 // to the end of the longest row.
