@@ -32,7 +32,7 @@ def cached_attention(
     rule: ScoreRule,
     inputs: ScoreInputs,
     positions: Int[Array, "#B T"],
-    last: Int[Array, "B 1"],
+    last: Int[Array, "#B 1"],
     reach: Int[Array, ""],
 ) -> Float[Array, "B T N H"]:
     """Attention of queries at `positions` over the keys and values in `cache`, of which `last` was written last.

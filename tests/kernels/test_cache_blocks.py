@@ -74,6 +74,28 @@ def test_padding_and_free_slots_give_zeros_in_c(compute):
     assert [int(row.any((1, 2)).sum()) for row in np.asarray(found) != 0] == [40, 27, 0]
 
 
+def test_one_row_of_positions_may_stand_for_all():
+    cache, last = filled(300, [40, 40, 40])
+    q, positions = queries(last, 5)
+    rule, inputs = ScoreRule(0.3), ScoreInputs()
+    found = cached_attention(q, cache, rule, inputs, positions[:1], last[:1], last.max())
+    expected = reference_attention(q, *cache.read(), rule, inputs, positions, cache.positions(last))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("layer", [-9, -1, 2])
+def test_a_layer_beyond_the_stack_is_moved_into_it(layer):
+    cache, last = filled(200, [45, 170, 199])
+    q, positions = queries(last, 3)
+    results = (
+        cached_attention(
+            q, replace(cache, layer=jnp.int32(at)), ScoreRule(0.3), ScoreInputs(), positions, last, last.max()
+        )
+        for at in (layer, 0 if layer == -9 else 1)
+    )
+    np.testing.assert_array_equal(*results)
+
+
 def test_the_cache_may_keep_16_bits():
     cache, last = filled(256, [4, 128, 255], "bfloat16")
     q, positions = queries(last, 1, "bfloat16")

@@ -1,6 +1,8 @@
 """Products and attention in C++ are those of float64, row by row the same bits, and can be done without."""
 
+import ctypes
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -47,7 +49,7 @@ def test_products(rows, inputs, outputs, dtype, seed):
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("inputs", [48, 600])
+@pytest.mark.parametrize("inputs", [41, 48, 600])
 def test_a_row_has_the_same_bits_among_any_number_of_others(inputs, dtype):
     packed, _ = matrices(inputs, 100, dtype)
     x = np.random.default_rng(1).normal(size=(23, inputs)).astype(np.float32)
@@ -79,6 +81,123 @@ def test_what_is_not_finite_stays_in_its_row(dtype):
     assert np.isnan(y[2]).all()
     assert not np.isfinite(y[4]).any()
     assert np.isfinite(y[[0, 1, 3, 5, 6, 7, 8]]).all()
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", TYPES)
+def test_a_layer_beyond_the_stack_is_moved_into_it(dtype):
+    packed, _ = matrices(40, 33, dtype)
+    x = np.random.default_rng(1).normal(size=(3, 40)).astype(np.float32)
+    for layer, inside in ((-9, 0), (-1, 2), (3, 2), (2**31 - 1, 2)):
+        results = (multiply(replace(packed, layer=jnp.int32(each)), x) for each in (layer, inside))
+        np.testing.assert_array_equal(*results)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", TYPES)
+def test_sizes_that_do_not_go_together_are_refused(dtype):
+    packed, _ = matrices(40, 20, dtype)
+    if int4 := isinstance(packed, PackedInt4):
+        weights = packed.nibbles, packed.step, packed.zero, packed.unit
+    else:
+        weights = packed.values, jnp.zeros(0) if packed.scale is None else packed.scale
+    for inputs, outputs in ((41, 20), (40, 37)):
+        x = jnp.ones((3, inputs), jnp.float32)
+        with pytest.raises(Exception, match="sizes that do not go together"):
+            native._multiply("polygpt_product" + "_int4" * int4, x, outputs, weights, packed.layer)
+
+
+@needs_compiler
+def test_a_cache_of_other_sizes_is_refused():
+    keys, last = jnp.ones((2, 1, 6, 8), jnp.float32), jnp.asarray([[5]] * 2, jnp.int32)
+    q, rule = jnp.ones((2, 1, 4, 8), jnp.float32), ScoreRule(1.0)
+    for other in (keys[:1], keys[..., :7], keys[:, :, :5]):
+        with pytest.raises(Exception, match="sizes that do not go together"):
+            native.cached_attention(q, KVCache(keys, other, "float32"), rule, ScoreInputs(), last, last, last.max())
+
+
+@needs_compiler
+def test_a_window_may_be_wider_than_32_bits():
+    keys = jnp.asarray(np.random.default_rng(0).normal(size=(1, 1, 6, 8)), jnp.float32)
+    q, last = jnp.ones((1, 1, 1, 8), jnp.float32), jnp.asarray([[5]], jnp.int32)
+    results = [
+        native.cached_attention(
+            q, KVCache(keys, keys, "float32"), ScoreRule(1.0, window), ScoreInputs(), last, last, last.max()
+        )
+        for window in (None, 2**31, 2**32)
+    ]
+    np.testing.assert_array_equal(results[0], results[1])
+    np.testing.assert_array_equal(results[0], results[2])
+
+
+OLDER = {"AVX2": ("-mno-avx512f",), "SSE": ("-mno-avx512f", "-mno-avx2", "-mno-avx", "-mno-fma")}
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="flags of x86")
+@pytest.mark.parametrize("vectors", ["AVX2", pytest.param("SSE", marks=pytest.mark.slow)])
+def test_a_row_has_the_same_bits_on_older_processors(vectors, tmp_path, monkeypatch):
+    """The compiler takes other liberties with shorter vectors: what is left of a row after them, above all."""
+    monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, *OLDER[vectors]))
+    library = ctypes.CDLL(str(native._compile(native._compiler(), tmp_path / "native")))
+    for target in native.TARGETS:
+        function = jax.ffi.pycapsule(getattr(library, target))
+        jax.ffi.register_ffi_target(f"{target}_{vectors}", function, platform="cpu")
+    call = jax.ffi.ffi_call
+    monkeypatch.setattr(jax.ffi, "ffi_call", lambda target, *a, **b: call(f"{target}_{vectors}", *a, **b))
+    random = np.random.default_rng(1)
+    for dtype in TYPES:
+        for inputs in (21, 41):
+            packed, weights = matrices(inputs, 43, dtype)
+            x = random.normal(size=(11, inputs)).astype(np.float32)
+            whole = np.asarray(multiply(packed, x))
+            np.testing.assert_allclose(whole, x @ weights, rtol=1e-3, atol=1e-3)
+            for rows in (1, 2, 3, 4):
+                np.testing.assert_array_equal(multiply(packed, x[:rows]), whole[:rows])
+    keys, values = (jnp.asarray(random.normal(size=(1, 1, 150, 21)), jnp.float32) for _ in range(2))
+    cache, last = KVCache(keys, values, "float32"), jnp.asarray([[149]], jnp.int32)
+    q, positions = jnp.asarray(random.normal(size=(1, 7, 3, 21)), jnp.float32), 143 + jnp.arange(7)[None]
+
+    def attend(few):
+        at = positions[:, few]
+        return native.cached_attention(q[:, few], cache, ScoreRule(0.3), ScoreInputs(), at, last, at.max())
+
+    whole = np.asarray(attend(slice(0, 7)))
+    for token in range(7):
+        np.testing.assert_array_equal(attend(slice(token, token + 1))[0, 0], whole[0, token])
+
+
+NO_MEMORY = """
+#include <cstdint>
+#include <new>
+namespace xla::ffi {
+struct ThreadPool {
+  int64_t num_threads() const { return 4; }
+  template <class F> void Schedule(F&&) { throw std::bad_alloc(); }
+};
+}
+"""
+ALL_PARTS = """
+#include "threads.h"
+int main() {
+  xla::ffi::ThreadPool pool;
+  int64_t sum = 0;
+  polygpt::in_parallel(pool, 100, [&](int64_t part) { sum += part; });
+  return sum == 4950 ? 0 : 1;
+}
+"""
+
+
+@needs_compiler
+def test_without_memory_to_ask_for_threads_the_work_is_done(tmp_path):
+    header, source = tmp_path / "xla/ffi/api/ffi.h", tmp_path / "parts.cc"
+    header.parent.mkdir(parents=True)
+    header.write_text(NO_MEMORY)
+    source.write_text(ALL_PARTS)
+    program = str(tmp_path / "parts")
+    flags = ("-O1", "-std=c++17", f"-I{tmp_path}", f"-I{native.FOLDER}")
+    subprocess.run([*native._compiler(), *flags, str(source), "-o", program], check=True)
+    assert subprocess.run([program], stderr=subprocess.DEVNULL).returncode == 0
 
 
 @needs_compiler

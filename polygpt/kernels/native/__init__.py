@@ -113,7 +113,7 @@ def cached_attention(
     rule: ScoreRule,
     inputs: ScoreInputs,
     positions: Int[Array, "#B T"],
-    last: Int[Array, "B 1"],
+    last: Int[Array, "#B 1"],
     reach: Int[Array, ""],
 ) -> Float[Array, "B T N H"]:
     """See `cache_blocks.cached_attention`; float32, of a cache in float32 or bfloat16, without segments or dropout."""
@@ -121,6 +121,7 @@ def cached_attention(
         jnp.zeros(0, jnp.float32) if each is None else each.astype(jnp.float32)
         for each in (inputs.slopes, inputs.sinks)
     )
+    last = jnp.broadcast_to(last, (q.shape[0], 1))
     where = (each.astype(jnp.int32) for each in (positions, last, jnp.reshape(reach, 1)))
     call = jax.ffi.ffi_call("polygpt_attention", jax.ShapeDtypeStruct(q.shape, jnp.float32), vmap_method="sequential")
     settings = {"scale": np.float32(rule.scale), "window": np.int64(rule.window or 0)}

@@ -92,7 +92,7 @@ inline void mix(const float* weights, const float* kept, const T* values, int64_
     for (int r = 0; r < R; r++) {
       const Floats weight = Floats{} + weights[r * KEYS + s];
 #pragma GCC unroll 8
-      for (int j = 0; j < V; j++) sums[r][j] += weight * value[j];
+      for (int j = 0; j < V; j++) sums[r][j] = add_product(sums[r][j], weight, value[j]);
     }
   }
 #pragma GCC unroll 8
@@ -100,7 +100,7 @@ inline void mix(const float* weights, const float* kept, const T* values, int64_
 #pragma GCC unroll 8
     for (int j = 0; j < V; j++) {
       float* to = mixed + r * dim + j * LANES;
-      const Floats all = load(to) * kept[r] + sums[r][j];
+      const Floats all = add_product(sums[r][j], load(to), Floats{} + kept[r]);
       std::memcpy(to, &all, sizeof all);
     }
 }
@@ -113,8 +113,8 @@ void mix_rows(const float* weights, const float* kept, const T* values, int64_t 
   for (; h < dim; h++)
     for (int r = 0; r < R; r++) {
       float total = 0;
-      for (int64_t s = 0; s < size; s++) total += weights[r * KEYS + s] * one(values[s * dim + h]);
-      mixed[r * dim + h] = mixed[r * dim + h] * kept[r] + total;
+      for (int64_t s = 0; s < size; s++) total = add_product(total, weights[r * KEYS + s], one(values[s * dim + h]));
+      mixed[r * dim + h] = add_product(total, mixed[r * dim + h], kept[r]);
     }
 }
 

@@ -21,6 +21,23 @@ std::vector<Row> rows_to_multiply(const float* x, int64_t inputs, float* y, int6
   return rows;
 }
 
+// Layers in a stack; it is a single one without an axis for them.
+int64_t layers_of(ffi::AnyBuffer::Dimensions sizes, size_t axes) { return sizes.size() > axes ? sizes[0] : 1; }
+
+// The layer that XLA's slices would take: a negative index counts from the end, and one beyond the ends is moved inside.
+int64_t inside(int64_t layer, int64_t layers) {
+  return std::max<int64_t>(0, std::min(layer < 0 ? layer + layers : layer, layers - 1));
+}
+
+// Whether a buffer has as many numbers as will be read from it.
+template <class Buffer>
+bool holds(const Buffer& buffer, int64_t count) { return int64_t(buffer.element_count()) == count; }
+
+template <class Buffer>
+bool holds_or_none(const Buffer& buffer, int64_t count) { return holds(buffer, 0) || holds(buffer, count); }
+
+ffi::Error unfit() { return ffi::Error::InvalidArgument("sizes that do not go together"); }
+
 template <class T>
 void multiply(ThreadPool& pool, const std::vector<Row>& rows, const T* weights, const float* scale, int64_t inputs,
               int64_t outputs) {
@@ -38,7 +55,9 @@ using Layer = ffi::Buffer<ffi::S32, 1>;
 // `values` is [O, I] or a stack [L, O, I] of layers, `scale` [O] or [L, O], or [0] for none.
 ffi::Error Product(ffi::ThreadPool pool, Rows x, ffi::AnyBuffer values, ffi::Buffer<ffi::F32> scale, Layer layer,
                    ffi::Result<Rows> y) {
-  const int64_t inputs = x.dimensions()[1], outputs = y->dimensions()[1], index = layer.typed_data()[0];
+  const int64_t inputs = x.dimensions()[1], outputs = y->dimensions()[1], layers = layers_of(values.dimensions(), 2);
+  if (!holds(values, layers * outputs * inputs) || !holds_or_none(scale, layers * outputs)) return unfit();
+  const int64_t index = inside(layer.typed_data()[0], layers);
   const float* scales = scale.element_count() ? scale.typed_data() + index * outputs : nullptr;
   const auto rows = rows_to_multiply(x.typed_data(), inputs, y->typed_data(), outputs, x.dimensions()[0]);
   auto with = [&](auto* weights) {
@@ -57,7 +76,10 @@ ffi::Error Product(ffi::ThreadPool pool, Rows x, ffi::AnyBuffer values, ffi::Buf
 ffi::Error ProductInt4(ffi::ThreadPool pool, Rows x, ffi::Buffer<ffi::U8> nibbles, ffi::Buffer<ffi::U8> step,
                        ffi::Buffer<ffi::U8> zero, ffi::Buffer<ffi::F32> unit, Layer layer, ffi::Result<Rows> y) {
   const int64_t inputs = x.dimensions()[1], outputs = y->dimensions()[1];
-  const int64_t blocks = (outputs + GROUP - 1) / GROUP, start = layer.typed_data()[0] * blocks;
+  const int64_t blocks = (outputs + GROUP - 1) / GROUP, layers = layers_of(nibbles.dimensions(), 3);
+  const int64_t all = layers * blocks, start = inside(layer.typed_data()[0], layers) * blocks;
+  if (!holds(nibbles, all * HALF * inputs) || !holds(step, all * inputs) || !holds(zero, all * inputs)) return unfit();
+  if (!holds(unit, all * GROUP)) return unfit();
   const Int4 packed{nibbles.typed_data() + start * HALF * inputs, step.typed_data() + start * inputs,
                     zero.typed_data() + start * inputs, unit.typed_data() + start * GROUP};
   const auto rows = rows_to_multiply(x.typed_data(), inputs, y->typed_data(), outputs, x.dimensions()[0]);
@@ -71,17 +93,29 @@ ffi::Error ProductInt4(ffi::ThreadPool pool, Rows x, ffi::Buffer<ffi::U8> nibble
 }
 
 using Numbers = ffi::Buffer<ffi::F32>;
+using Heads = ffi::Buffer<ffi::F32, 4>;
 using Whole = ffi::Buffer<ffi::S32, 2>;
+
+bool fits(const Cache& cache, int64_t layers, ffi::AnyBuffer k, ffi::AnyBuffer v, Whole positions, Whole last) {
+  const int64_t stored = layers * cache.rows * cache.kv_heads * cache.slots * cache.dim;
+  const bool own = positions.dimensions()[0] == cache.rows || positions.dimensions()[0] == 1;
+  return holds(k, stored) && holds(v, stored) && k.element_type() == v.element_type() && own &&
+         positions.dimensions()[1] == cache.tokens && holds(last, cache.rows) && cache.heads % cache.kv_heads == 0;
+}
 
 // q [B, T, N, H]; k, v [.., B, K, S, H] as they are stored; positions [1 or B, T], last [B, 1], reach [1]; slopes and
 // sinks [N], or [0] for none.
-ffi::Error Attention(ThreadPool pool, Numbers q, ffi::AnyBuffer k, ffi::AnyBuffer v, Whole positions, Whole last,
+ffi::Error Attention(ThreadPool pool, Heads q, ffi::AnyBuffer k, ffi::AnyBuffer v, Whole positions, Whole last,
                      Layer reach, Numbers slopes, Numbers sinks, Layer layer, float scale, int64_t window,
-                     float softcap, ffi::Result<Numbers> out) {
-  const auto queries = q.dimensions(), stored = k.dimensions();
-  const size_t at = stored.size() - 4;
-  const Cache cache{queries[0], queries[1], queries[2], stored[at + 1], stored[at + 2], stored[at + 3]};
-  const Rule rule{scale, softcap, window};
+                     float softcap, ffi::Result<Heads> out) {
+  if (k.dimensions().size() < 4) return unfit();
+  const auto queries = q.dimensions(), stored = k.dimensions().last(4);
+  const Cache cache{queries[0], queries[1], queries[2], stored[1], stored[2], queries[3]};
+  const int64_t layers = layers_of(k.dimensions(), 4), index = inside(layer.typed_data()[0], layers);
+  if (!fits(cache, layers, k, v, positions, last)) return unfit();
+  if (!holds_or_none(slopes, cache.heads) || !holds_or_none(sinks, cache.heads)) return unfit();
+  if (cache.dim > HEAD_DIM) return ffi::Error::InvalidArgument("heads of more than 256 numbers");
+  const Rule rule{scale, softcap, std::min<int64_t>(window, std::numeric_limits<int32_t>::max())};
   const int64_t end = std::min<int64_t>(cache.slots, int64_t(reach.typed_data()[0]) + 1);
   const int64_t group = cache.heads / cache.kv_heads;
   const bool shared = positions.dimensions()[0] == 1;
@@ -91,7 +125,7 @@ ffi::Error Attention(ThreadPool pool, Numbers q, ffi::AnyBuffer k, ffi::AnyBuffe
   float* result = out->typed_data();
   auto with = [&](auto* keys, auto* values) {
     const int64_t matrix = cache.slots * cache.dim;
-    const int64_t start = layer.typed_data()[0] * cache.rows * cache.kv_heads * matrix;
+    const int64_t start = index * cache.rows * cache.kv_heads * matrix;
     keys += start, values += start;
     const int64_t many = cache.tokens * group, blocks = (many + QUERIES - 1) / QUERIES;
     in_parallel(pool, cache.rows * cache.kv_heads * blocks, [=](int64_t part) {
@@ -111,13 +145,12 @@ ffi::Error Attention(ThreadPool pool, Numbers q, ffi::AnyBuffer k, ffi::AnyBuffe
         queries[count++] = {{in + place, result + place}, position, slope ? slope[head] : 0, sink ? sink + head : nullptr};
         furthest = std::max(furthest, position);
       }
-      // Of a cache that has not wrapped, no slot beyond the query's own position is seen.
-      const int64_t used = lasts[row] < cache.slots ? std::min(end, furthest + 1) : end;
-      attend(queries, count, keys + matrix_of * matrix, values + matrix_of * matrix, rule, lasts[row], used, cache);
+      // A slot holds no position before its own number: no query sees a slot beyond its own position.
+      attend(queries, count, keys + matrix_of * matrix, values + matrix_of * matrix, rule, lasts[row],
+             std::min(end, furthest + 1), cache);
     });
     return ffi::Error::Success();
   };
-  if (cache.dim > HEAD_DIM) return ffi::Error::InvalidArgument("heads of more than 256 numbers");
   switch (k.element_type()) {
     case ffi::F32: return with(k.typed_data<float>(), v.typed_data<float>());
     case ffi::U16: return with(k.typed_data<uint16_t>(), v.typed_data<uint16_t>());
@@ -151,7 +184,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(polygpt_product_int4, polygpt::ProductInt4,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(polygpt_attention, polygpt::Attention,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<polygpt::Numbers>()
+                                  .Arg<polygpt::Heads>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<polygpt::Whole>()
@@ -163,4 +196,4 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(polygpt_attention, polygpt::Attention,
                                   .Attr<float>("scale")
                                   .Attr<int64_t>("window")
                                   .Attr<float>("softcap")
-                                  .Ret<polygpt::Numbers>());
+                                  .Ret<polygpt::Heads>());

@@ -60,7 +60,7 @@ inline void tile(const Row* rows, const T* weights, const float* scale, int64_t 
       Floats row = load(x[r] + i);
       keep(row);
 #pragma GCC unroll 8
-      for (int c = 0; c < C; c++) sums[c][r] += row * w[c];
+      for (int c = 0; c < C; c++) sums[c][r] = add_product(sums[c][r], row, w[c]);
     }
   }
 #pragma GCC unroll 8
@@ -69,7 +69,7 @@ inline void tile(const Row* rows, const T* weights, const float* scale, int64_t 
     sums_of(sums[c], totals);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
-      for (int64_t j = i; j < inputs; j++) totals[r] += x[r][j] * one(weights[c * inputs + j]);
+      for (int64_t j = i; j < inputs; j++) totals[r] = add_product(totals[r], x[r][j], one(weights[c * inputs + j]));
       rows[r].y[o + c] = scale ? totals[r] * scale[o + c] : totals[r];
     }
   }
@@ -103,10 +103,10 @@ void int4_block(const Row* rows, const Int4& packed, int64_t block, int64_t inpu
       for (int64_t i = 0; i < whole; i += LANES) {
         Floats product = load(row + i) * load(step + i);
         std::memcpy(scaled[r] + i, &product, sizeof product);
-        taken += product * load(zero + i);
+        taken = add_product(taken, product, load(zero + i));
       }
       float rest = sum(taken);
-      for (int64_t i = whole; i < size; i++) rest += (scaled[r][i] = row[i] * step[i]) * zero[i];
+      for (int64_t i = whole; i < size; i++) rest = add_product(rest, scaled[r][i] = row[i] * step[i], zero[i]);
       zeros[r] += rest;
     }
     for (int j = 0; j < HALF; j++) {
@@ -120,8 +120,8 @@ void int4_block(const Row* rows, const Int4& packed, int64_t block, int64_t inpu
         for (int r = 0; r < R; r++) {
           Floats row = load(scaled[r] + i);
           keep(row);
-          low[r] += row * first;
-          high[r] += row * second;
+          low[r] = add_product(low[r], row, first);
+          high[r] = add_product(high[r], row, second);
         }
       }
       float first[R], second[R];
@@ -129,8 +129,8 @@ void int4_block(const Row* rows, const Int4& packed, int64_t block, int64_t inpu
       sums_of(high, second);
       for (int r = 0; r < R; r++) {
         for (int64_t i = whole; i < size; i++) {
-          first[r] += scaled[r][i] * (bytes[i] & 15);
-          second[r] += scaled[r][i] * (bytes[i] >> 4);
+          first[r] = add_product(first[r], scaled[r][i], bytes[i] & 15);
+          second[r] = add_product(second[r], scaled[r][i], bytes[i] >> 4);
         }
         totals[r][j] += first[r];
         totals[r][j + HALF] += second[r];

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <new>
 #include <thread>
 
 #if defined(__x86_64__)
@@ -19,7 +20,8 @@ namespace polygpt {
 using ThreadPool = xla::ffi::ThreadPool;
 
 // Calls part(0) to part(parts - 1) on the calling thread and those of XLA's pool that are free. It waits for parts that
-// another thread has begun, never for a thread to become free: all of them may be waiting here.
+// another thread has begun, never for a thread to become free: all of them may be waiting here. Where memory is too
+// short to ask for more threads, it goes on without them: to throw would free what the others still read.
 template <class Part>
 void in_parallel(ThreadPool& pool, int64_t parts, Part part) {
   struct State {
@@ -33,7 +35,10 @@ void in_parallel(ThreadPool& pool, int64_t parts, Part part) {
     }
   };
   const int64_t threads = std::min<int64_t>(pool.num_threads(), parts);
-  for (int64_t other = 1; other < threads; other++) pool.Schedule([work] { work(); });
+  try {
+    for (int64_t other = 1; other < threads; other++) pool.Schedule([work] { work(); });
+  } catch (const std::bad_alloc&) {
+  }
   work();
   for (int64_t turns = 0; state->done.load(std::memory_order_acquire) < parts; turns++) {
     if (turns > 1000) std::this_thread::yield();

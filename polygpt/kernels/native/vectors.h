@@ -75,6 +75,28 @@ inline float one(uint16_t bits) {
   return number;
 }
 
+// sum + a * b with a single rounding wherever processors have it. The compiler is not free to choose: for some
+// processors GCC takes two roundings in a loop with a single sum, and in one that it turns into vectors itself.
+inline float add_product(float sum, float a, float b) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA) || defined(__FP_FAST_FMAF)
+  return __builtin_fmaf(a, b, sum);
+#else
+  return sum + a * b;
+#endif
+}
+
+inline Floats add_product(Floats sum, Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#elif defined(__AVX2__) && defined(__FMA__)
+  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+#elif defined(__FMA__)
+  return (Floats)_mm_fmadd_ps((__m128)a, (__m128)b, (__m128)sum);
+#else
+  return sum + a * b;
+#endif
+}
+
 template <int N>
 inline float sum_of(const float* numbers) {
   if constexpr (N == 1) return *numbers;
