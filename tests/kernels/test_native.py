@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import jax
@@ -211,3 +212,24 @@ def test_the_compilers_message_may_be_in_any_encoding_and_it_reads_no_input(tmp_
     compiler.write_text("#!/bin/sh\ncat >&2\nprintf 'caf\\351\\n' >&2\nexit 1\n")
     compiler.chmod(0o755)
     assert reason(CXX=str(compiler), PYTHONUTF8="1").startswith(f"False {compiler} failed: caf")
+
+
+@needs_compiler
+def test_libraries_that_are_no_longer_used_are_deleted_when_another_is_compiled(tmp_path, cache):
+    compiler = [str(small_compiler(tmp_path))]
+    native._library(compiler)
+    (used,) = cache.iterdir()
+    now = time.time()
+    for days in (59, 0.5):
+        os.utime(used, (0, now - days * native.DAY))
+        before = used.stat().st_mtime
+        native._library(compiler)
+        assert (used.stat().st_mtime > before) == (days > 1)
+    unused, lately, other = cache / "native-0-0.so", cache / "native-1-1.so", cache / "other.so"
+    for file, days in ((unused, 61), (lately, 59), (other, 61)):
+        file.touch()
+        os.utime(file, (0, now - days * native.DAY))
+    native._library(compiler)
+    assert unused.exists()
+    new = native._compile(compiler, cache / "native-2")
+    assert set(cache.iterdir()) == {used, lately, other, new}
