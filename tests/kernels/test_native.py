@@ -233,3 +233,25 @@ def test_libraries_that_are_no_longer_used_are_deleted_when_another_is_compiled(
     assert unused.exists()
     new = native._compile(compiler, cache / "native-2")
     assert set(cache.iterdir()) == {used, lately, other, new}
+
+
+def test_a_compiler_that_took_too_long_is_left_alone_for_a_day(tmp_path, cache, monkeypatch):
+    calls, compiler = [], tmp_path / "c++"
+
+    def too_slow(command, timeout, **options):
+        calls.append(command)
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    compiler.touch(0o755)
+    monkeypatch.delenv(native.SETTING, raising=False)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setattr(subprocess, "run", too_slow)
+    prepare = native._prepare.__wrapped__  # as another process does
+    assert prepare() == f"{compiler} took more than 120 s"
+    (left,) = cache.iterdir()
+    assert prepare().startswith(f"{compiler} took more than 120 s the last time; ")
+    assert prepare().endswith(f" once {left} is deleted")
+    assert len(calls) == 1
+    os.utime(left, (0, time.time() - 2 * native.DAY))
+    assert prepare() == f"{compiler} took more than 120 s"
+    assert len(calls) == 2

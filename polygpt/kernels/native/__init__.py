@@ -178,6 +178,10 @@ def _compile(compiler: list[str], stem: Path) -> Path:
     Its name ends in a digest of what it holds: to load a library of which a part is lost can end the process.
     """
     _delete_old(stem.parent)
+    too_slow = stem.with_name(f"{stem.name}.timeout")
+    if _is_newer(too_slow, DAY):
+        again = f"it is tried again a day later, or once {too_slow} is deleted"
+        raise TimeoutError(f"{compiler[0]} took more than {SECONDS} s the last time; {again}")
     temporary = stem.with_name(f"{stem.name}.so.{secrets.token_hex(4)}")
     try:
         command = [*compiler, *FLAGS, f"-I{jax.ffi.include_dir()}", str(FOLDER / "handlers.cc"), "-o", str(temporary)]
@@ -185,14 +189,18 @@ def _compile(compiler: list[str], stem: Path) -> Path:
         subprocess.run(command, check=True, timeout=SECONDS, **streams)
         file = stem.with_name(f"{stem.name}-{_digest(temporary.read_bytes())}.so")
         os.replace(temporary, file)
+    except subprocess.TimeoutExpired:
+        with suppress(OSError):
+            too_slow.touch()
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     return file
 
 
 def _delete_old(folder: Path) -> None:
-    """Deletes what killed processes left, and libraries that are not used any more."""
-    for pattern, seconds in (("native-*.so.*", 2 * SECONDS), ("native-*.so", KEPT)):
+    """Deletes what killed processes left, timeouts that no longer count, and libraries that are not used any more."""
+    for pattern, seconds in (("native-*.so.*", 2 * SECONDS), ("native-*.timeout", DAY), ("native-*.so", KEPT)):
         for file in folder.glob(pattern):
             if not _is_newer(file, seconds):
                 with suppress(OSError):
