@@ -61,6 +61,9 @@ def _temporary(path: Path) -> Iterator[Path]:
         os.rename(partial, path)
     except OSError as error:
         raise PolygptError(f"{path}: cannot be written ({error.strerror or error})") from None
+    except PolygptError as error:  # about a file in it, which is named as it would have been
+        error.args = (str(error).replace(str(partial), str(path)),)
+        raise
     finally:
         with suppress(OSError):  # if it is a file; a folder is removed next
             partial.unlink(missing_ok=True)

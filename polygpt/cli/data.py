@@ -105,7 +105,6 @@ def prepare(sources: tuple[str, ...], tokenizer_path: str, out: Path, as_json: b
 
     with _progress_line() as progress:
         shards = prepare_in_parallel(open_source(config), tokenizer, out, config, note=note, progress=progress)
-    tokenizer.save(out / "tokenizer.json")
     facts = {"path": str(out), "dtype": shards.manifest.dtype, "invalid_documents": shards.manifest.invalid_documents}
     for side in (shards.train, shards.validation):
         facts |= {f"{side.name}_{name}": getattr(side, name) for name in ("documents", "tokens", "bytes")}

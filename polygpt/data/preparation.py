@@ -29,7 +29,7 @@ from polygpt.data.shards import (
     open_shards,
 )
 from polygpt.data.sources import Source, Tally
-from polygpt.data.tasks import Counts, documents_of, plan, write_plan
+from polygpt.data.tasks import TOKENIZER, Counts, documents_of, plan, write_plan
 from polygpt.data.workers import Pool, Progress
 from polygpt.errors import PolygptError, RequestError
 from polygpt.files import expand, new_folder, remove_folder
@@ -48,6 +48,8 @@ def prepare(
     shard_tokens: int = SHARD_TOKENS,
 ) -> Shards:
     """Tokenizes `source` into shards in the new folder `out`; `progress` gets the number of documents done.
+
+    The tokenizer is saved beside them.
 
     Each document is preceded by the tokenizer's end-of-text token, if there is one, so that every token of a document
     is predicted and a model learns to stop. A new shard begins once one holds `shard_tokens`.
@@ -154,7 +156,7 @@ def _dtype(tokenizer: Tokenizer) -> str:
 def _new_shards(
     source: Source, tokenizer: Tokenizer, out: str | Path, config: DataConfig, shard_tokens: int
 ) -> Iterator[dict[str, _SplitWriter]]:
-    """A writer for each side; what they wrote gets its manifest and its name at the end."""
+    """A writer for each side; what they wrote gets its tokenizer, its manifest and its name at the end."""
     out, dtype = expand(out), _dtype(tokenizer)
     _check_new(out)
     with new_folder(out) as partial:
@@ -162,6 +164,7 @@ def _new_shards(
             writers = {name: stack.enter_context(_SplitWriter(partial, name, dtype, shard_tokens)) for name in SPLITS}
             yield writers
             entries = {name: writer.finish(config) for name, writer in writers.items()}
+        tokenizer.save(partial / TOKENIZER)
         tally, empty = source.tally, sum(writer.without_tokens for writer in writers.values())
         skipped = tally.invalid if config.invalid_utf8 == "skip" else 0
         manifest = Manifest(

@@ -184,13 +184,13 @@ class Engine:
             waiting: return at once if this request has parts or has ended by now, in another thread's step.
 
         Returns:
-            What was decoded, each part with its request; parts are also kept for whoever iterates over the handle.
+            What was decoded, each part with its request; whoever iterates over a handle gets it, too.
 
         Raises:
             Exception: whatever went wrong in a program; all requests that were running fail with it.
         """
         with self._stepping:
-            if waiting is not None and (waiting._parts or waiting.ended):
+            if waiting is not None and (waiting.has_new or waiting.ended):
                 return []
             try:
                 return self._step(most)

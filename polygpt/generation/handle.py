@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -51,6 +50,8 @@ Listener = Callable[["Handle", Part | None], None]
 class Handle:
     """A submitted request. Iterating over it gives its parts as they come, and runs the engine as far as needed.
 
+    Whatever came meanwhile, by steps of another thread or before the iteration, is one part.
+
     Attributes:
         request: what is continued, and how.
         stream: its text; None leaves it at tokens.
@@ -90,15 +91,14 @@ class Handle:
         self._engine, self._budget, self._listener = engine, budget, listener
         self._received: list[int] = []
         self._scores: list[Logprob] = []
-        self._parts: deque[Part] = deque()
+        self._given = self._progress
 
     def __iter__(self) -> Iterator[Part]:
-        while True:
-            while self._parts:
-                yield self._parts.popleft()
-            if self.ended and not self._parts:
-                break
-            self._engine.step(waiting=self)
+        while not self.ended or self.has_new:  # in this order: another thread may end it in between
+            if self.has_new:
+                yield self._new()
+            else:
+                self._engine.step(waiting=self)
         if self.error is not None:
             raise self.error
 
@@ -115,6 +115,11 @@ class Handle:
     def cancel(self) -> None:
         """Ends it with what was given out so far; its slot is free from the next step on."""
         self._engine.cancel(self)
+
+    @property
+    def has_new(self) -> bool:
+        """Something has come that iterating has not given yet."""
+        return self._progress != self._given
 
     @property
     def room(self) -> int:
@@ -175,10 +180,18 @@ class Handle:
         self.logprobs += part.logprobs
         if self.text is not None:
             self.text += text
-        self._parts.append(part)
         self.finish_reason, self.ended = reason, reason is not None
         self._tell(part)
         return part
+
+    @property
+    def _progress(self) -> tuple[int, int, str | None]:
+        return len(self.tokens), len(self.text or ""), self.finish_reason
+
+    def _new(self) -> Part:
+        with self._engine._lock:
+            (start, shown, _), self._given = self._given, self._progress
+            return Part(self.tokens[start:], (self.text or "")[shown:], self.logprobs[start:], self.finish_reason)
 
     def _tell(self, part: Part | None) -> None:
         if self._listener is None:

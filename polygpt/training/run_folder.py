@@ -2,7 +2,7 @@
 
 config.yaml      the resolved configuration
 tokenizer.json   the tokenizer
-data/            token shards, in a folder for each source of a mixture (absent if they were prepared before)
+data/            token shards and their tokenizer, in a folder for each source of a mixture (absent if prepared before)
 checkpoints/     verified steps; best.json says which had the lowest validation loss, if that is kept
 .lock            held while a process trains in the folder
 metrics.jsonl    one JSON object per line: what it is (`event`), `step`, and `loss`, `val_loss` or other metrics

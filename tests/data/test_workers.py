@@ -13,7 +13,7 @@ import pytest
 
 from polygpt.data import DataConfig, formats, open_source, prepare, prepare_in_parallel, tasks, workers
 from polygpt.errors import PolygptError, RequestError
-from polygpt.tokenizers import TokenizerConfig, train_tokenizer
+from polygpt.tokenizers import TokenizerConfig, load_tokenizer, train_tokenizer
 
 
 def files_of(folder):
@@ -243,6 +243,26 @@ def test_a_disk_that_is_full_before_a_part_is_done_is_left_as_it_was(
     assert [found.name for found in small_disk.iterdir()] == ["full"]
     (small_disk / "full").unlink()
     assert program(*words).code == 0
+
+
+def test_a_disk_that_fills_up_before_the_tokenizer_is_saved_leaves_no_shards_without_it(tmp_path, small_disk, program):
+    letters = "".join(chr(0x4E00 + number) for number in range(20_000))
+    (tmp_path / "a.txt").write_text(letters)
+    path, out = tmp_path / "tokenizer.json", small_disk / "out"
+    train_tokenizer(TokenizerConfig(kind="char"), [letters]).save(path)
+    disk, size = os.statvfs(small_disk), path.stat().st_size
+    # Room for the tokenizer beside the plan and for the shards, but not for the tokenizer beside these.
+    (small_disk / "full").write_bytes(bytes(disk.f_bavail * disk.f_frsize - size * 7 // 4))
+    words = ["data", "prepare", tmp_path / "a.txt", "--tokenizer", path, "--split", "fraction", "--out", out]
+    done = program(*words)
+    assert (done.code, done.complaint) == (1, [f"{out}/tokenizer.json: cannot be written (No space left on device)"])
+    assert sorted(found.name for found in small_disk.iterdir()) == ["full", "out.work"]
+    (small_disk / "full").unlink()
+    done = program(*words)
+    assert done.code == 0, done.err
+    assert "1 of 1 parts kept" in done.err
+    assert [found.name for found in small_disk.iterdir()] == ["out"]
+    assert load_tokenizer(out).fingerprint == load_tokenizer(path).fingerprint
 
 
 MEMORY = """

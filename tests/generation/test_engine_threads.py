@@ -86,6 +86,17 @@ def test_a_listener_gets_the_parts_the_failures_and_the_end(monkeypatch):
         gone.result()
 
 
+def test_what_came_before_a_handle_is_iterated_over_is_one_part():
+    engine, came = engine_of("softmax"), []
+    handle = engine.submit(Request([1, 2], 9, GREEDY, logprobs=1))
+    while not handle.ended:
+        came += engine.step(1)
+    assert len(came) == 9
+    (part,) = handle
+    assert part == (handle.tokens, "", handle.logprobs, "length")
+    assert list(handle) == []
+
+
 def test_statistics_and_a_closed_engine():
     model = engine_of("softmax").model
     engine = Engine(model, zoo.lively(model), slots=8, chunk=CHUNK, queue=100)  # compiles nothing anew

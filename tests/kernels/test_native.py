@@ -6,6 +6,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import jax
@@ -330,3 +331,46 @@ def test_the_compilers_message_may_be_in_any_encoding_and_it_reads_no_input(tmp_
     compiler.write_text("#!/bin/sh\ncat >&2\nprintf 'caf\\351\\n' >&2\nexit 1\n")
     compiler.chmod(0o755)
     assert reason(CXX=str(compiler), PYTHONUTF8="1").startswith(f"False {compiler} failed: caf")
+
+
+@needs_compiler
+def test_libraries_that_are_no_longer_used_are_deleted_when_another_is_compiled(tmp_path, cache):
+    compiler = [str(small_compiler(tmp_path))]
+    native._library(compiler)
+    (used,) = cache.iterdir()
+    now = time.time()
+    for days in (59, 0.5):
+        os.utime(used, (0, now - days * native.DAY))
+        before = used.stat().st_mtime
+        native._library(compiler)
+        assert (used.stat().st_mtime > before) == (days > 1)
+    unused, lately, other = cache / "native-0-0.so", cache / "native-1-1.so", cache / "other.so"
+    for file, days in ((unused, 61), (lately, 59), (other, 61)):
+        file.touch()
+        os.utime(file, (0, now - days * native.DAY))
+    native._library(compiler)
+    assert unused.exists()
+    new = native._compile(compiler, cache / "native-2")
+    assert set(cache.iterdir()) == {used, lately, other, new}
+
+
+def test_a_compiler_that_took_too_long_is_left_alone_for_a_day(tmp_path, cache, monkeypatch):
+    calls, compiler = [], tmp_path / "c++"
+
+    def too_slow(command, timeout, **options):
+        calls.append(command)
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    compiler.touch(0o755)
+    monkeypatch.delenv(native.SETTING, raising=False)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setattr(subprocess, "run", too_slow)
+    prepare = native._prepare.__wrapped__  # as another process does
+    assert prepare() == f"{compiler} took more than 120 s"
+    (left,) = cache.iterdir()
+    assert prepare().startswith(f"{compiler} took more than 120 s the last time; ")
+    assert prepare().endswith(f" once {left} is deleted")
+    assert len(calls) == 1
+    os.utime(left, (0, time.time() - 2 * native.DAY))
+    assert prepare() == f"{compiler} took more than 120 s"
+    assert len(calls) == 2

@@ -36,6 +36,8 @@ TARGETS = ("polygpt_product", "polygpt_product_int4", "polygpt_attention")
 # -ffp-contract: a sum takes a product without rounding it first, in all sums or in none.
 FLAGS = ("-O2", "-march=native", "-ffp-contract=fast", "-std=c++17", "-shared", "-fPIC", "-w")
 SECONDS = 120  # that a compiler may take
+DAY = 24 * 60 * 60
+KEPT = 60 * DAY  # libraries that are not loaded
 HEAD_DIM = 256  # of attention, at most (attention.h)
 
 _lock = threading.Lock()
@@ -149,7 +151,11 @@ def _library(compiler: list[str]) -> ctypes.CDLL:
     made_from = [*sources, *(word.encode() for word in (*compiler, *FLAGS, processor(), jax.__version__))]
     name = f"native-{_digest(b'|'.join(made_from))}"
     whole = (file for file in folder.glob(f"{name}-*.so") if file.stem == f"{name}-{_digest(file.read_bytes())}")
-    return ctypes.CDLL(str((next(whole, None) or _compile(compiler, folder / name)).absolute()))
+    file = next(whole, None)
+    if file is not None and not _is_newer(file, DAY):
+        with suppress(OSError):
+            os.utime(file)
+    return ctypes.CDLL(str((file or _compile(compiler, folder / name)).absolute()))
 
 
 def _digest(content: bytes) -> str:
@@ -172,10 +178,11 @@ def _compile(compiler: list[str], stem: Path) -> Path:
 
     Its name ends in a digest of what it holds: to load a library of which a part is lost can end the process.
     """
-    for left in stem.parent.glob("native-*.so.*"):  # by processes that were killed
-        with suppress(OSError):
-            if time.time() - left.stat().st_mtime > 2 * SECONDS:
-                left.unlink()
+    _delete_old(stem.parent)
+    too_slow = stem.with_name(f"{stem.name}.timeout")
+    if _is_newer(too_slow, DAY):
+        again = f"it is tried again a day later, or once {too_slow} is deleted"
+        raise TimeoutError(f"{compiler[0]} took more than {SECONDS} s the last time; {again}")
     temporary = stem.with_name(f"{stem.name}.so.{secrets.token_hex(4)}")
     try:
         command = [*compiler, *FLAGS, f"-I{jax.ffi.include_dir()}", str(FOLDER / "handlers.cc"), "-o", str(temporary)]
@@ -183,6 +190,26 @@ def _compile(compiler: list[str], stem: Path) -> Path:
         subprocess.run(command, check=True, timeout=SECONDS, **streams)
         file = stem.with_name(f"{stem.name}-{_digest(temporary.read_bytes())}.so")
         os.replace(temporary, file)
+    except subprocess.TimeoutExpired:
+        with suppress(OSError):
+            too_slow.touch()
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     return file
+
+
+def _delete_old(folder: Path) -> None:
+    """Deletes what killed processes left, timeouts that no longer count, and libraries that are not used any more."""
+    for pattern, seconds in (("native-*.so.*", 2 * SECONDS), ("native-*.timeout", DAY), ("native-*.so", KEPT)):
+        for file in folder.glob(pattern):
+            if not _is_newer(file, seconds):
+                with suppress(OSError):
+                    file.unlink()
+
+
+def _is_newer(file: Path, seconds: int) -> bool:
+    try:
+        return time.time() - file.stat().st_mtime < seconds
+    except OSError:
+        return False
