@@ -123,7 +123,7 @@ ENVIRONMENT = """\
   to compute; `off` keeps nothing. The default is `$XDG_CACHE_HOME/polygpt`, or `~/.cache/polygpt`. It can be deleted at
   any time. Importing polygpt as a library does not use it, but for the compiled C++ of decoding on a CPU (200 kB).
 - `POLYGPT_NATIVE`: `0` leaves decoding on a CPU to XLA; otherwise products of a few rows and attention over a cache are
-  compiled from polygpt's C++ when they are first needed (4 s, once), if there is a compiler. `polygpt doctor` says so.
+  compiled from polygpt's C++ when they are first needed (8 s, once), if there is a compiler. `polygpt doctor` says so.
 - `CXX`: that compiler; the default is `c++`.
 - `JAX_COMPILATION_CACHE_DIR`: where JAX keeps compiled programs; if it is set, polygpt leaves JAX's cache alone.
 - `JAX_PLATFORMS`: `cpu` makes JAX ignore a GPU.

@@ -1,6 +1,6 @@
 """What decoding computes on a CPU, in C++: products of a few rows with packed weights, and attention over a cache.
 
-The source is compiled for this processor when it is first needed (4 s), with $CXX or the system's c++, and kept beside
+The source is compiled for this processor when it is first needed (8 s), with $CXX or the system's c++, and kept beside
 JAX's compiled programs, or in the cache folder where JAX keeps none. Without a compiler, or with POLYGPT_NATIVE=0, XLA
 computes the same, up to rounding, at half the speed or less (figures in benchmarks/README.md).
 """
