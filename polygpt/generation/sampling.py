@@ -114,13 +114,18 @@ def are_finite(logits: Float[Array, "B V"]) -> Bool[Array, "B"]:
 
 def choose(logits: Float[Array, "B V"], sampling: Sampling, keys: PRNGKeyArray) -> Int[Array, "B"]:
     """One token a row, int32, from float32 logits that are known to be in order."""
-    greedy = _likeliest(logits)
+    drawn = sampling.temperature > 0
 
     def draw() -> Array:  # as jax.random.categorical does (Gumbel's trick)
         noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
-        return jnp.where(sampling.temperature > 0, _likeliest(filter_logits(logits, sampling) + noise), greedy)
+        return _likeliest(filter_logits(logits, sampling) + noise)
 
-    return lax.cond((sampling.temperature > 0).any(), draw, lambda: greedy)
+    def nothing() -> Array:
+        return jnp.zeros(len(logits), jnp.int32)
+
+    # Each is computed in one place, so that a row's token does not depend on what the other rows need.
+    greedy = lax.cond(drawn.all(), nothing, lambda: _likeliest(logits))
+    return jnp.where(drawn, lax.cond(drawn.any(), draw, nothing), greedy)
 
 
 def _likeliest(logits: Float[Array, "B V"]) -> Int[Array, "B"]:
