@@ -46,7 +46,8 @@ def plan(name: str, overrides: tuple[str, ...], accelerator: str, fit: bool, as_
 
     The step is compiled for up to 512 simulated devices; nothing is allocated or run. The time is a lower bound: every
     device computes at its peak, and only the slowest of its resources counts. A preset is trained by AdamW with a row
-    for each device, unless training.batch_size and other training. settings say otherwise.
+    for each device, unless training.batch_size and other training. settings say otherwise; a recipe of the same name
+    goes first.
     """
     from polygpt.config import dotted_to_nested, parse_overrides
     from polygpt.recipes import named_fields

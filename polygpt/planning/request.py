@@ -21,15 +21,15 @@ LARGEST_MESH = 512
 def planned_run(name: str, overrides: Mapping[str, Any]) -> RunConfig:
     """The run that `name` (a recipe, a run's file or folder; a preset or any other model) and the settings describe.
 
-    A model alone is trained by AdamW, and unless `training.batch_size` says otherwise with a row for each device that
-    the batch is split over.
+    A name that a recipe and a preset share is the recipe. A model alone is trained by AdamW, and unless
+    `training.batch_size` says otherwise with a row for each device that the batch is split over.
 
     Raises:
         RequestError: there is nothing by that name, a setting is wrong, or the mesh fits neither model nor batch.
     """
-    found = named_fields(name)
+    found = named_fields(name, recipe_first=True)
     if found is not None and found[1]:
-        resolved = resolve_model(name, overrides)
+        resolved = resolve_model(name, overrides, recipe_first=True)
         config = resolved.run.model_copy(update={"model": resolved.model})
     else:
         config = _run_of_model(name, overrides)

@@ -145,17 +145,20 @@ def _value(fields: Mapping[str, Any], key: str) -> Any:
     return inner.get(field) if isinstance(inner, Mapping) else None
 
 
-def named_fields(name: str, overrides: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], bool] | None:
+def named_fields(
+    name: str, overrides: Mapping[str, Any] | None = None, *, recipe_first: bool = False
+) -> tuple[dict[str, Any], bool] | None:
     """The plain fields that a preset, a recipe, a YAML file or a run's folder stands for, with `overrides`.
 
-    Also says whether they are of a run; otherwise they are of a model alone. None for any other MODEL.
+    Also says whether they are of a run; otherwise they are of a model alone. None for any other MODEL. A name that a
+    preset and a recipe share is the preset, unless `recipe_first`.
 
     Raises:
         RequestError: there is nothing by that name, or an override is of a run where there is a model alone.
     """
     path = expand(name)
     own = path / CONFIG if (path / CONFIG).is_file() else path
-    if name in PRESETS:
+    if name in PRESETS and not (recipe_first and name in recipe_names()):
         fields = preset_fields(name)
     elif own.suffix in (".yaml", ".yml"):
         whole = read_yaml(own)

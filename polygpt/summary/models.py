@@ -46,15 +46,16 @@ class Resolved:
     repeatable: bool = True
 
 
-def resolve_model(name: str, overrides: Mapping[str, Any] | None = None) -> Resolved:
+def resolve_model(name: str, overrides: Mapping[str, Any] | None = None, *, recipe_first: bool = False) -> Resolved:
     """The model that a preset, a recipe, a YAML file (of a model or a run), or any MODEL names.
 
-    Overrides are written as in a run (`model.num_layers=4`).
+    Overrides are written as in a run (`model.num_layers=4`). A name that a preset and a recipe share is the preset,
+    unless `recipe_first`.
 
     Raises:
         RequestError: there is nothing by that name, or an override is wrong.
     """
-    found = named_fields(name, overrides)
+    found = named_fields(name, overrides, recipe_first=recipe_first)
     if found is None:
         from polygpt.loading import find
 

@@ -12,6 +12,7 @@ from polygpt.errors import RequestError
 from polygpt.planning import find_fitting, layout_settings, plan, planned_run
 from polygpt.planning.program import Program
 from polygpt.planning.roofline import axes_bandwidth, estimate
+from polygpt.recipes import load_recipe
 from polygpt.training import ACCELERATORS, listed
 
 MODEL = """\
@@ -79,6 +80,14 @@ def model_file(tmp_path_factory):
 
 def run_of(*words):
     return planned_run("gpt2", parse_overrides(words))
+
+
+@pytest.mark.parametrize("name", ["tiny_moe", "tiny_moe_2", "tiny_moe_3"])
+def test_a_recipe_goes_before_a_preset_of_the_same_name(name):
+    recipe = load_recipe(name)
+    planned = planned_run(name, {})
+    assert planned.training == recipe.training
+    assert planned.model == recipe.model.with_vocab(planned.model.vocab_size)
 
 
 def test_bytes_are_those_of_a_real_state_and_its_compiled_step(model_file):
