@@ -17,8 +17,8 @@ from polygpt.model import Model, Params
 # Tokens of a prompt's last chunks, so that a short prompt is read about as fast as one step of decoding. Each larger
 # size is this many times the one before.
 SMALL, FACTOR = 16, 4
-# A chunk of up to this many tokens is read once, however much of it is padding, which products in C++ leave out
-# (`kernels/native`): 40 tokens take 60 ms as one chunk of 64 and 93 as three of 16.
+# A chunk of up to this many tokens may be mostly padding, which products in C++ leave out (`kernels/native`): 40 tokens
+# of SmolLM2-135M take 60 ms as one chunk of 64, and 93 as three of 16.
 PADDED = 64
 
 
@@ -79,10 +79,7 @@ class PromptReader:
         return True
 
     def _read_chunk(self, left: int) -> None:
-        """The size of a chunk follows from the position alone, so that a state does not depend on the cache."""
-        smaller = zip(self._sizes, self._sizes[1:], strict=False)
-        least = ((size, rest if size <= PADDED else size - rest) for size, rest in smaller)
-        size = next((size for size, tokens in least if left > tokens), self._sizes[-1])
+        size = next_chunk(self._sizes, left)
         count = min(left, size)
         tokens = np.zeros((1, size), np.int32)
         tokens[0, :count] = self._tokens[self.position : self.position + count]
@@ -103,3 +100,14 @@ class PromptReader:
             block = self._programs.take(self.row, np.int32(0))
             self.row = self._programs.put(self.row, block, np.int32(0))
         self.row, self._held = self._programs.restart(self.row), None
+
+
+def next_chunk(sizes: Sequence[int], left: int) -> int:
+    """Which of the compiled sizes, the largest first, the next chunk of a prompt has that has `left` tokens to read.
+
+    It follows from the prompt alone, so that a state does not depend on what the prefix cache held.
+    """
+    for size, smaller in itertools.pairwise(sizes):
+        if left > (smaller if size <= PADDED else size - smaller):
+            return size
+    return sizes[-1]

@@ -1,7 +1,6 @@
 """Encoding and decoding: exact round trips, special tokens, published ids, files."""
 
 from concurrent.futures import ThreadPoolExecutor
-from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -10,10 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from polygpt.errors import PolygptError, RequestError, TooLong
+from polygpt.errors import PolygptError, RequestError
 from polygpt.tokenizers import END_OF_TEXT, Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer
 from polygpt.tokenizers import encoding as module
-from polygpt.tokenizers import tokenizer as tokenizer_module
 
 SAMPLE = "the cat sat on the mat, the rat ate the oat; another brought together Größe 東京 🙂\n" * 20
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]))
@@ -348,49 +346,3 @@ def test_a_word_that_a_tokenizer_of_words_lacks_is_named():
     assert list(tokenizer.encode("hello world")) == [0, 1]
     with pytest.raises(RequestError, match="the word 'there' is no token of this tokenizer"):
         tokenizer.encode("hello there world")
-
-
-def sentencepiece(*steps):
-    """A BPE that writes spaces as `▁` and unknown characters as bytes, as Llama's does."""
-    pieces = ["<unk>", "<s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"the", "he", "the", "▁the"]
-    merges = [("h", "e"), ("t", "he"), ("▁", "the")]
-    made = hf.Tokenizer(
-        models.BPE({piece: i for i, piece in enumerate(pieces)}, merges, unk_token="<unk>", byte_fallback=True)
-    )
-    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁"), *steps])
-    made.add_special_tokens(["<a special token that is very long>"])
-    return Tokenizer(made)
-
-
-@pytest.mark.parametrize(
-    "tokenizer", [BYTE, BPE, SPACES, CHAR, sentencepiece()], ids=["byte", "bpe", "spaces", "char", "llama"]
-)
-@settings(deadline=None, max_examples=40)
-@given(text=st.text(sorted(set(SAMPLE))) | st.lists(st.sampled_from(["the ", " the", "    ", "Größe"])).map("".join))
-def test_a_text_is_never_refused_for_its_length_that_has_no_more_tokens(tokenizer, text):
-    with patch.object(tokenizer_module, "CHECKED", 0):
-        tokenizer.check_length(text, len(tokenizer.encode(text)))
-        tokenizer.check_length(text, len(tokenizer.encode(text, special=True)), special=True)
-
-
-@pytest.mark.parametrize(
-    ("tokenizer", "longest"),
-    [(BYTE, 1), (CHAR, 1), (BPE, 9), (sentencepiece(), 6)],
-    ids=["byte", "char", "bpe", "llama"],
-)
-def test_a_text_of_too_many_tokens_is_refused_by_its_length(tokenizer, longest, monkeypatch):
-    """`longest`: of the tokens, in bytes or characters; `<0x00>` has 6."""
-    monkeypatch.setattr(module.Encoder, "encode_batch", None)
-    text = "the cat " * 10_000
-    with pytest.raises(TooLong, match=f"at least {-(-80_000 // longest)} tokens, model.context_length is 8000:"):
-        tokenizer.check_length(text, 8000)
-    with pytest.raises(RequestError, match="lone surrogate"):
-        tokenizer.check_length(text + "\ud800", 8000)
-    tokenizer.check_length("the cat " * 8000, 10)  # soon counted
-
-
-def test_a_tokenizer_that_may_drop_text_refuses_none_for_its_length():
-    stripping = hf.Tokenizer.from_str(BYTE.to_json())
-    stripping.add_tokens([hf.AddedToken("cat", rstrip=True)])
-    for tokenizer in (sentencepiece(normalizers.Replace(hf.Regex(" +"), "")), Tokenizer(stripping)):
-        tokenizer.check_length("cat" + " " * 100_000, 4)

@@ -33,7 +33,7 @@ from polygpt.kernels.scores import ScoreInputs, ScoreRule
 SETTING = "POLYGPT_NATIVE"
 FOLDER = Path(__file__).parent
 TARGETS = ("polygpt_product", "polygpt_product_int4", "polygpt_attention")
-# -ffp-contract: a sum takes a product without rounding it first, in all sums or in none.
+# -ffp-contract: fuses products with sums where the source does not (`add_product` in vectors.h).
 FLAGS = ("-O2", "-march=native", "-ffp-contract=fast", "-std=c++17", "-shared", "-fPIC", "-w")
 SECONDS = 120  # that a compiler may take
 DAY = 24 * 60 * 60
