@@ -11,7 +11,8 @@ them, task by task, and what counts is the ratio of medians. Tasks:
     load              model and tokenizer
     touch             the same, and every weight is read once (transformers maps the file and reads it when it is used)
 
-Peak memory is that before the last two, which hold the model a second time.
+Peak memory is that before the last two, which hold the model a second time. Both frameworks compute on a GPU where they
+find one.
 """
 
 from __future__ import annotations
@@ -111,21 +112,28 @@ def serve(arguments: argparse.Namespace) -> None:
     """Answers tasks until standard input ends."""
     reply = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print; standard output is for times alone
-    tasks = (polygpt_tasks if arguments.worker == "polygpt" else transformers_tasks)(arguments)
+    tasks, peak = (polygpt_tasks if arguments.worker == "polygpt" else transformers_tasks)(arguments)
     for line in sys.stdin:
         task = tasks[line.strip()]
         before = time.perf_counter()
         task()
         seconds = time.perf_counter() - before
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps({"seconds": seconds, "peak_bytes": peak}), file=reply, flush=True)
+        print(json.dumps({"seconds": seconds, "peak_bytes": peak()}), file=reply, flush=True)
+
+
+def peak_of_process() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def prompts(rows: int, length: int) -> np.ndarray:
     return np.random.default_rng(0).integers(1000, 40000, (rows, length)).astype(np.int32)
 
 
-def polygpt_tasks(arguments: argparse.Namespace) -> dict[str, Callable[[], object]]:
+Tasks = tuple[dict[str, Callable[[], object]], Callable[[], int]]
+
+
+def polygpt_tasks(arguments: argparse.Namespace) -> Tasks:
+    """What each task does, and what gives the peak memory in bytes: the GPU's where there is one."""
     from polygpt.process import keep_freed_memory
 
     keep_freed_memory()  # as the command does
@@ -161,8 +169,11 @@ def polygpt_tasks(arguments: argparse.Namespace) -> dict[str, Callable[[], objec
             numbers.append(jnp.ones((64, BANDWIDTH_BYTES // 256), jnp.float32))
         jax.block_until_ready(largest(numbers[0]))
 
+    def peak() -> int:
+        return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use") or peak_of_process()
+
     largest = jax.jit(lambda x: x.max(1))
-    return {
+    tasks = {
         "load": load,
         "touch": load,
         "prefill": lambda: jax.block_until_ready(last(lm.params, prompts(1, LENGTH))),
@@ -171,9 +182,10 @@ def polygpt_tasks(arguments: argparse.Namespace) -> dict[str, Callable[[], objec
         "hellaswag": hellaswag,
         "bandwidth": bandwidth,
     }
+    return tasks, peak
 
 
-def transformers_tasks(arguments: argparse.Namespace) -> dict[str, Callable[[], object]]:
+def transformers_tasks(arguments: argparse.Namespace) -> Tasks:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -181,10 +193,20 @@ def transformers_tasks(arguments: argparse.Namespace) -> dict[str, Callable[[], 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     dtype = getattr(torch, arguments.dtype)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def load():
         AutoTokenizer.from_pretrained(arguments.folder)
-        return AutoModelForCausalLM.from_pretrained(arguments.folder, dtype=dtype).eval()
+        model = AutoModelForCausalLM.from_pretrained(arguments.folder, dtype=dtype).eval().to(device)
+        wait()
+        return model
+
+    def wait() -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    def peak() -> int:
+        return torch.cuda.max_memory_allocated() if device == "cuda" else peak_of_process()
 
     model = load()
 
@@ -192,17 +214,20 @@ def transformers_tasks(arguments: argparse.Namespace) -> dict[str, Callable[[], 
         with torch.no_grad():
             for parameter in load().parameters():
                 parameter.max()
+        wait()
 
     @torch.no_grad()
     def prefill() -> None:
-        model(torch.from_numpy(prompts(1, LENGTH)).long(), logits_to_keep=1)
+        model(torch.from_numpy(prompts(1, LENGTH)).long().to(device), logits_to_keep=1)
+        wait()
 
     @torch.no_grad()
     def decode(rows: int) -> None:
-        tokens = torch.from_numpy(prompts(rows, PROMPT)).long()
+        tokens = torch.from_numpy(prompts(rows, PROMPT)).long().to(device)
         mask = torch.ones_like(tokens)
         settings = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
         model.generate(tokens, attention_mask=mask, **settings)
+        wait()
 
     @torch.no_grad()
     def hellaswag() -> None:
@@ -221,12 +246,12 @@ def transformers_tasks(arguments: argparse.Namespace) -> dict[str, Callable[[], 
             group = rows[start : start + 16]
             width = len(group[0][0])
             tokens = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in group])
-            scores = torch.log_softmax(model(tokens).logits.float(), -1)
+            scores = torch.log_softmax(model(tokens.to(device)).logits.float(), -1)
             for i, (ids, count) in enumerate(group):
                 at = range(len(ids) - count - 1, len(ids) - 1)
                 scores[i, list(at), ids[-count:]].sum().item()
 
-    return {
+    tasks = {
         "load": load,
         "touch": touch,
         "prefill": prefill,
@@ -234,6 +259,7 @@ def transformers_tasks(arguments: argparse.Namespace) -> dict[str, Callable[[], 
         "decode8": lambda: decode(8),
         "hellaswag": hellaswag,
     }
+    return tasks, peak
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float
 from pydantic import Field
 
+from polygpt.kernels.rounding import in_float32
 from polygpt.model.parts import Initializer, NormConfig
 
 if TYPE_CHECKING:
@@ -36,13 +37,18 @@ class LayerNorm(nnx.Module):
         self.bias = init.constant(0.0, (width,), ("embed",)) if config.bias else None
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        x32 = x.astype(jnp.float32)
-        centred = x32 - x32.mean(-1, keepdims=True)
-        variance = jnp.square(centred).mean(-1, keepdims=True)
-        y = centred * lax.rsqrt(variance + self.eps) * self.gain[...].astype(jnp.float32)
-        if self.bias is not None:
-            y = y + self.bias[...].astype(jnp.float32)
-        return y.astype(x.dtype)
+        bias = None if self.bias is None else self.bias[...]
+        return layer_normalize(x, self.gain[...], bias, eps=self.eps)
+
+
+@in_float32
+def layer_normalize(
+    x: Float[Array, "*B D"], gain: Float[Array, " D"], bias: Float[Array, " D"] | None, *, eps: float
+) -> Float[Array, "*B D"]:
+    """(x - mean) / sqrt(var + eps) · gain + bias over the last axis."""
+    centred = x - x.mean(-1, keepdims=True)
+    y = centred * lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps) * gain
+    return y if bias is None else y + bias
 
 
 class RMSNormConfig(NormConfig):
@@ -66,14 +72,13 @@ class RMSNorm(nnx.Module):
         self.gain = init.constant(1.0 - self.offset, (width,), ("embed",))
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return rms_normalize(x, self.gain[...].astype(jnp.float32) + self.offset, self.eps)
+        return rms_normalize(x, self.gain[...].astype(jnp.float32) + self.offset, eps=self.eps)
 
 
-def rms_normalize(x: Float[Array, "*B D"], gain: Float[Array, " D"], eps: float) -> Float[Array, "*B D"]:
-    """x / sqrt(mean(x²) + eps) · gain over the last axis, in float32."""
-    x32 = x.astype(jnp.float32)
-    scale = lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + eps)
-    return (x32 * scale * gain.astype(jnp.float32)).astype(x.dtype)
+@in_float32
+def rms_normalize(x: Float[Array, "*B D"], gain: Float[Array, " D"], *, eps: float) -> Float[Array, "*B D"]:
+    """x / sqrt(mean(x²) + eps) · gain over the last axis."""
+    return x * lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps) * gain
 
 
 class ScaleNormConfig(NormConfig):
@@ -92,10 +97,14 @@ class ScaleNorm(nnx.Module):
         self.gain = init.constant(width**0.5, (), ())
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        x32 = x.astype(jnp.float32)
-        # The maximum is taken under the root: sqrt has no gradient at 0.
-        squares = jnp.maximum(jnp.square(x32).sum(-1, keepdims=True), self.eps**2)
-        return (x32 * lax.rsqrt(squares) * self.gain[...].astype(jnp.float32)).astype(x.dtype)
+        return scale_normalize(x, self.gain[...], eps=self.eps)
+
+
+@in_float32
+def scale_normalize(x: Float[Array, "*B D"], gain: Float[Array, ""], *, eps: float) -> Float[Array, "*B D"]:
+    """gain · x / max(|x|, eps) over the last axis."""
+    # The maximum is taken under the root: sqrt has no gradient at 0.
+    return x * lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), eps**2)) * gain
 
 
 class NoNormConfig(NormConfig):

@@ -45,10 +45,14 @@ def dependence(model: Model, documents: np.ndarray | None, training: bool) -> np
         hidden = decoder(each, training=training, segment_ids=segments).hidden
         return (hidden.astype(jnp.float32) * mixture).sum(-1).reshape(len(tokens), rows, LENGTH)
 
+    def over(function):
+        """`jax.vmap`; on a GPU a loop: JAX cannot batch the gradient of `ragged_dot`, which multiplies experts there."""
+        return jax.vmap(function) if jax.default_backend() == "cpu" else lambda rows: jax.lax.map(function, rows)
+
     def both(table, changed):
         value, back = jax.vjp(lambda table: outputs(table, tokens[None])[0], table)
         each = jnp.eye(value.size).reshape(rows, LENGTH, *value.shape)
-        gradients = jax.vmap(jax.vmap(lambda cotangent: back(cotangent)[0]))(each)
+        gradients = over(over(lambda cotangent: back(cotangent)[0]))(each)
         return value, gradients, outputs(table, changed) if chooses else value
 
     # Row s: from position s on, other tokens. Only experts are chosen.

@@ -106,8 +106,8 @@ class SoftmaxAttention(Projections):
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         q, k, v = self.project(x)
         if self.query_norm is not None:
-            q = rms_normalize(q, self.query_norm[...], self.config.qk_norm_eps)
-            k = rms_normalize(k, self.key_norm[...], self.config.qk_norm_eps)
+            q = rms_normalize(q, self.query_norm[...], eps=self.config.qk_norm_eps)
+            k = rms_normalize(k, self.key_norm[...], eps=self.config.qk_norm_eps)
         rotation = context.rotations.get(q.shape[-1])
         q, k = rotate(q, rotation), rotate(k, rotation)
         inputs = ScoreInputs(
