@@ -20,6 +20,8 @@ from polygpt.config import Config
 
 # What a row samples whose logits are not finite: no token's id, so that the host can refuse it.
 NOT_FINITE = -1
+# Ids that are drawn from together.
+BLOCK = 64
 _FLOAT32 = np.finfo(np.float32)
 _EDITS = ("repetition_penalty", "presence_penalty", "frequency_penalty", "no_repeat_ngram", "min_new_tokens")
 # What is added to a logit: bounded, so that no sum exceeds the range of float32.
@@ -116,9 +118,8 @@ def choose(logits: Float[Array, "B V"], sampling: Sampling, keys: PRNGKeyArray) 
     """One token a row, int32, from float32 logits that are known to be in order."""
     drawn = sampling.temperature > 0
 
-    def draw() -> Array:  # as jax.random.categorical does (Gumbel's trick)
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
-        return _likeliest(filter_logits(logits, sampling) + noise)
+    def draw() -> Array:
+        return _drawn(filter_logits(logits, sampling), keys)
 
     def nothing() -> Array:
         return jnp.zeros(len(logits), jnp.int32)
@@ -126,6 +127,22 @@ def choose(logits: Float[Array, "B V"], sampling: Sampling, keys: PRNGKeyArray) 
     # Each is computed in one place, so that a row's token does not depend on what the other rows need.
     greedy = lax.cond(drawn.all(), nothing, lambda: _likeliest(logits))
     return jnp.where(drawn, lax.cond(drawn.any(), draw, nothing), greedy)
+
+
+def _drawn(logits: Float[Array, "B V"], keys: PRNGKeyArray) -> Int[Array, "B"]:
+    """One token a row, int32, by its probability; the largest logit of each row is 0.
+
+    Gumbel's trick (Gumbel 1954), as in `jax.random.categorical`, in two stages: first for a block of the vocabulary, then
+    for a token of that block. Noise for each of 49,152 tokens took 1.7 of 2.5 ms for 8 rows on two CPU cores.
+    """
+    rows, vocab = logits.shape
+    count = -(-vocab // BLOCK)
+    padding = count * BLOCK - vocab
+    blocks = jnp.pad(logits, ((0, 0), (0, padding)), constant_values=-jnp.inf).reshape(rows, count, BLOCK)
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, (count + BLOCK,)))(keys)
+    block = _likeliest(jnp.log(jnp.exp(blocks).sum(-1)) + noise[:, :count])
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    return block * BLOCK + _likeliest(inside + noise[:, count:])
 
 
 def _likeliest(logits: Float[Array, "B V"]) -> Int[Array, "B"]:

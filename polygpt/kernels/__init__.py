@@ -37,7 +37,7 @@ from polygpt.kernels.softmax_attention import (
     choose_attention,
     reference_attention,
 )
-from polygpt.kernels.stacks import in_stack, layer_view, write_back
+from polygpt.kernels.stacks import in_stack, layer_view, most_unrolled, write_back
 from polygpt.kernels.weights import Weight, matmul, project_to_vocabulary
 
 __all__ = [
@@ -63,6 +63,7 @@ __all__ = [
     "from_peers",
     "in_stack",
     "layer_view",
+    "most_unrolled",
     "matmul",
     "mean_over_devices",
     "native_unavailable",

@@ -24,6 +24,7 @@ from polygpt.kernels import (
     dropout,
     in_stack,
     layer_view,
+    most_unrolled,
     nll_of_logits,
     project_to_vocabulary,
     token_nll,
@@ -219,7 +220,9 @@ class Decoder(nnx.Module):
         else:
             head = jax.tree.map(lambda leaf: leaf[:whole], params)
             # Fully unrolled if that runs faster; the gradient of the stack is still one concatenation.
-            unroll = 1 if _scans(self.config, decoding=state is not None) else max(whole, 1)
+            unrolls = self.config.num_layers <= most_unrolled(decoding=state is not None)
+            scans = not unrolls if self.config.scan_layers is None else self.config.scan_layers
+            unroll = 1 if scans else max(whole, 1)
             scan = scan_in_segments if remat == "full" else lax.scan
             carry, reports = scan(repetition, carry, (jnp.arange(whole), head), unroll=unroll)
         if rest:
@@ -259,17 +262,6 @@ class Decoder(nnx.Module):
         if self.config.head == "none":
             return (self.nll(hidden, targets) * token_weights).sum()
         return weighted_nll(hidden, self._head_matrix(), targets, token_weights, self.config.logit_rule)
-
-
-def _scans(config: ModelConfig, decoding: bool) -> bool:
-    """Whether layers are scanned over (see `ModelConfig.scan_layers`)."""
-    if config.scan_layers is not None:
-        return config.scan_layers
-    # On an H200 a training step of GPT-2 (12 layers) took 44 ms scanned, of which 8 went into filling and reading the
-    # stacks of what the gradient needs, and 36 ms unrolled; the first step came after 64 and 76 s. Decoding has a
-    # program for each shape to compile.
-    unrolls_more = jax.default_backend() == "gpu" and current_mesh() is None and not decoding
-    return config.num_layers > (24 if unrolls_more else 8)
 
 
 def _whole(parameter: nnx.Param) -> Any:

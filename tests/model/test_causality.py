@@ -46,7 +46,7 @@ def dependence(model: Model, documents: np.ndarray | None, training: bool) -> np
         return (hidden.astype(jnp.float32) * mixture).sum(-1).reshape(len(tokens), rows, LENGTH)
 
     def over(function):
-        """`jax.vmap`; on a GPU a loop: JAX cannot batch the gradient of `ragged_dot`, which multiplies experts there."""
+        """`jax.vmap`; on a GPU a loop: JAX does not batch the gradient of `ragged_dot`, the product of experts."""
         return jax.vmap(function) if jax.default_backend() == "cpu" else lambda rows: jax.lax.map(function, rows)
 
     def both(table, changed):
