@@ -38,7 +38,7 @@ from polygpt.kernels.softmax_attention import (
     reference_attention,
 )
 from polygpt.kernels.stacks import in_stack, layer_view, most_unrolled, write_back
-from polygpt.kernels.weights import Weight, matmul, project_to_vocabulary
+from polygpt.kernels.weights import Weight, matmuls, project_to_vocabulary
 
 __all__ = [
     "ALIGNMENT",
@@ -63,9 +63,9 @@ __all__ = [
     "from_peers",
     "in_stack",
     "layer_view",
-    "most_unrolled",
-    "matmul",
+    "matmuls",
     "mean_over_devices",
+    "most_unrolled",
     "native_unavailable",
     "nll_of_logits",
     "pack",

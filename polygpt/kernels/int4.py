@@ -11,6 +11,7 @@ byte holds two outputs of a group, 8 apart: two products read the same bytes, th
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -23,6 +24,7 @@ from jaxtyping import Array, Float, Int
 from polygpt.kernels import native
 from polygpt.kernels.packed import BLOCK, at_once, few_rows, in_blocks, many_rows, row_product
 from polygpt.kernels.stacks import InStack
+from polygpt.kernels.weights import Weight
 
 GROUP = 16  # outputs
 HALF = GROUP // 2
@@ -70,9 +72,8 @@ class PackedInt4(InStack):
 
     def times(self, x: Float[Array, "M I"], *, in_loop: bool = False) -> Float[Array, "M O"]:
         """See `Weight.times`. On a CPU a matrix `in_loop` is taken in blocks."""
-        if len(x) <= NATIVE_ROWS and native.available():
-            packed = (self.nibbles, self.step, self.zero, self.unit)
-            return native.product_int4(x.astype(jnp.float32), packed, self._count, self.layer)
+        if self._is_native(x):
+            return self._products(x, [self])[0]
         own = self._own()
         padded = len(own.unit) * GROUP
         if in_loop and padded > BLOCK and jax.default_backend() == "cpu":
@@ -80,6 +81,20 @@ class PackedInt4(InStack):
         else:
             y = own._product(x)
         return y[:, : self._count]
+
+    def times_each(self, x: Float[Array, "M I"], weights: Sequence[Weight]) -> list[Float[Array, "M O"]]:
+        """See `Weight.times_each`."""
+        if self._is_native(x) and all(isinstance(each, PackedInt4) for each in weights):
+            return self._products(x, [self, *weights])
+        return [each.times(x) for each in (self, *weights)]
+
+    def _is_native(self, x: Float[Array, "M I"]) -> bool:
+        """Whether C++ multiplies `x` with this matrix."""
+        return len(x) <= NATIVE_ROWS and native.available()
+
+    def _products(self, x: Float[Array, "M I"], weights: Sequence[PackedInt4]) -> list[Float[Array, "M O"]]:
+        packed = [(each.nibbles, each.step, each.zero, each.unit) for each in weights]
+        return native.products_int4(x.astype(jnp.float32), packed, [each._count for each in weights], self.layer)
 
     @property
     def _count(self) -> int:

@@ -12,7 +12,7 @@ Nothing here is differentiable: training uses plain parameters.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 
 from polygpt.kernels import native
 from polygpt.kernels.stacks import InStack, from_stored
+from polygpt.kernels.weights import Weight
 
 # Products of this many rows are computed in C++. A step of 8 rows of SmolLM2-135M takes 24 ms in float32 and 19 in int8
 # (36 and 28 by XLA), a chunk of 64 tokens 92 and 87 (101 and 100). One row XLA multiplies as fast as memory allows; 128
@@ -73,8 +74,8 @@ class Packed(InStack):
 
     def times(self, x: Float[Array, "M I"], *, in_loop: bool = False) -> Float[Array, "M O"]:
         """See `Weight.times`. On a CPU a matrix `in_loop` that has to be converted is taken in blocks."""
-        if len(x) in NATIVE_ROWS and x.dtype == jnp.float32 and self.dtype != "float16" and native.available():
-            return native.product(x, self.values, self.scale, self.layer)
+        if self._is_native(x):
+            return native.products(x, [(self.values, self.scale)], self.layer)[0]
         converted = not self.values.dtype == x.dtype == jnp.float32
         if jax.default_backend() != "cpu":
             y = at_once(x, from_stored(self._own(self.values), self.dtype).astype(x.dtype))
@@ -83,6 +84,16 @@ class Packed(InStack):
         else:
             y = self._on_cpu(x, self._own(self.values))
         return y if self.scale is None else y * self._own(self.scale)
+
+    def times_each(self, x: Float[Array, "M I"], weights: Sequence[Weight]) -> list[Float[Array, "M O"]]:
+        """See `Weight.times_each`."""
+        if self._is_native(x) and all(isinstance(each, Packed) and each._is_native(x) for each in weights):
+            return native.products(x, [(each.values, each.scale) for each in (self, *weights)], self.layer)
+        return [each.times(x) for each in (self, *weights)]
+
+    def _is_native(self, x: Float[Array, "M I"]) -> bool:
+        """Whether C++ multiplies `x` with this matrix."""
+        return len(x) in NATIVE_ROWS and x.dtype == jnp.float32 and self.dtype != "float16" and native.available()
 
     def _own(self, stack: Array) -> Array:
         return stack if self.layer is None else lax.dynamic_index_in_dim(stack, self.layer, keepdims=False)

@@ -53,9 +53,9 @@ def write_back(stacks: PyTree, after: PyTree, index: Int[Array, ""] | int) -> Py
 def most_unrolled(decoding: bool) -> int:
     """How many layers are unrolled, and more of them scanned over, where a model's configuration does not say.
 
-    On an H200 a training step of GPT-2 (12 layers) took 44 ms scanned, of which 8 went into filling and reading the stacks
-    of what the gradient needs, and 36 ms unrolled; the first step came after 64 and 76 s. Decoding has a program for each
-    shape to compile.
+    On an H200 a training step of GPT-2 (12 layers) took 44 ms scanned, of which 8 went into filling and reading the
+    stacks of what the gradient needs, and 36 ms unrolled; the first step came after 64 and 76 s. Decoding has a program
+    for each shape to compile.
     """
     alone_on_gpu = jax.default_backend() == "gpu" and current_mesh() is None
     return 24 if alone_on_gpu and not decoding else 8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -33,20 +34,26 @@ class Weight(Protocol):
         """
         ...
 
+    def times_each(self, x: Float[Array, "M I"], weights: Sequence[Weight]) -> list[Float[Array, "M O"]]:
+        """`times` of this matrix and of each of `weights`, which are the same layer's and contract the same inputs."""
+        ...
 
-def matmul(x: Float[Array, "B T ..."], weight: Array | Weight, inputs: int = 1) -> Float[Array, "B T ..."]:
-    """Contracts the trailing axes of `x` with the first `inputs` axes of `weight`, in the dtype of `x`.
+
+def matmuls(x: Float[Array, "B T ..."], weights: Sequence[Array | Weight], inputs: int = 1) -> list[Array]:
+    """Contracts the trailing axes of `x` with the first `inputs` axes of each weight, in the dtype of `x`.
 
     The product is taken over flat tokens, [B·T, inputs] @ [inputs, outputs]: on a CPU the gradient of the
     three-dimensional form runs at half the speed, because XLA transposes operands of a contraction over two axes.
     """
     flat = x.reshape(x.shape[0] * x.shape[1], -1)
-    if isinstance(weight, Weight):
-        outputs, y = weight.outputs, weight.times(flat).astype(x.dtype)
+    if all(isinstance(weight, Weight) for weight in weights):
+        shapes = [weight.outputs for weight in weights]
+        found = weights[0].times_each(flat, weights[1:])
     else:
-        outputs = weight.shape[inputs:]
-        y = _product(flat, weight.astype(x.dtype).reshape(math.prod(weight.shape[:inputs]), -1))
-    return y.reshape(*x.shape[:2], *outputs)
+        shapes = [weight.shape[inputs:] for weight in weights]
+        matrices = (weight.astype(x.dtype).reshape(math.prod(weight.shape[:inputs]), -1) for weight in weights)
+        found = [_product(flat, matrix) for matrix in matrices]
+    return [y.astype(x.dtype).reshape(*x.shape[:2], *shape) for y, shape in zip(found, shapes, strict=True)]
 
 
 @jax.custom_vjp

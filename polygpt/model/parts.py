@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from polygpt.config import Config, PartConfig
 from polygpt.kernels import dropout as dropout  # for parts of a user's own, too
-from polygpt.kernels import matmul
+from polygpt.kernels import matmuls
 from polygpt.sharding import constrain
 
 if TYPE_CHECKING:
@@ -198,10 +198,20 @@ NO_EFFECTS = Effects({}, {}, {})
 
 def dense(x: Float[Array, "B T ..."], kernel: nnx.Param, bias: nnx.Param | None = None) -> Float[Array, "B T ..."]:
     """x·W + b, contracting the trailing axes of `x` with the first (`inputs`) axes of `kernel`."""
-    metadata = kernel.get_metadata()
-    y = matmul(x, kernel.get_value(), metadata["inputs"])
-    y = constrain(y, "batch", None, *metadata["axes"][2 - y.ndim :])
-    return y if bias is None else y + bias[...].astype(x.dtype)
+    return dense_each(x, (kernel, bias))[0]
+
+
+def dense_each(
+    x: Float[Array, "B T ..."], *projections: tuple[nnx.Param, nnx.Param | None]
+) -> list[Float[Array, "B T ..."]]:
+    """x·W + b of several kernels and biases that contract the same axes."""
+    kernels = [kernel for kernel, _ in projections]
+    found = []
+    products = matmuls(x, [kernel.get_value() for kernel in kernels], kernels[0].get_metadata()["inputs"])
+    for y, (kernel, bias) in zip(products, projections, strict=True):
+        y = constrain(y, "batch", None, *kernel.get_metadata()["axes"][2 - y.ndim :])
+        found.append(y if bias is None else y + bias[...].astype(x.dtype))
+    return found
 
 
 class AttentionModule(Protocol):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from polygpt.config import validate
 from polygpt.errors import RequestError
 from polygpt.generation import Sampler
-from polygpt.generation.sampling import NOT_FINITE, filter_logits, sample, stack_samplers, token_keys
+from polygpt.generation.sampling import BLOCK, NOT_FINITE, filter_logits, sample, stack_samplers, token_keys
 
 filtered = jax.jit(filter_logits)
 
@@ -110,6 +110,21 @@ def test_sampled_frequencies_are_the_probabilities():
     weights = np.asarray([0.25, 0.09, 0.0225, 0.0025]) / 0.365  # squared, as temperature 1/2 does
     assert set(np.unique(sharp)) == {0, 1}
     np.testing.assert_allclose((sharp == 0).mean(), weights[0] / (weights[0] + weights[1]), atol=0.012)
+
+
+@pytest.mark.parametrize("vocab", [BLOCK - 1, BLOCK, 2 * BLOCK + 20])
+def test_frequencies_over_blocks_of_the_vocabulary(vocab):
+    """Pearson's chi-squared, whose mean is the number of tokens and whose deviation is the root of twice that."""
+    count, likely = 50_000, np.arange(vocab) % 3 != 1
+    likely[BLOCK // 2 : -3] &= vocab <= BLOCK or np.arange(vocab)[BLOCK // 2 : -3] >= BLOCK  # a block half empty
+    logits = np.where(likely, np.random.default_rng(0).normal(size=vocab), -np.inf)
+    drawn = Sampler(temperature=0.7).sample(jnp.asarray(logits, jnp.float32)[None].repeat(count, 0), jax.random.key(0))
+    counts = np.bincount(drawn, minlength=vocab)
+    assert not counts[~likely].any()
+    expected = np.exp(logits[likely] / 0.7)
+    expected *= count / expected.sum()
+    chi_squared = ((counts[likely] - expected) ** 2 / expected).sum()
+    assert abs(chi_squared - likely.sum()) < 4 * (2 * likely.sum()) ** 0.5
 
 
 @pytest.mark.parametrize("temperature", [1e-37, 2e-38, 1e-38, 1e-40, 1e-320])

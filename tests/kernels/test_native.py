@@ -30,8 +30,8 @@ def multiply(packed, x):
     x = jnp.asarray(x)
     if isinstance(packed, PackedInt4):
         arrays = (packed.nibbles, packed.step, packed.zero, packed.unit)
-        return native.product_int4(x, arrays, packed.outputs[0], packed.layer)
-    return native.product(x, packed.values, packed.scale, packed.layer)
+        return native.products_int4(x, [arrays], [packed.outputs[0]], packed.layer)[0]
+    return native.products(x, [(packed.values, packed.scale)], packed.layer)[0]
 
 
 @needs_compiler
@@ -54,6 +54,18 @@ def test_a_row_has_the_same_bits_among_any_number_of_others(inputs, dtype):
     for rows in (1, 2, 3, 5, 8, 16):
         np.testing.assert_array_equal(multiply(packed, x[:rows]), whole[:rows])
         np.testing.assert_array_equal(multiply(packed, x[-rows:]), whole[-rows:])
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtypes", [*([dtype] * 4 for dtype in TYPES), TYPES], ids=lambda dtypes: "-".join(set(dtypes)))
+def test_several_matrices_are_multiplied_as_each_alone(dtypes):
+    sizes = (100, 3, 17, 200)
+    several = [matrices(40, size, dtype)[0] for size, dtype in zip(sizes, dtypes, strict=True)]
+    x = np.random.default_rng(1).normal(size=(11, 40)).astype(np.float32)
+    x[[0, 5]] = 0
+    first, *others = several
+    for found, packed in zip(first.times_each(jnp.asarray(x), others), several, strict=True):
+        np.testing.assert_array_equal(found, multiply(packed, x))
 
 
 @needs_compiler
@@ -101,7 +113,7 @@ def test_sizes_that_do_not_go_together_are_refused(dtype):
     for inputs, outputs in ((41, 20), (40, 37)):
         x = jnp.ones((3, inputs), jnp.float32)
         with pytest.raises(Exception, match="sizes that do not go together"):
-            native._multiply("polygpt_product" + "_int4" * int4, x, outputs, weights, packed.layer)
+            native._multiply("polygpt_product" + "_int4" * int4, x, [outputs], [weights], packed.layer)
 
 
 @needs_compiler

@@ -17,6 +17,7 @@ import subprocess
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -88,25 +89,24 @@ def _compiler() -> list[str]:
     return [path, *flags]
 
 
-def product(
-    x: Float[Array, "M I"],
-    values: Float[Array, "*stack O I"] | Int8[Array, "*stack O I"] | UInt16[Array, "*stack O I"],
-    scale: Float[Array, "*stack O"] | None,
-    layer: Array | int | None,
-) -> Float[Array, "M O"]:
-    """`x` times the transpose of a layer's matrix: float32, int8 with a scale for each output, or bits of bfloat16."""
-    scale = jnp.zeros(0, jnp.float32) if scale is None else scale
-    return _multiply("polygpt_product", x, values.shape[-2], (values, scale), layer)
+Stack = Float[Array, "*stack O I"] | Int8[Array, "*stack O I"] | UInt16[Array, "*stack O I"]
+Int4 = tuple[UInt8[Array, "..."], UInt8[Array, "..."], UInt8[Array, "..."], Float[Array, "..."]]
 
 
-def product_int4(
-    x: Float[Array, "M I"],
-    packed: tuple[UInt8[Array, "..."], UInt8[Array, "..."], UInt8[Array, "..."], Float[Array, "..."]],
-    outputs: int,
-    layer: Array | int | None,
-) -> Float[Array, "M O"]:
-    """`x` times the transpose of a layer's matrix in 4 bits: nibbles, step, zero and unit of `PackedInt4`."""
-    return _multiply("polygpt_product_int4", x, outputs, packed, layer)
+def products(
+    x: Float[Array, "M I"], matrices: Sequence[tuple[Stack, Array | None]], layer: Array | int | None
+) -> list[Float[Array, "M O"]]:
+    """`x` times the transpose of each of a layer's matrices: float32, int8 with a scale for each output, or the bits
+    of bfloat16."""
+    weights = [(values, jnp.zeros(0, jnp.float32) if scale is None else scale) for values, scale in matrices]
+    return _multiply("polygpt_product", x, [values.shape[-2] for values, _ in matrices], weights, layer)
+
+
+def products_int4(
+    x: Float[Array, "M I"], matrices: Sequence[Int4], outputs: Sequence[int], layer: Array | int | None
+) -> list[Float[Array, "M O"]]:
+    """The same of matrices in 4 bits, each nibbles, step, zero and unit of `PackedInt4`."""
+    return _multiply("polygpt_product_int4", x, outputs, matrices, layer)
 
 
 def cached_attention(
@@ -132,9 +132,12 @@ def cached_attention(
     )
 
 
-def _multiply(target: str, x: Array, outputs: int, weights: tuple[Array, ...], layer: Array | int | None) -> Array:
-    result = jax.ShapeDtypeStruct((x.shape[0], outputs), jnp.float32)
-    return jax.ffi.ffi_call(target, result, vmap_method="sequential")(x, *weights, _index(layer))
+def _multiply(
+    target: str, x: Array, outputs: Sequence[int], weights: Sequence[tuple[Array, ...]], layer: Array | int | None
+) -> list[Array]:
+    results = [jax.ShapeDtypeStruct((x.shape[0], count), jnp.float32) for count in outputs]
+    arrays = [array for matrix in weights for array in matrix]
+    return jax.ffi.ffi_call(target, results, vmap_method="sequential")(x, _index(layer), *arrays)
 
 
 def _index(layer: Array | int | None) -> Int[Array, "1"]:

@@ -1,5 +1,7 @@
 // What XLA calls (https://docs.jax.dev/en/latest/ffi.html): polygpt/kernels/native/__init__.py registers these targets.
 
+#include <functional>
+#include <tuple>
 #include <vector>
 
 #include "attention.h"
@@ -10,16 +12,6 @@ namespace polygpt {
 namespace {
 
 namespace ffi = xla::ffi;
-
-// The rows of x with numbers other than zero. Those of zeros, which free slots have, are given their zeros.
-std::vector<Row> rows_to_multiply(const float* x, int64_t inputs, float* y, int64_t outputs, int64_t count) {
-  std::vector<Row> rows;
-  for (int64_t r = 0; r < count; r++, x += inputs, y += outputs) {
-    if (std::any_of(x, x + inputs, [](float number) { return number != 0; })) rows.push_back({x, y});
-    else std::fill_n(y, outputs, 0.0f);
-  }
-  return rows;
-}
 
 // Layers in a stack; it is a single one without an axis for them.
 int64_t layers_of(ffi::AnyBuffer::Dimensions sizes, size_t axes) { return sizes.size() > axes ? sizes[0] : 1; }
@@ -38,61 +30,124 @@ bool holds_or_none(const Buffer& buffer, int64_t count) { return holds(buffer, 0
 
 ffi::Error unfit() { return ffi::Error::InvalidArgument("sizes that do not go together"); }
 
-template <class T>
-void multiply(ThreadPool& pool, const std::vector<Row>& rows, const T* weights, const float* scale, int64_t inputs,
-              int64_t outputs) {
-  const int64_t size = part_size(pool, outputs, OUTPUTS), count = rows.size();
-  const Row* first = rows.data();
-  in_parallel(pool, (outputs + size - 1) / size, [=](int64_t part) {
-    const int64_t from = part * size, to = std::min(outputs, from + size);
-    all_rows(count, [&](auto few, int64_t row) { some_rows<few>(first + row, weights, scale, inputs, from, to); });
-  });
-}
-
 using Rows = ffi::Buffer<ffi::F32, 2>;
 using Layer = ffi::Buffer<ffi::S32, 1>;
+using Numbers = ffi::Buffer<ffi::F32>;
 
-// `values` is [O, I] or a stack [L, O, I] of layers, `scale` [O] or [L, O], or [0] for none.
-ffi::Error Product(ffi::ThreadPool pool, Rows x, ffi::AnyBuffer values, ffi::Buffer<ffi::F32> scale, Layer layer,
-                   ffi::Result<Rows> y) {
-  const int64_t inputs = x.dimensions()[1], outputs = y->dimensions()[1], layers = layers_of(values.dimensions(), 2);
-  if (!holds(values, layers * outputs * inputs) || !holds_or_none(scale, layers * outputs)) return unfit();
-  const int64_t index = inside(layer.typed_data()[0], layers);
-  const float* scales = scale.element_count() ? scale.typed_data() + index * outputs : nullptr;
-  const auto rows = rows_to_multiply(x.typed_data(), inputs, y->typed_data(), outputs, x.dimensions()[0]);
-  auto with = [&](auto* weights) {
-    multiply(pool, rows, weights + index * outputs * inputs, scales, inputs, outputs);
-    return ffi::Error::Success();
-  };
-  switch (values.element_type()) {
-    case ffi::F32: return with(values.typed_data<float>());
-    case ffi::S8: return with(values.typed_data<int8_t>());
-    case ffi::U16: return with(values.typed_data<uint16_t>());
-    default: return ffi::Error::InvalidArgument("weights are float32, int8, or the bits of bfloat16");
+// The rows that a call multiplies with its matrices: those of x with numbers other than zero.
+struct Factors {
+  const float* x;
+  int64_t inputs, rows;
+  std::vector<int64_t> used;
+
+  Factors(const float* x, int64_t inputs, int64_t rows) : x(x), inputs(inputs), rows(rows) {
+    for (int64_t r = 0; r < rows; r++)
+      if (std::any_of(x + r * inputs, x + (r + 1) * inputs, [](float number) { return number != 0; })) used.push_back(r);
   }
-}
 
-// See PackedInt4: [.., blocks, 8, I], [.., blocks, I], [.., blocks, I], [.., blocks, 16].
-ffi::Error ProductInt4(ffi::ThreadPool pool, Rows x, ffi::Buffer<ffi::U8> nibbles, ffi::Buffer<ffi::U8> step,
-                       ffi::Buffer<ffi::U8> zero, ffi::Buffer<ffi::F32> unit, Layer layer, ffi::Result<Rows> y) {
-  const int64_t inputs = x.dimensions()[1], outputs = y->dimensions()[1];
-  const int64_t blocks = (outputs + GROUP - 1) / GROUP, layers = layers_of(nibbles.dimensions(), 3);
-  const int64_t all = layers * blocks, start = inside(layer.typed_data()[0], layers) * blocks;
-  if (!holds(nibbles, all * HALF * inputs) || !holds(step, all * inputs) || !holds(zero, all * inputs)) return unfit();
-  if (!holds(unit, all * GROUP)) return unfit();
-  const Int4 packed{nibbles.typed_data() + start * HALF * inputs, step.typed_data() + start * inputs,
-                    zero.typed_data() + start * inputs, unit.typed_data() + start * GROUP};
-  const auto rows = rows_to_multiply(x.typed_data(), inputs, y->typed_data(), outputs, x.dimensions()[0]);
-  const int64_t size = part_size(pool, blocks, 1), count = rows.size();
-  const Row* first = rows.data();
-  in_parallel(pool, (blocks + size - 1) / size, [=](int64_t part) {
-    for (int64_t block = part * size; block < std::min(blocks, (part + 1) * size); block++)
-      all_rows(count, [&](auto few, int64_t row) { int4_block<few>(first + row, packed, block, inputs, outputs); });
+  // The rows to multiply and their places in y. Those of zeros, which free slots have, are given their zeros.
+  std::vector<Row> with_places(float* y, int64_t outputs) const {
+    std::vector<Row> found;
+    if (int64_t(used.size()) < rows) std::fill_n(y, rows * outputs, 0.0f);
+    for (int64_t r : used) found.push_back({x + r * inputs, y + r * outputs});
+    return found;
+  }
+};
+
+// One of the matrices of a call, in units: single outputs, or blocks of them.
+struct Matrix {
+  std::vector<Row> rows;
+  int64_t units;
+  std::function<void(const std::vector<Row>& rows, int64_t from, int64_t to)> multiply;
+};
+
+// The products of all matrices, which threads divide among them as if they were one.
+ffi::Error multiply(ThreadPool& pool, const std::vector<Matrix>& matrices, int64_t multiple) {
+  int64_t units = 0, parts = 0;
+  for (const Matrix& matrix : matrices) units += matrix.units;
+  const int64_t size = part_size(pool, units, multiple);
+  for (const Matrix& matrix : matrices) parts += (matrix.units + size - 1) / size;
+  const Matrix* first = matrices.data();
+  in_parallel(pool, parts, [=](int64_t part) {
+    const Matrix* matrix = first;
+    for (int64_t own; part >= (own = (matrix->units + size - 1) / size); matrix++) part -= own;
+    matrix->multiply(matrix->rows, part * size, std::min(matrix->units, (part + 1) * size));
   });
   return ffi::Error::Success();
 }
 
-using Numbers = ffi::Buffer<ffi::F32>;
+// The arguments that a call has for each of its results.
+template <class... Types, class Add>
+ffi::Error each_matrix(const ffi::RemainingArgs& arguments, const ffi::RemainingRets& results, Add add) {
+  if (arguments.size() != sizeof...(Types) * results.size()) return unfit();
+  for (size_t n = 0; n < results.size(); n++) {
+    size_t at = sizeof...(Types) * n;
+    auto y = results.get<Rows>(n);
+    std::tuple<ffi::ErrorOr<Types>...> found{arguments.get<Types>(at++)...};
+    if (!y || !std::apply([](auto&... each) { return (each.has_value() && ...); }, found)) return unfit();
+    if (!std::apply([&](auto&... each) { return add(*y.value(), each.value()...); }, found)) return unfit();
+  }
+  return ffi::Error::Success();
+}
+
+// `values` is [O, I] or a stack [L, O, I] of layers, `scale` [O] or [L, O], or [0] for none.
+ffi::Error Product(ThreadPool pool, Rows x, Layer layer, ffi::RemainingArgs weights, ffi::RemainingRets results) {
+  const int64_t inputs = x.dimensions()[1];
+  const Factors factors(x.typed_data(), inputs, x.dimensions()[0]);
+  std::vector<Matrix> matrices;
+  auto add = [&](Rows y, ffi::AnyBuffer values, Numbers scale) {
+    const int64_t outputs = y.dimensions()[1], layers = layers_of(values.dimensions(), 2);
+    if (!holds(values, layers * outputs * inputs) || !holds_or_none(scale, layers * outputs)) return false;
+    const int64_t index = inside(layer.typed_data()[0], layers);
+    const float* scales = scale.element_count() ? scale.typed_data() + index * outputs : nullptr;
+    auto with = [&](auto* stack) {
+      const auto* own = stack + index * outputs * inputs;
+      auto run = [=](const std::vector<Row>& rows, int64_t from, int64_t to) {
+        all_rows(rows.size(), [&](auto few, int64_t row) {
+          some_rows<few>(rows.data() + row, own, scales, inputs, from, to);
+        });
+      };
+      matrices.push_back({factors.with_places(y.typed_data(), outputs), outputs, run});
+      return true;
+    };
+    switch (values.element_type()) {
+      case ffi::F32: return with(values.typed_data<float>());
+      case ffi::S8: return with(values.typed_data<int8_t>());
+      case ffi::U16: return with(values.typed_data<uint16_t>());
+      default: return false;
+    }
+  };
+  auto error = each_matrix<ffi::AnyBuffer, Numbers>(weights, results, add);
+  return error.failure() ? error : multiply(pool, matrices, OUTPUTS);
+}
+
+// See PackedInt4: [.., blocks, 8, I], [.., blocks, I], [.., blocks, I], [.., blocks, 16].
+ffi::Error ProductInt4(ThreadPool pool, Rows x, Layer layer, ffi::RemainingArgs weights, ffi::RemainingRets results) {
+  using Bytes = ffi::Buffer<ffi::U8>;
+  const int64_t inputs = x.dimensions()[1];
+  const Factors factors(x.typed_data(), inputs, x.dimensions()[0]);
+  std::vector<Matrix> matrices;
+  auto add = [&](Rows y, Bytes nibbles, Bytes step, Bytes zero, Numbers unit) {
+    const int64_t outputs = y.dimensions()[1], blocks = (outputs + GROUP - 1) / GROUP;
+    const int64_t layers = layers_of(nibbles.dimensions(), 3), all = layers * blocks;
+    const int64_t start = inside(layer.typed_data()[0], layers) * blocks;
+    if (!holds(nibbles, all * HALF * inputs) || !holds(step, all * inputs) || !holds(zero, all * inputs)) return false;
+    if (!holds(unit, all * GROUP)) return false;
+    const Int4 packed{nibbles.typed_data() + start * HALF * inputs, step.typed_data() + start * inputs,
+                      zero.typed_data() + start * inputs, unit.typed_data() + start * GROUP};
+    auto run = [=](const std::vector<Row>& rows, int64_t from, int64_t to) {
+      for (int64_t block = from; block < to; block++)
+        all_rows(rows.size(), [&](auto few, int64_t row) {
+          int4_block<few>(rows.data() + row, packed, block, inputs, outputs);
+        });
+    };
+    matrices.push_back({factors.with_places(y.typed_data(), outputs), blocks, run});
+    return true;
+  };
+  auto error = each_matrix<Bytes, Bytes, Bytes, Numbers>(weights, results, add);
+  return error.failure() ? error : multiply(pool, matrices, 1);
+}
+
 using Heads = ffi::Buffer<ffi::F32, 4>;
 using Whole = ffi::Buffer<ffi::S32, 2>;
 
@@ -165,21 +220,17 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(polygpt_product, polygpt::Product,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<polygpt::Rows>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Arg<polygpt::Layer>()
-                                  .Ret<polygpt::Rows>());
+                                  .RemainingArgs()
+                                  .RemainingRets());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(polygpt_product_int4, polygpt::ProductInt4,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<polygpt::Rows>()
-                                  .Arg<xla::ffi::Buffer<xla::ffi::U8>>()
-                                  .Arg<xla::ffi::Buffer<xla::ffi::U8>>()
-                                  .Arg<xla::ffi::Buffer<xla::ffi::U8>>()
-                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Arg<polygpt::Layer>()
-                                  .Ret<polygpt::Rows>());
+                                  .RemainingArgs()
+                                  .RemainingRets());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(polygpt_attention, polygpt::Attention,
                               xla::ffi::Ffi::Bind()

@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 from pydantic import PositiveInt
 
-from polygpt.model.parts import AttentionConfig, Initializer, dense
+from polygpt.model.parts import AttentionConfig, Initializer, dense, dense_each
 
 if TYPE_CHECKING:
     from polygpt.model.config import ModelConfig
@@ -75,11 +75,8 @@ class Projections(nnx.Module):
         self, x: Float[Array, "B T D"]
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
         """Queries, keys and values."""
-        return (
-            dense(x, self.query, self.query_bias),
-            dense(x, self.key, self.key_bias),
-            dense(x, self.value, self.value_bias),
-        )
+        pairs = (self.query, self.query_bias), (self.key, self.key_bias), (self.value, self.value_bias)
+        return tuple(dense_each(x, *pairs))
 
     def merge(self, mixed: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
         """All heads' outputs back to the residual stream."""

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from pydantic import PositiveInt
 
 from polygpt.model.feedforward.activations import ACTIVATIONS, Activation
-from polygpt.model.parts import NO_EFFECTS, Context, Effects, FeedForwardConfig, Initializer, dense
+from polygpt.model.parts import NO_EFFECTS, Context, Effects, FeedForwardConfig, Initializer, dense, dense_each
 
 if TYPE_CHECKING:
     from polygpt.model.config import ModelConfig
@@ -41,5 +41,6 @@ class GLU(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, state: None = None
     ) -> tuple[Float[Array, "B T D"], None, Effects]:
-        gate = ACTIVATIONS[self.activation](dense(x, self.gate, self.gate_bias))
-        return dense(gate * dense(x, self.up, self.up_bias), self.down, self.down_bias), None, NO_EFFECTS
+        gate, up = dense_each(x, (self.gate, self.gate_bias), (self.up, self.up_bias))
+        hidden = ACTIVATIONS[self.activation](gate) * up
+        return dense(hidden, self.down, self.down_bias), None, NO_EFFECTS
