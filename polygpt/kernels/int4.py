@@ -82,7 +82,7 @@ class PackedInt4(InStack):
             y = own._product(x)
         return y[:, : self._count]
 
-    def times_each(self, x: Float[Array, "M I"], weights: Sequence[Weight]) -> list[Float[Array, "M O"]]:
+    def times_each(self, x: Float[Array, "M I"], weights: Sequence[Weight]) -> list[Float[Array, "M _"]]:
         """See `Weight.times_each`."""
         if self._is_native(x) and all(isinstance(each, PackedInt4) for each in weights):
             return self._products(x, [self, *weights])
@@ -92,7 +92,7 @@ class PackedInt4(InStack):
         """Whether C++ multiplies `x` with this matrix."""
         return len(x) <= NATIVE_ROWS and native.available()
 
-    def _products(self, x: Float[Array, "M I"], weights: Sequence[PackedInt4]) -> list[Float[Array, "M O"]]:
+    def _products(self, x: Float[Array, "M I"], weights: Sequence[PackedInt4]) -> list[Float[Array, "M _"]]:
         packed = [(each.nibbles, each.step, each.zero, each.unit) for each in weights]
         return native.products_int4(x.astype(jnp.float32), packed, [each._count for each in weights], self.layer)
 

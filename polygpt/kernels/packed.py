@@ -85,7 +85,7 @@ class Packed(InStack):
             y = self._on_cpu(x, self._own(self.values))
         return y if self.scale is None else y * self._own(self.scale)
 
-    def times_each(self, x: Float[Array, "M I"], weights: Sequence[Weight]) -> list[Float[Array, "M O"]]:
+    def times_each(self, x: Float[Array, "M I"], weights: Sequence[Weight]) -> list[Float[Array, "M _"]]:
         """See `Weight.times_each`."""
         if self._is_native(x) and all(isinstance(each, Packed) and each._is_native(x) for each in weights):
             return native.products(x, [(each.values, each.scale) for each in (self, *weights)], self.layer)

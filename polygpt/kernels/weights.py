@@ -34,7 +34,7 @@ class Weight(Protocol):
         """
         ...
 
-    def times_each(self, x: Float[Array, "M I"], weights: Sequence[Weight]) -> list[Float[Array, "M O"]]:
+    def times_each(self, x: Float[Array, "M I"], weights: Sequence[Weight]) -> list[Float[Array, "M _"]]:
         """`times` of this matrix and of each of `weights`, which are the same layer's and contract the same inputs."""
         ...
 

@@ -16,6 +16,7 @@ from polygpt.kernels import KVCache, ScoreInputs, ScoreRule, native, pack
 from polygpt.kernels.int4 import PackedInt4
 
 TYPES = ["float32", "bfloat16", "int8", "int4"]
+SEVERAL = {**{dtype: [dtype] * 4 for dtype in TYPES}, "mixed": TYPES}
 needs_compiler = pytest.mark.skipif(not native.available(), reason=native.unavailable() or "not on a CPU")
 
 
@@ -57,7 +58,7 @@ def test_a_row_has_the_same_bits_among_any_number_of_others(inputs, dtype):
 
 
 @needs_compiler
-@pytest.mark.parametrize("dtypes", [*([dtype] * 4 for dtype in TYPES), TYPES], ids=lambda dtypes: "-".join(set(dtypes)))
+@pytest.mark.parametrize("dtypes", SEVERAL.values(), ids=SEVERAL)
 def test_several_matrices_are_multiplied_as_each_alone(dtypes):
     sizes = (100, 3, 17, 200)
     several = [matrices(40, size, dtype)[0] for size, dtype in zip(sizes, dtypes, strict=True)]

@@ -89,13 +89,13 @@ def _compiler() -> list[str]:
     return [path, *flags]
 
 
-Stack = Float[Array, "*stack O I"] | Int8[Array, "*stack O I"] | UInt16[Array, "*stack O I"]
+Stack = Float[Array, "*stack _ I"] | Int8[Array, "*stack _ I"] | UInt16[Array, "*stack _ I"]
 Int4 = tuple[UInt8[Array, "..."], UInt8[Array, "..."], UInt8[Array, "..."], Float[Array, "..."]]
 
 
 def products(
     x: Float[Array, "M I"], matrices: Sequence[tuple[Stack, Array | None]], layer: Array | int | None
-) -> list[Float[Array, "M O"]]:
+) -> list[Float[Array, "M _"]]:
     """`x` times the transpose of each of a layer's matrices: float32, int8 with a scale for each output, or the bits
     of bfloat16."""
     weights = [(values, jnp.zeros(0, jnp.float32) if scale is None else scale) for values, scale in matrices]
@@ -104,7 +104,7 @@ def products(
 
 def products_int4(
     x: Float[Array, "M I"], matrices: Sequence[Int4], outputs: Sequence[int], layer: Array | int | None
-) -> list[Float[Array, "M O"]]:
+) -> list[Float[Array, "M _"]]:
     """The same of matrices in 4 bits, each nibbles, step, zero and unit of `PackedInt4`."""
     return _multiply("polygpt_product_int4", x, outputs, matrices, layer)
 

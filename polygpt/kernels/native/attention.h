@@ -80,14 +80,39 @@ inline float weigh(Query& query, float* scores, const int32_t* held, int64_t siz
   return kept;
 }
 
+// The position that each slot from `start` on holds: the last one that falls on it. Negative if there is none.
+inline void positions_of(int32_t* held, int64_t start, int64_t size, int64_t padded, int64_t last, int64_t slots) {
+  if (last < slots) {  // no slot was written twice; a division for each took a tenth of attention's time
+    for (int32_t s = 0; s < size; s++) held[s] = start + s <= last ? start + s : -1;
+  } else {
+    for (int64_t s = 0; s < size; s++) {
+      const int64_t back = last - (start + s);
+      held[s] = last - (back < 0 ? back % slots + slots : back % slots);
+    }
+  }
+  std::fill(held + size, held + padded, -1);
+}
+
+// What to fetch during `size` rows of an array of which those of another come next.
+template <class T>
+inline Ahead after(const T* rows, int64_t size, const T* next, int64_t dim) {
+  const int64_t lead = std::min<int64_t>(size, std::max<int64_t>(1, AHEAD / (dim * int64_t(sizeof(T)))));
+  const int64_t bytes = dim * int64_t(sizeof(T));
+  return {lead * bytes, size - lead, ((const char*)next - (const char*)rows) - (size - lead) * bytes};
+}
+
 // R queries and V vectors of their output, from number h on: what was gathered, and the block's values.
 template <int R, int V, class T>
-inline void mix(const float* weights, const float* kept, const T* values, int64_t size, int64_t dim, float* mixed) {
+inline void mix(const float* weights, const float* kept, const T* values, int64_t size, int64_t dim, float* mixed,
+                Ahead ahead) {
   Floats sums[R][V] = {};
   for (int64_t s = 0; s < size; s++) {
     Floats value[V];
 #pragma GCC unroll 8
-    for (int j = 0; j < V; j++) value[j] = load(values + s * dim + j * LANES);
+    for (int j = 0; j < V; j++) {
+      value[j] = load(values + s * dim + j * LANES);
+      fetch(values + s * dim + j * LANES, ahead.of(s));
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
       const Floats weight = Floats{} + weights[r * KEYS + s];
@@ -106,10 +131,13 @@ inline void mix(const float* weights, const float* kept, const T* values, int64_
 }
 
 template <int R, class T>
-void mix_rows(const float* weights, const float* kept, const T* values, int64_t size, int64_t dim, float* mixed) {
+void mix_rows(const float* weights, const float* kept, const T* values, int64_t size, int64_t dim, float* mixed,
+              Ahead ahead) {
+  constexpr int WIDE = R * 4 <= ROWS * OUTPUTS / 2 ? 4 : 2;  // that leave registers for the values
   int64_t h = 0;
-  for (; h + 2 * LANES <= dim; h += 2 * LANES) mix<R, 2>(weights, kept, values + h, size, dim, mixed + h);
-  for (; h + LANES <= dim; h += LANES) mix<R, 1>(weights, kept, values + h, size, dim, mixed + h);
+  for (; h + WIDE * LANES <= dim; h += WIDE * LANES) mix<R, WIDE>(weights, kept, values + h, size, dim, mixed + h, ahead);
+  for (; h + 2 * LANES <= dim; h += 2 * LANES) mix<R, 2>(weights, kept, values + h, size, dim, mixed + h, ahead);
+  for (; h + LANES <= dim; h += LANES) mix<R, 1>(weights, kept, values + h, size, dim, mixed + h, ahead);
   for (; h < dim; h++)
     for (int r = 0; r < R; r++) {
       float total = 0;
@@ -134,18 +162,18 @@ void attend(Query* queries, int64_t count, const T* k, const T* v, const Rule& r
   }
   for (int64_t start = 0; start < used; start += KEYS) {
     const int64_t size = std::min(KEYS, used - start), padded = (size + LANES - 1) / LANES * LANES;
-    for (int64_t s = 0; s < padded; s++) {
-      // The position that the slot holds: the last one that falls on it. Negative if there is none.
-      const int64_t back = last - (start + s);
-      held[s] = s < size ? last - (back < 0 ? back % slots + slots : back % slots) : -1;
-    }
+    positions_of(held, start, size, padded, last, slots);
+    // After the keys come the block's values, and after those the keys of the next block, or of the next head.
+    const T *keys = k + start * dim, *values = v + start * dim;
+    const T* next = start + KEYS < used ? keys + KEYS * dim : k + slots * dim;
+    const Ahead to_values = after(keys, size, values, dim), to_next = after(values, size, next, dim);
     all_rows(count, [&](auto few, int64_t n) {
-      some_rows<few>(rows + n, k + start * dim, (const float*)nullptr, dim, 0, size);
+      some_rows<few>(rows + n, keys, (const float*)nullptr, dim, 0, size, to_values);
       for (int64_t r = n; r < n + few; r++) {
         std::fill(scores + r * KEYS + size, scores + r * KEYS + padded, 0.0f);
         kept[r] = weigh(queries[r], scores + r * KEYS, held, padded, rule);
       }
-      mix_rows<few>(scores + n * KEYS, kept + n, v + start * dim, size, dim, mixed + n * dim);
+      mix_rows<few>(scores + n * KEYS, kept + n, values, size, dim, mixed + n * dim, to_next);
     });
   }
   for (int64_t n = 0; n < count; n++) {

@@ -102,9 +102,10 @@ ffi::Error Product(ThreadPool pool, Rows x, Layer layer, ffi::RemainingArgs weig
     const float* scales = scale.element_count() ? scale.typed_data() + index * outputs : nullptr;
     auto with = [&](auto* stack) {
       const auto* own = stack + index * outputs * inputs;
+      const Ahead ahead = beyond_a_tile<std::decay_t<decltype(*own)>>(inputs);
       auto run = [=](const std::vector<Row>& rows, int64_t from, int64_t to) {
         all_rows(rows.size(), [&](auto few, int64_t row) {
-          some_rows<few>(rows.data() + row, own, scales, inputs, from, to);
+          some_rows<few>(rows.data() + row, own, scales, inputs, from, to, ahead);
         });
       };
       matrices.push_back({factors.with_places(y.typed_data(), outputs), outputs, run});

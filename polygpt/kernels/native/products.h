@@ -10,6 +10,7 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 #include <type_traits>
 
 #include "vectors.h"
@@ -39,10 +40,9 @@ inline void all_rows(int64_t rows, Some some, int64_t row = 0) {
 
 // --- Weights of 8, 16 and 32 bits -----------------------------------------------------------------------------
 
-// R rows and C outputs, from the output `o` on.
+// R rows and C outputs, from the output `o` on; what lies `ahead` bytes from the weights is fetched.
 template <int R, int C, class T>
-inline void tile(const Row* rows, const T* weights, const float* scale, int64_t inputs, int64_t o) {
-  const int64_t ahead = std::max<int64_t>(AHEAD, C * inputs * sizeof(T));
+inline void tile(const Row* rows, const T* weights, const float* scale, int64_t inputs, int64_t o, int64_t ahead) {
   const float* x[R];
   for (int r = 0; r < R; r++) x[r] = rows[r].x;
   weights += o * inputs;
@@ -75,11 +75,23 @@ inline void tile(const Row* rows, const T* weights, const float* scale, int64_t 
   }
 }
 
+// How far ahead of row n of an array lies what is fetched: `bytes`, and from row `turn` on `then`, in another array.
+struct Ahead {
+  int64_t bytes, turn = std::numeric_limits<int64_t>::max(), then = 0;
+
+  int64_t of(int64_t n) const { return n < turn ? bytes : then; }
+};
+
+// At least the size of a tile.
+template <class T>
+inline Ahead beyond_a_tile(int64_t inputs) { return {std::max<int64_t>(AHEAD, OUTPUTS * inputs * sizeof(T))}; }
+
 template <int R, class T>
-void some_rows(const Row* rows, const T* weights, const float* scale, int64_t inputs, int64_t from, int64_t to) {
+void some_rows(const Row* rows, const T* weights, const float* scale, int64_t inputs, int64_t from, int64_t to,
+               Ahead ahead) {
   int64_t o = from;
-  for (; o + OUTPUTS <= to; o += OUTPUTS) tile<R, OUTPUTS>(rows, weights, scale, inputs, o);
-  for (; o < to; o++) tile<R, 1>(rows, weights, scale, inputs, o);
+  for (; o + OUTPUTS <= to; o += OUTPUTS) tile<R, OUTPUTS>(rows, weights, scale, inputs, o, ahead.of(o));
+  for (; o < to; o++) tile<R, 1>(rows, weights, scale, inputs, o, ahead.of(o));
 }
 
 // --- Weights of 4 bits, as polygpt/kernels/int4.py packs them -------------------------------------------------
