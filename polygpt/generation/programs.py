@@ -69,7 +69,8 @@ def slot_programs(config: ModelConfig, length: int, chunk: int, vocab: int) -> S
     def prefill(params: Params, row: PyTree, tokens: Array, start: Array, count: Array, *, fresh: bool) -> PyTree:
         index = jnp.arange(tokens.shape[1])[None]
         valid = index < count
-        return model.hidden(params, tokens, positions=start + index, valid=valid, state=row, fresh=fresh).state
+        where = {"positions": start + index, "valid": valid, "fresh": fresh}
+        return model.hidden(params, tokens, state=row, for_state=True, **where).state
 
     @jax.jit
     def take(row: PyTree, start: Array) -> list[Array]:
@@ -106,7 +107,8 @@ def _append(model: Model, length: int) -> jax.stages.Wrapped:
         read = jnp.concatenate([last[None], tokens[:-1]])[None]
         positions = (length_before - 1 + index)[None]
         row = states.row_of(slots.state, slot)
-        row = model.hidden(params, read, positions=positions, valid=(index < count)[None], state=row).state
+        valid = (index < count)[None]
+        row = model.hidden(params, read, positions=positions, valid=valid, state=row, for_state=True).state
         places = jnp.where(index < count, length_before + index, length)
         history = history._replace(
             tokens=history.tokens.at[slot, places].set(tokens, mode="drop"),

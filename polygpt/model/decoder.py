@@ -114,6 +114,7 @@ class Decoder(nnx.Module):
         loads: Loads | None = None,
         remat: Remat = "none",
         capture: Capture | None = None,
+        for_state: bool = False,
     ) -> Output:
         """Hidden states of `tokens`.
 
@@ -133,6 +134,7 @@ class Decoder(nnx.Module):
                 keeps a part of it. There are `residual`, the residual stream after each block, [B, T, D];
                 `attention`, each head's weights, float32 [B, N, T, S]; and `experts`, the share that each expert has
                 in a token's output, float32 [B, T, E], of feed-forwards with experts.
+            for_state: the caller uses the state alone. XLA then leaves out what the last layer computes beside it.
 
         Raises:
             ValueError: `segment_ids` and `state` are both given: a decoding state holds one document.
@@ -157,7 +159,7 @@ class Decoder(nnx.Module):
             capture=capture or {},
         )
         x = self._embed(tokens, position, context)
-        x, state, effects, captured = self._layers(x, context, state, loads or {}, remat)
+        x, state, effects, captured = self._layers(x, context, state, loads or {}, remat, for_state)
         return Output(self.normalize(x), state, effects, captured)
 
     def normalize(self, residual: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -178,11 +180,21 @@ class Decoder(nnx.Module):
         return dropout(x, config.embed_dropout, context.fold(config.num_layers).key)
 
     def _layers(
-        self, x: Float[Array, "B T D"], context: Context, state: PyTree | None, loads: Loads, remat: Remat
+        self,
+        x: Float[Array, "B T D"],
+        context: Context,
+        state: PyTree | None,
+        loads: Loads,
+        remat: Remat,
+        for_state: bool,
     ) -> tuple[Float[Array, "B T D"], PyTree | None, Effects, tuple[dict[str, Array], ...]]:
         """All layers: a scan over whole repetitions of the pattern, if there are several, then the rest of one."""
         graphs, params, in_place = _split(self.blocks)
         whole, rest = divmod(self.config.num_layers, max(len(graphs), 1))
+        unrolls = self.config.num_layers <= most_unrolled(decoding=state is not None)
+        scans = not unrolls if self.config.scan_layers is None else self.config.scan_layers
+        if for_state and scans and whole > 2 and not rest:  # nothing is left out of a scan's last round
+            whole, rest = whole - 1, len(graphs)
 
         def run(
             entry: int, leaves: dict, x: Array, index: Array | int, before: LayerState
@@ -220,8 +232,6 @@ class Decoder(nnx.Module):
         else:
             head = jax.tree.map(lambda leaf: leaf[:whole], params)
             # Fully unrolled if that runs faster; the gradient of the stack is still one concatenation.
-            unrolls = self.config.num_layers <= most_unrolled(decoding=state is not None)
-            scans = not unrolls if self.config.scan_layers is None else self.config.scan_layers
             unroll = 1 if scans else max(whole, 1)
             scan = scan_in_segments if remat == "full" else lax.scan
             carry, reports = scan(repetition, carry, (jnp.arange(whole), head), unroll=unroll)
