@@ -51,6 +51,30 @@ def test_prefill_and_decode_equal_the_full_pass(name):
     np.testing.assert_allclose(np.concatenate(found, 1), full, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_layers": 3},
+        {"num_layers": 6, "pattern": [{"attention": {"kind": "local", "num_heads": 2, "window": 4}}, {}]},
+        {"num_layers": 5, "pattern": [{}, {"feedforward": {"kind": "mlp", "mlp_dim": 8}}]},
+        {"num_layers": 1},
+    ],
+)
+def test_a_pass_for_the_state_alone_gives_the_same_state(changes):
+    model = Model(zoo.config_of(zoo.Case({"scan_layers": True, **changes})))
+    params = zoo.lively(model)
+    tokens = jnp.asarray(np.random.default_rng(3).integers(0, zoo.VOCAB, (2, 12)))
+
+    def after(for_state):
+        @jax.jit
+        def run(params, tokens, state):
+            return model.hidden(params, tokens, state=state, for_state=for_state).state
+
+        return run(params, tokens, model.init_state(2, LENGTH))
+
+    jax.tree.map(np.testing.assert_array_equal, after(False), after(True))
+
+
 @pytest.mark.parametrize("name", ["attention-local", "attention-linear", "feedforward-causal_soft_moe"])
 def test_a_state_of_fixed_size_does_not_grow(name):
     changes = {**zoo.CASES[name].changes, "attention": zoo.CASES["attention-local"].changes["attention"]}
