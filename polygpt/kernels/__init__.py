@@ -28,6 +28,7 @@ from polygpt.kernels.packing import (
     pack_rows,
 )
 from polygpt.kernels.regularization import dropout
+from polygpt.kernels.rounding import in_float32
 from polygpt.kernels.scores import ScoreInputs, ScoreRule
 from polygpt.kernels.softmax_attention import (
     AttentionSpec,
@@ -61,6 +62,7 @@ __all__ = [
     "expert_matmul",
     "first_own_expert",
     "from_peers",
+    "in_float32",
     "in_stack",
     "layer_view",
     "matmuls",

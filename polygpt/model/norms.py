@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float
 from pydantic import Field
 
-from polygpt.kernels.rounding import in_float32
+from polygpt.kernels import in_float32
 from polygpt.model.parts import Initializer, NormConfig
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from polygpt.kernels.rounding import in_float32
+from polygpt.kernels import in_float32
 from polygpt.model.norms import layer_normalize, rms_normalize, scale_normalize
 
 RANDOM = np.random.default_rng(0)

@@ -133,11 +133,15 @@ inline void mix(const float* weights, const float* kept, const T* values, int64_
 template <int R, class T>
 void mix_rows(const float* weights, const float* kept, const T* values, int64_t size, int64_t dim, float* mixed,
               Ahead ahead) {
-  constexpr int WIDE = R * 4 <= ROWS * OUTPUTS / 2 ? 4 : 2;  // that leave registers for the values
   int64_t h = 0;
-  for (; h + WIDE * LANES <= dim; h += WIDE * LANES) mix<R, WIDE>(weights, kept, values + h, size, dim, mixed + h, ahead);
-  for (; h + 2 * LANES <= dim; h += 2 * LANES) mix<R, 2>(weights, kept, values + h, size, dim, mixed + h, ahead);
-  for (; h + LANES <= dim; h += LANES) mix<R, 1>(weights, kept, values + h, size, dim, mixed + h, ahead);
+  auto some = [&](auto vectors) {
+    for (; h + vectors * LANES <= dim; h += vectors * LANES)
+      mix<R, vectors>(weights, kept, values + h, size, dim, mixed + h, ahead);
+  };
+  // Four, where the sums leave registers for the values.
+  some(std::integral_constant<int, (R * 4 <= ROWS * OUTPUTS / 2 ? 4 : 2)>());
+  some(std::integral_constant<int, 2>());
+  some(std::integral_constant<int, 1>());
   for (; h < dim; h++)
     for (int r = 0; r < R; r++) {
       float total = 0;

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from polygpt.kernels.rounding import in_float32
+from polygpt.kernels import in_float32
 
 Activation = Literal["gelu", "gelu_exact", "relu", "relu2", "silu", "sigmoid", "tanh"]
 
