@@ -10,7 +10,7 @@ from playwright.sync_api import expect
 def test_a_text_streams_in_and_is_the_models(page, models, server):
     with server.slowly(0.03):
         page.click("#go")
-        page.wait_for_selector("#results .token")
+        page.wait_for_selector("#results .token", state="attached")
         early = page.locator("#results .token").count()
         assert early < 24
         expect(page.locator("#stop")).to_be_visible()
@@ -47,7 +47,7 @@ def test_stopping_frees_the_slot(opened, server):
     page = opened(fragment(max_tokens=900, text=PROMPT, temperature=1, seed="4"))
     with server.slowly(0.02):
         page.click("#go")
-        page.wait_for_selector("#results .token")
+        page.wait_for_selector("#results .token", state="attached")
         page.keyboard.press("Escape")
         done(page)
         server.until(lambda: server.idle)
