@@ -43,7 +43,11 @@ class Worker:
         words = [sys.executable, __file__, arguments.folder, "--worker", framework, "--dtype", arguments.dtype]
         words += ["--hellaswag", arguments.hellaswag] if arguments.hellaswag else []
         words += ["--weights", arguments.weights] if arguments.weights else []
-        self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        # JAX would otherwise take most of a GPU's memory at once, beside torch.
+        environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        self.process = subprocess.Popen(
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
         self.times: dict[str, list[float]] = {}
         self.peak = 0
 
@@ -190,6 +194,7 @@ def transformers_tasks(arguments: argparse.Namespace) -> Tasks:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    torch.backends.cuda.matmul.allow_tf32 = True  # as JAX does
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     dtype = getattr(torch, arguments.dtype)

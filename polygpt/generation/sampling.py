@@ -20,7 +20,7 @@ from polygpt.config import Config
 
 # What a row samples whose logits are not finite: no token's id, so that the host can refuse it.
 NOT_FINITE = -1
-# Ids that are drawn from together.
+# Ids that are drawn from together, a power of two: of N such blocks, block i holds the ids i, i + N, i + 2N and so on.
 BLOCK = 64
 _FLOAT32 = np.finfo(np.float32)
 _EDITS = ("repetition_penalty", "presence_penalty", "frequency_penalty", "no_repeat_ngram", "min_new_tokens")
@@ -139,11 +139,15 @@ def _drawn(logits: Float[Array, "B V"], keys: PRNGKeyArray) -> Int[Array, "B"]:
     rows, vocab = logits.shape
     count = -(-vocab // BLOCK)
     padding = count * BLOCK - vocab
-    blocks = jnp.pad(logits, ((0, 0), (0, padding)), constant_values=-jnp.inf).reshape(rows, count, BLOCK)
+    blocks = jnp.pad(logits, ((0, 0), (0, padding)), constant_values=-jnp.inf).reshape(rows, BLOCK, count)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, (count + BLOCK,)))(keys)
-    block = _likeliest(jnp.log(jnp.exp(blocks).sum(-1)) + noise[:, :count])
-    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-    return block * BLOCK + _likeliest(inside + noise[:, count:])
+    sums = jnp.exp(blocks)
+    while sums.shape[1] > 1:  # in one order for any number of rows, which `sum` is not
+        half = sums.shape[1] // 2
+        sums = sums[:, :half] + sums[:, half:]
+    block = _likeliest(jnp.log(sums[:, 0]) + noise[:, :count])
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=2)[..., 0]
+    return _likeliest(inside + noise[:, count:]) * count + block
 
 
 def _likeliest(logits: Float[Array, "B V"]) -> Int[Array, "B"]:

@@ -191,9 +191,10 @@ class Decoder(nnx.Module):
         """All layers: a scan over whole repetitions of the pattern, if there are several, then the rest of one."""
         graphs, params, in_place = _split(self.blocks)
         whole, rest = divmod(self.config.num_layers, max(len(graphs), 1))
-        unrolls = self.config.num_layers <= most_unrolled(decoding=state is not None)
+        unrolls = self.config.num_layers <= most_unrolled(context.training)
         scans = not unrolls if self.config.scan_layers is None else self.config.scan_layers
-        if for_state and scans and whole > 2 and not rest:  # nothing is left out of a scan's last round
+        last_apart = for_state and scans and whole > 1 and not rest  # nothing is left out of a scan's last round
+        if last_apart:
             whole, rest = whole - 1, len(graphs)
 
         def run(
@@ -229,6 +230,12 @@ class Decoder(nnx.Module):
         carry = (x, [LayerState(None, None)] * len(graphs) if state is None else state)
         if whole == 1:  # a scan of one repetition takes half as long again to trace and differentiate
             carry, reports = alone(carry, 0, len(graphs))
+        elif last_apart:  # to scan over the first of a stack would copy them
+
+            def indexed(carry: tuple[Array, list], index: Array) -> tuple[tuple[Array, list], list[tuple]]:
+                return repetition(carry, (index, layer_view(params, index)))
+
+            carry, reports = lax.scan(indexed, carry, jnp.arange(whole))
         else:
             head = jax.tree.map(lambda leaf: leaf[:whole], params)
             # Fully unrolled if that runs faster; the gradient of the stack is still one concatenation.

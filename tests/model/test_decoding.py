@@ -57,6 +57,7 @@ def test_prefill_and_decode_equal_the_full_pass(name):
         {"num_layers": 3},
         {"num_layers": 6, "pattern": [{"attention": {"kind": "local", "num_heads": 2, "window": 4}}, {}]},
         {"num_layers": 5, "pattern": [{}, {"feedforward": {"kind": "mlp", "mlp_dim": 8}}]},
+        {"num_layers": 2},
         {"num_layers": 1},
     ],
 )
