@@ -76,6 +76,19 @@ def test_a_pass_for_the_state_alone_gives_the_same_state(changes):
     jax.tree.map(np.testing.assert_array_equal, after(False), after(True))
 
 
+def test_a_pass_for_the_state_alone_copies_no_stack_of_weights():
+    model = Model(zoo.config_of(zoo.Case({"scan_layers": True, "num_layers": 10, "embed_dim": 64})))
+    params = zoo.lively(model)
+
+    @jax.jit
+    def run(params, tokens, state):
+        return model.hidden(params, tokens, state=state, for_state=True).state
+
+    compiled = run.lower(params, jnp.zeros((1, 4), jnp.int32), model.init_state(1, LENGTH)).compile()
+    stacked = sum(leaf.nbytes for leaf in jax.tree.leaves(params["blocks"]))
+    assert compiled.memory_analysis().temp_size_in_bytes < stacked / 2
+
+
 @pytest.mark.parametrize("name", ["attention-local", "attention-linear", "feedforward-causal_soft_moe"])
 def test_a_state_of_fixed_size_does_not_grow(name):
     changes = {**zoo.CASES[name].changes, "attention": zoo.CASES["attention-local"].changes["attention"]}
