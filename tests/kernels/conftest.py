@@ -1,6 +1,7 @@
 """Kernels that have two forms on a CPU."""
 
 import pytest
+from compilers import missing
 
 from polygpt.kernels import native
 
@@ -10,6 +11,6 @@ def compute(request, monkeypatch):
     """What computes products with packed weights, and attention over a cache."""
     if request.param == "XLA":
         monkeypatch.setattr(native, "available", lambda: False)
-    elif not native.available():
-        pytest.skip(native.unavailable() or "not on a CPU")
+    elif lacks := missing():
+        pytest.skip(lacks)
     return request.param

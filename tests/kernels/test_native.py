@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilers import needs_compiler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +18,6 @@ from polygpt.kernels.int4 import PackedInt4
 
 TYPES = ["float32", "bfloat16", "int8", "int4"]
 SEVERAL = {**{dtype: [dtype] * 4 for dtype in TYPES}, "mixed": TYPES}
-needs_compiler = pytest.mark.skipif(not native.available(), reason=native.unavailable() or "not on a CPU")
 
 
 def matrices(inputs, outputs, dtype, seed=0):

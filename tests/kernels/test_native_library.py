@@ -7,10 +7,9 @@ import sys
 import time
 
 import pytest
+from compilers import needs_compiler
 
 from polygpt.kernels import native
-
-needs_compiler = pytest.mark.skipif(not native.available(), reason=native.unavailable() or "not on a CPU")
 
 
 def reason(**environment) -> str:
