@@ -62,8 +62,8 @@ class ModelConfig(Config):
         matmul_precision: of products in float32 on devices that have faster ones (TF32 or bfloat16 passes): `default`
             the fastest, `high`, or `highest`; None leaves JAX's own setting. A CPU has one precision.
         scan_layers: compile one repetition of the pattern and scan over it, so that compile time does not grow
-            with depth; None means from 9 layers on, in training on one GPU from 25 (fewer compile quickly unrolled, and
-            run faster).
+            with depth; None means from 9 layers on, or 25 in training on one GPU (fewer layers compile quickly unrolled
+            and run faster).
         layout: the mesh that the model is spread over where there are as many devices and the run names no other.
     """
 

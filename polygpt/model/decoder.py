@@ -134,7 +134,7 @@ class Decoder(nnx.Module):
                 keeps a part of it. There are `residual`, the residual stream after each block, [B, T, D];
                 `attention`, each head's weights, float32 [B, N, T, S]; and `experts`, the share that each expert has
                 in a token's output, float32 [B, T, E], of feed-forwards with experts.
-            for_state: the caller uses the state alone. XLA then leaves out what the last layer computes beside it.
+            for_state: only the state will be used, so the last layer's remaining work is compiled away.
 
         Raises:
             ValueError: `segment_ids` and `state` are both given: a decoding state holds one document.
@@ -230,7 +230,7 @@ class Decoder(nnx.Module):
         carry = (x, [LayerState(None, None)] * len(graphs) if state is None else state)
         if whole == 1:  # a scan of one repetition takes half as long again to trace and differentiate
             carry, reports = alone(carry, 0, len(graphs))
-        elif last_apart:  # to scan over the first of a stack would copy them
+        elif last_apart:  # scanning over a slice of the stacks would copy them
 
             def indexed(carry: tuple[Array, list], index: Array) -> tuple[tuple[Array, list], list[tuple]]:
                 return repetition(carry, (index, layer_view(params, index)))

@@ -82,7 +82,7 @@ inline float weigh(Query& query, float* scores, const int32_t* held, int64_t siz
 
 // The position that each slot from `start` on holds: the last one that falls on it. Negative if there is none.
 inline void positions_of(int32_t* held, int64_t start, int64_t size, int64_t padded, int64_t last, int64_t slots) {
-  if (last < slots) {  // no slot was written twice; a division for each took a tenth of attention's time
+  if (last < slots) {  // no slot was written twice: no division for each of them
     for (int32_t s = 0; s < size; s++) held[s] = start + s <= last ? start + s : -1;
   } else {
     for (int64_t s = 0; s < size; s++) {
