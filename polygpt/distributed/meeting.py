@@ -65,7 +65,7 @@ def _meet(
     """Waits until all have come, or something is wrong, which it returns; `others` are those that came."""
     hosts, end = {0: socket.gethostname()}, time.monotonic() + limit
     came: dict[int, socket.socket] = {}
-    while len(hosts) < count:
+    while len(hosts) < count or _forget_ended(hosts, came):
         server.settimeout(max(0.01, end - time.monotonic()))
         try:
             other = opened.enter_context(server.accept()[0])
@@ -80,8 +80,7 @@ def _meet(
         if not isinstance(said, dict) or said.get("greeting") != GREETING:
             continue
         others.append(other)
-        if (earlier := came.get(said["index"])) is not None and _has_ended(earlier):
-            del hosts[said["index"]]  # it was started again meanwhile
+        _forget_ended(hosts, came)  # one of them may be this one, started again
         if (problem := _wrong(said, hosts, count)) is not None:
             return problem
         hosts[said["index"]], came[said["index"]] = said["host"], other
@@ -151,12 +150,20 @@ def _listening(port: int) -> socket.socket:
     return socket.create_server(("", port))
 
 
+def _forget_ended(hosts: dict[int, str], came: dict[int, socket.socket]) -> bool:
+    """Forgets processes that came and have ended since; returns whether there were any."""
+    ended = [index for index, connection in came.items() if _has_ended(connection)]
+    for index in ended:
+        del hosts[index], came[index]
+    return bool(ended)
+
+
 def _has_ended(connection: socket.socket) -> bool:
     """Whether the process at the other end has closed the connection; it sends nothing more otherwise."""
-    connection.settimeout(0.01)
+    connection.setblocking(False)
     try:
         return not connection.recv(1)
-    except TimeoutError:
+    except BlockingIOError:
         return False
     except OSError:
         return True
