@@ -50,6 +50,26 @@ def test_prefill_and_decode_equal_the_full_pass(name):
         found.append(logits)
     np.testing.assert_allclose(np.concatenate(found, 1), full, rtol=0, atol=tolerance)
 
+    # And so do chunks with padding, in which rows come to an end at different places.
+    @jax.jit
+    def append(params, tokens, starts, counts, state):
+        index = jnp.arange(PADDED)
+        where = {"positions": starts[:, None] + index, "valid": index < counts[:, None]}
+        out = model.hidden(params, tokens, state=state, **where)
+        return model.module(params).logits(out.hidden), out.state
+
+    state, starts = model.init_state(3, LENGTH), np.zeros(3, int)
+    for counts in PROMPTS, np.array([5, 1, 7]), np.array([1, 4, 2]):
+        chunk = np.full((3, PADDED), 5)
+        for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
+            chunk[row, :count] = tokens[row, start : start + count]
+        logits, state = append(params, chunk, starts, counts, state)
+        for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
+            np.testing.assert_allclose(
+                logits[row, :count], full[row, start : start + count], rtol=0, atol=tolerance, err_msg=f"{start=}"
+            )
+        starts += counts
+
 
 @pytest.mark.parametrize(
     "changes",

@@ -244,7 +244,7 @@ class CausalSoftMoE(SoftMoE):
         """Decoding: the experts run only when a row starts a new block."""
 
         def one(state: _Blocks, token: Token) -> tuple[_Blocks, Float[Array, "B D"]]:
-            begins = token.position % self.config.block_size == 0
+            begins = token.valid & (token.position % self.config.block_size == 0)
             filled = state.pool.weight[:, 0, 0] > 0
 
             def refreshed() -> Float[Array, "B E S D"]:
