@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from polygpt.errors import PolygptError, RequestError
 from polygpt.generation import (
+    DAMAGED,
     BeamSettings,
     Constraint,
     Draft,
@@ -27,10 +28,10 @@ from polygpt.generation import (
     as_grammar,
     as_ids,
     as_prompts,
-    as_sampler,
-    as_samples,
     as_seeds,
+    as_settings,
     as_stop_strings,
+    as_whole,
     engine_for,
     refuse_with_beams,
     run_all,
@@ -43,10 +44,6 @@ from polygpt.origin import Origin
 from polygpt.sharding import Scope, use_mesh
 from polygpt.tokenizers import Messages, Tokenizer, Tools, chat_tokens
 
-LOGITS_NOT_FINITE = "the model's logits are not finite numbers (NaN or infinity)"
-NOT_FINITE_CAUSES = "its weights are damaged, or its numbers exceed the range of compute_dtype"
-BEAM_SETTINGS = ("length_penalty", "early_stopping", "beam_groups", "diversity_penalty")
-CONSTRAINTS = ("schema", "regex", "choices", "grammar")
 NO_TOKENIZER = "this model has no tokenizer: a preset has none, nor has a folder without tokenizer.json"
 
 
@@ -152,7 +149,7 @@ class LanguageModel:
         with use_mesh(self.scope):
             logits, finite = self._logits(self.params, jnp.asarray(tokens, jnp.int32))
         if not finite:
-            raise PolygptError(f"{LOGITS_NOT_FINITE}: {NOT_FINITE_CAUSES}")
+            raise PolygptError(DAMAGED)
         return logits
 
     def nll(self, text: str) -> Float[Array, "T-1"]:
@@ -209,15 +206,15 @@ class LanguageModel:
             )
         return chat_tokens(self.tokenizer, template, messages, tools, most)
 
-    def chat(self, messages: Messages, **settings: Any) -> Generation:
+    def chat(self, messages: Messages, *, tools: Tools = (), **settings: Any) -> Generation:
         """The model's answer to a conversation: messages with a `role` and `content`, the oldest first.
 
-        Special tokens typed in a message are ordinary text. `settings` are those of `generate`.
+        Special tokens in a message are ordinary text. `tools` are as in `chat_tokens`, `settings` as in `generate`.
 
         Raises:
             RequestError: as `chat_tokens` and `generate`.
         """
-        return self.generate(self.chat_tokens(messages, most=self.config.context_length), **settings)
+        return self.generate(self.chat_tokens(messages, tools, most=self.config.context_length), **settings)
 
     def generate(
         self,
@@ -268,10 +265,9 @@ class LanguageModel:
         seeds = as_seeds(seed, None if single else len(prompts))
         if on_text is not None and (not single or n is not None):
             raise RequestError("on_text goes with a single prompt, not with a list of prompts or with n")
-        search = {name: settings.pop(name) for name in BEAM_SETTINGS if name in settings}
-        constraint = self.constraint(**{name: settings.pop(name) for name in CONSTRAINTS if name in settings})
-        sampler = as_sampler(settings, [*signature(self.generate).parameters, *BEAM_SETTINGS, *CONSTRAINTS])
-        samples = as_samples(n)
+        sampler, search, match = as_settings(settings, signature(self.generate).parameters.keys() - {"settings"})
+        constraint = self.constraint(**match)
+        samples = 1 if n is None else as_whole(n, "n", 1)
         stops = as_stop_strings(stop)
         if stops or chat or on_text is not None:
             _ = self.tokenizer  # refuses a model that has none
@@ -285,16 +281,15 @@ class LanguageModel:
             results = [best[0] for best in found] if n is None else found
             return results[0] if single else results
         if search:
-            raise RequestError(f"{', '.join(search)}: settings of beam search; give beams as well")
-        ids = [self._ids_of(each, chat) for each in prompts for _ in range(samples)]
-        seeds = [own + sample for own in seeds for sample in range(samples)]
-        rows = zip(ids, seeds, strict=True)
+            raise RequestError(f"beam search alone takes {', '.join(search)}: give beams as well")
+        pairs = zip(prompts, seeds, strict=True)
+        rows = [(self._ids_of(each, chat), own + sample) for each, own in pairs for sample in range(samples)]
         requests = [Request(row, max_new_tokens, sampler, own, ends, logprobs, constraint) for row, own in rows]
-        streams = [TextStream(self.tokenizer.decode_after, row, stops) if self.has_tokenizer else None for row in ids]
-        vocab_size = self.tokenizer.vocab_size if self.has_tokenizer else None
-        speculation = self.speculation(draft)
+        decode = self.tokenizer.decode_after if self.has_tokenizer else None
+        streams = [None if decode is None else TextStream(decode, row, stops) for row, _ in rows]
         with use_mesh(self.scope):
-            engine = engine_for(model, self.params, requests, vocab_size=vocab_size, draft=speculation)
+            shared = {"vocab_size": self._vocab_size, "draft": self.speculation(draft)}
+            engine = engine_for(model, self.params, requests, **shared)
             found = list(map(Generation.of, run_all(engine, requests, streams, on_text)))
         results = found if n is None else [found[start : start + n] for start in range(0, len(found), n)]
         return results[0] if single else results
@@ -335,9 +330,14 @@ class LanguageModel:
         special = tuple(tokenizer.special_tokens.values())
         return Vocabulary(tokenizer.vocabulary_bytes(), special, tokenizer.end_of_text, tokenizer.encode)
 
+    @property
+    def _vocab_size(self) -> int | None:
+        """How many ids the tokenizer has; None without one."""
+        return self.tokenizer.vocab_size if self.has_tokenizer else None
+
     def _search(self, model: Model, requests: Sequence[Request], settings: BeamSettings) -> list[list[Generation]]:
         with use_mesh(self.scope):
-            found = search_beams(model, self.params, requests, settings)
+            found = search_beams(model, self.params, requests, settings, self._vocab_size)
         decode = self.tokenizer.decode_after if self.has_tokenizer else None
         pairs = zip(requests, found, strict=True)
         return [[ScoredGeneration.of_beam(request.prompt, beam, decode) for beam in best] for request, best in pairs]

@@ -5,16 +5,17 @@ from polygpt.generation.constraints import Constraint, Vocabulary, as_grammar
 from polygpt.generation.engine import Engine
 from polygpt.generation.handle import Handle, Listener, Logprob, Part
 from polygpt.generation.past_context import windowed
-from polygpt.generation.prompts import Prompt, as_ids, as_prompts, as_sampler, as_samples, as_seeds, as_stop_strings
+from polygpt.generation.prompts import Prompt, as_ids, as_prompts, as_seeds, as_settings, as_stop_strings, as_whole
 from polygpt.generation.requests import FinishReason, Request, check_requests
 from polygpt.generation.results import Generation, ScoredGeneration
 from polygpt.generation.running import engine_for, run_all
-from polygpt.generation.sampling import Sampler
+from polygpt.generation.sampling import DAMAGED, Sampler
 from polygpt.generation.speculation import Draft, Speculation
 from polygpt.generation.statistics import Statistics
 from polygpt.generation.text import TextStream
 
 __all__ = [
+    "DAMAGED",
     "Beam",
     "BeamSettings",
     "Constraint",
@@ -38,10 +39,10 @@ __all__ = [
     "as_grammar",
     "as_ids",
     "as_prompts",
-    "as_sampler",
-    "as_samples",
     "as_seeds",
+    "as_settings",
     "as_stop_strings",
+    "as_whole",
     "check_requests",
     "engine_for",
     "refuse_with_beams",

@@ -27,6 +27,7 @@ class Rules(NamedTuple):
     Attributes:
         prompt: tokens of the prompt.
         budget: new tokens at most.
+        vocab_size: ids from here on are never taken.
         stop_tokens: ids that end a continuation; filled up with ids that no token has.
         length_penalty, diversity_penalty: as `BeamSettings`.
         early_stopping: an index into `EARLY`.
@@ -34,6 +35,7 @@ class Rules(NamedTuple):
 
     prompt: Int[Array, ""]
     budget: Int[Array, ""]
+    vocab_size: Int[Array, ""]
     stop_tokens: Int[Array, "S"]
     length_penalty: Float[Array, ""]
     diversity_penalty: Float[Array, ""]
@@ -124,6 +126,7 @@ def _extend(search: Search, logits: Float[Array, "G K V"], rules: Rules) -> Sear
     real = jnp.isfinite(search.totals)
     fine = ((logits < jnp.inf).all(-1) & (logits > -jnp.inf).any(-1)) | ~real
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    log_probs = jnp.where(jnp.arange(logits.shape[-1]) < rules.vocab_size, log_probs, -jnp.inf)
     length = search.length + 1
 
     def choose(taken: Array, group: tuple) -> tuple[Array, tuple]:

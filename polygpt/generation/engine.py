@@ -11,7 +11,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from numbers import Integral
 
 import jax
 import numpy as np
@@ -20,6 +19,7 @@ from polygpt.errors import PolygptError, RequestError
 from polygpt.generation.drafting import draft_next, learn
 from polygpt.generation.handle import Handle, Listener, Part, forced_tokens, scores_of
 from polygpt.generation.prefix_cache import PrefixCache
+from polygpt.generation.prompts import as_whole
 from polygpt.generation.requests import Request, check_requests
 from polygpt.generation.runner import SlotRunner
 from polygpt.generation.slots import CHUNK, Decoded
@@ -70,14 +70,10 @@ class Engine:
         """
         longest = model.longest_sequence
         length = min(model.config.context_length, longest) if length is None else length
-        for name, value, least in (
-            ("slots", slots, 1),
-            ("length", length, 2),
-            ("queue", queue, 0),
-            ("chunk", chunk, 1),
-        ):
-            if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-                raise RequestError(f"{name} must be a whole number of at least {least}, not {value!r:.40}")
+        whole = {"slots": (slots, 1), "length": (length, 2), "queue": (queue, 0), "chunk": (chunk, 1)}
+        whole |= {"cache_bytes": (cache_bytes, 0)} | ({} if vocab_size is None else {"vocab_size": (vocab_size, 1)})
+        for name, (value, least) in whole.items():
+            as_whole(value, name, least)
         if length > longest:
             raise RequestError(f"length={length} exceeds the model's longest sequence of {longest} tokens")
         vocab_size = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
@@ -94,6 +90,7 @@ class Engine:
             length=length,
             prefixes=self.prefixes,
             vocab_size=vocab_size,
+            speculates=draft is not None,
             draft=draft if isinstance(draft, Draft) else None,
         )
         self._lock, self._stepping = threading.RLock(), threading.RLock()
@@ -122,14 +119,13 @@ class Engine:
         check_requests(self.model.config, [request])
         if len(request.prompt) > self.length:
             raise RequestError(f"the prompt has {len(request.prompt)} tokens, the engine's length is {self.length}")
-        limit = min(len(request.prompt) + request.max_new_tokens, self.length)
-        handle = Handle(self, request, stream, limit - len(request.prompt), listener)
+        handle = Handle(self, request, stream, request.limit(self.length) - len(request.prompt), listener)
         with self._lock:
             if self._closed:
                 raise RequestError("the engine is closed")
             free = sum(other is None or other.ended for other in self._running) - (self._reading is not None)
             if len(self._waiting) >= self.queue + free:
-                raise RequestError(f"the queue is full: {self.queue} requests wait already; try again later")
+                raise RequestError(f"the queue is full: {len(self._waiting)} requests wait already; try again later")
             self._counts["requests"] += 1
             if handle.room and not handle.complete:
                 self._waiting.append(handle)
@@ -199,9 +195,16 @@ class Engine:
                 raise
 
     def compile(self) -> None:
-        """Compiles every program now instead of at first use; only while the engine is idle."""
+        """Compiles every program now instead of at first use.
+
+        Raises:
+            RequestError: a request runs or waits.
+        """
         with self._stepping:
-            self._runner.compile(speculate=self._draft is not None)
+            if not self.idle:
+                raise RequestError("the engine is compiled before its first request, or once all have ended")
+            self._running = [None] * self.slots
+            self._runner.compile()
 
     # --- Within a step ------------------------------------------------------------------------------------------
 
@@ -219,7 +222,6 @@ class Engine:
         active = np.array([handle is not None and not handle.ended for handle in self._running])
         if not active.any():
             return parts
-        self._runner.compile_decoding(active)
         began = time.perf_counter()
         drafts = None if self._draft is None else draft_next(self._draft, self._runner, self._running, active)
         if drafts is not None and drafts.counts.any():

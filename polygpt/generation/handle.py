@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from polygpt.errors import PolygptError
 from polygpt.generation.constraints import Matcher
-from polygpt.generation.sampling import NOT_FINITE
+from polygpt.generation.sampling import DAMAGED, NOT_FINITE
 from polygpt.generation.slots import Decoded
 from polygpt.generation.speculation import Lookup
 from polygpt.generation.text import TextStream
@@ -15,11 +15,6 @@ from polygpt.generation.text import TextStream
 if TYPE_CHECKING:
     from polygpt.generation.engine import Engine
     from polygpt.generation.requests import Request
-
-DAMAGED = (
-    "the model's logits are not finite numbers (NaN or infinity), so no token can be chosen: "
-    "its weights are damaged, or its numbers exceed the range of compute_dtype"
-)
 
 # From so many on, tokens that a constraint leaves no choice of are read at once; fewer cost no more one by one.
 FEWEST_FORCED = 4

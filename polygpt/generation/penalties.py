@@ -114,7 +114,7 @@ def repeated_ngrams(history: History, ngram: Int[Array, "B"], vocab: int) -> Boo
         last = jnp.take_along_axis(tokens, jnp.maximum(length - distance, 0), axis=1)
         return ends & ((distance >= n) | (jnp.roll(tokens, distance, axis=1) == last))
 
-    ends = lax.fori_loop(1, ngram.max(), compare, ends)
+    ends = lax.fori_loop(1, jnp.minimum(ngram.max(), tokens.shape[1]), compare, ends)  # a longer run never ended
     return _marked(tokens, ends, vocab)
 
 

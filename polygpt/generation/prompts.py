@@ -14,6 +14,8 @@ from polygpt.generation.sampling import Sampler
 
 # Text, or the ids that it is made of.
 Prompt = str | Sequence[int]
+BEAM_SETTINGS = ("length_penalty", "early_stopping", "beam_groups", "diversity_penalty")
+CONSTRAINTS = ("schema", "regex", "choices", "grammar")
 _WANTED = "a prompt is text or a list of token ids, and several are a list of them"
 
 
@@ -58,14 +60,14 @@ def as_seeds(given: int | Sequence[int], count: int | None) -> list[int]:
     return list(map(int, seeds))
 
 
-def as_ids(given: Sequence[int], name: str) -> list[int]:
-    """Token ids, as plain integers; `name` is that of the setting.
+def as_ids(given: Sequence[int], name: str, least: int | None = 0) -> list[int]:
+    """Token ids, as plain integers from `least` on; `name` is that of the setting.
 
     Raises:
         RequestError: it is something else.
     """
     ids = None if isinstance(given, str) else _items(given)
-    if ids is None or not all(_is_integer(token) and token >= 0 for token in ids):
+    if ids is None or not all(_is_integer(token) and (least is None or token >= least) for token in ids):
         raise RequestError(f"{name} must be a list of token ids, not {_shown(given)}")
     return list(map(int, ids))
 
@@ -100,23 +102,26 @@ def _shown(value: Any) -> str:
     return f"{value!r:.40} ({type(value).__name__})"
 
 
-def as_sampler(settings: Mapping[str, Any], others: Iterable[str]) -> Sampler:
-    """The sampler of keyword arguments; `others` are what may be given beside its own.
+def as_settings(settings: Mapping[str, Any], others: Iterable[str]) -> tuple[Sampler, dict[str, Any], dict[str, Any]]:
+    """The sampler of keyword arguments, those of beam search, and the constraint; `others` may be given beside them.
 
     Raises:
-        RequestError: one of them does not exist, or its value is out of range.
+        RequestError: one of them does not exist, or a sampler's value is out of range.
     """
-    for name in settings.keys() - Sampler.model_fields.keys():
-        raise RequestError(f"{name}: no such setting; {suggest(name, [*Sampler.model_fields, *others])}")
-    return validate(Sampler, settings)
+    known = [*Sampler.model_fields, *BEAM_SETTINGS, *CONSTRAINTS]
+    for name in settings.keys() - set(known):
+        raise RequestError(f"{name}: no such setting; {suggest(name, [*known, *others])}")
+    search, constraint = ({key: settings[key] for key in of if key in settings} for of in (BEAM_SETTINGS, CONSTRAINTS))
+    return validate(Sampler, {key: settings[key] for key in settings.keys() & Sampler.model_fields}), search, constraint
 
 
-def as_samples(n: int | None) -> int:
-    """How many samples of each prompt are asked for.
+def as_whole(given: Any, name: str, least: int, most: int | None = None) -> int:
+    """A whole number from `least` to `most`; `name` is that of the setting.
 
     Raises:
-        RequestError: `n` is no whole number of at least 1.
+        RequestError: it is something else.
     """
-    if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
-        raise RequestError(f"n must be a whole number of at least 1, not {n!r:.40}")
-    return n or 1
+    if not _is_integer(given) or given < least or (most is not None and given > most):
+        bounds = f"of at least {least}" if most is None else f"in {least}..{most}"
+        raise RequestError(f"{name} must be a whole number {bounds}, not {given!r:.40}")
+    return int(given)

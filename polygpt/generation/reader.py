@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 
 from polygpt.generation.prefix_cache import PrefixCache
 from polygpt.generation.programs import SlotPrograms
+from polygpt.generation.states import placed
 from polygpt.model import Model, Params
 
 # Tokens of a prompt's last chunks, so that a short prompt is read about as fast as one step of decoding. Each larger
@@ -43,7 +44,8 @@ class PromptReader:
 
     def reset(self) -> None:
         """An empty row; needed after a program that was interrupted, which has given up its arguments' memory."""
-        self.row: PyTree = jax.tree.map(jnp.copy, self._model.init_state(1, self._length))
+        empty = jax.tree.map(jnp.copy, self._model.init_state(1, self._length))
+        self.row: PyTree = placed(empty, self.params)
         self._tokens: tuple[int, ...] = ()
         self._keys: list[bytes] = []
         self._held: tuple[int, ...] | None = None  # a prompt that the row has read to its end

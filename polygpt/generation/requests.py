@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
 from typing import Literal
 
 from polygpt.errors import RequestError
 from polygpt.generation.constraints import Constraint
+from polygpt.generation.prompts import as_ids, as_whole
 from polygpt.generation.sampling import Sampler
 from polygpt.model import ModelConfig
 
@@ -46,25 +46,29 @@ class Request:
         """The stop tokens that can be sampled; no token has any other number."""
         return [token for token in self.stop_tokens if 0 <= token < 2**31]
 
+    def limit(self, longest: int) -> int:
+        """The length, prompt included, at which the sequence ends if sequences may have `longest` tokens."""
+        return min(len(self.prompt) + int(self.max_new_tokens), longest)
+
 
 def check_requests(config: ModelConfig, requests: Sequence[Request]) -> None:
     """Refuses requests that the model cannot continue.
 
     Raises:
-        RequestError: a prompt is empty, longer than the context or not in the vocabulary, or a number is out of its
-            range.
+        RequestError: a prompt is empty, longer than the context or not in the vocabulary, a number is out of its range,
+            or something is not of its type.
     """
     for request in requests:
-        prompt, most = request.prompt, request.max_new_tokens
-        if isinstance(most, bool) or not isinstance(most, Integral) or most < 1:
-            raise RequestError(f"max_new_tokens must be a whole number of at least 1, not {most!r:.40}")
-        if not isinstance(request.seed, Integral) or not 0 <= request.seed < 2**32:
-            raise RequestError(f"seed must be a whole number in 0..{2**32 - 1}, not {request.seed!r:.40}")
-        wanted = request.logprobs
-        if wanted is not None and (
-            isinstance(wanted, bool) or not isinstance(wanted, Integral) or not 0 <= wanted <= MOST_LOGPROBS
-        ):
-            raise RequestError(f"logprobs must be a whole number in 0..{MOST_LOGPROBS} or None, not {wanted!r:.40}")
+        prompt = as_ids(request.prompt, "prompt")
+        as_whole(request.max_new_tokens, "max_new_tokens", 1)
+        as_whole(request.seed, "seed", 0, 2**32 - 1)
+        as_ids(request.stop_tokens, "stop_tokens", least=None)  # those that no token has stop nothing
+        if request.logprobs is not None:
+            as_whole(request.logprobs, "logprobs", 0, MOST_LOGPROBS)
+        if not isinstance(request.sampler, Sampler):
+            raise RequestError(f"sampler must be a Sampler, not {request.sampler!r:.40}")
+        if not isinstance(request.constraint, Constraint | None):
+            raise RequestError(f"constraint must be a Constraint or None, not {request.constraint!r:.40}")
         bias = next((token for token in request.sampler.logit_bias if not 0 <= token < config.vocab_size), None)
         if bias is not None:
             raise RequestError(f"logit_bias.{bias}: the model's ids are 0..{config.vocab_size - 1}")
@@ -74,6 +78,6 @@ def check_requests(config: ModelConfig, requests: Sequence[Request]) -> None:
             raise RequestError(
                 f"the prompt has {len(prompt)} tokens, model.context_length is {config.context_length}: shorten it"
             )
-        bad = next((token for token in prompt if not 0 <= token < config.vocab_size), None)
+        bad = next((token for token in prompt if token >= config.vocab_size), None)
         if bad is not None:
             raise RequestError(f"token {bad} is outside the model's vocabulary of {config.vocab_size}")

@@ -15,6 +15,7 @@ from polygpt.generation.requests import Request
 from polygpt.generation.slot_settings import SlotSettings, settings_of
 from polygpt.generation.slots import CHUNK, Decoded, Masks, empty_slots
 from polygpt.generation.speculation import DRAFTED, Draft, DraftTokens
+from polygpt.generation.states import placed
 from polygpt.model import Model, Params
 
 
@@ -35,6 +36,7 @@ class SlotRunner:
         length: int,
         prefixes: PrefixCache,
         vocab_size: int,
+        speculates: bool = False,
         draft: Draft | None = None,
     ):
         self.model, self.params, self.slots, self.length = model, params, slots, length
@@ -42,22 +44,23 @@ class SlotRunner:
         self._programs = slot_programs(model.config, length, chunk, vocab_size)
         self.reader = PromptReader(model, params, self._programs, length, chunk, prefixes)
         self._no_masks = jax.device_put(Masks.none(slots, model.config.vocab_size))
-        self._draft = draft
+        self._speculates, self._draft = speculates, draft
         if draft is not None:
             self._draft_programs = slot_programs(draft.model.config, length, chunk, vocab_size)
             own = PrefixCache(prefixes.limit, chunk)
             self._draft_reader = PromptReader(draft.model, draft.params, self._draft_programs, length, chunk, own)
-        self._ready = False
+        self._compiled = False
         self.reset()
 
     def reset(self) -> None:
         """Free slots and empty readers."""
-        self._state = empty_slots(self.model.config, self.slots, self.length)
+        self._state = placed(empty_slots(self.model.config, self.slots, self.length), self.params)
         self.requests: list[Request | None] = [None] * self.slots
         self._settings = None
         self.reader.reset()
         if self._draft is not None:
-            self._draft_state = empty_slots(self._draft.model.config, self.slots, self.length).state
+            empty = empty_slots(self._draft.model.config, self.slots, self.length).state
+            self._draft_state = placed(empty, self._draft.params)
             self._draft_reader.reset()
 
     def all_allowed(self) -> UInt32[np.ndarray, "B W"]:
@@ -77,6 +80,8 @@ class SlotRunner:
 
     def admit(self, request: Request, slot: int) -> None:
         """Puts the request whose prompt was read into a slot."""
+        if not self._compiled:
+            self._compile_decoding()
         prompt = request.prompt
         tokens = np.zeros(self.length, np.int32)
         tokens[: len(prompt)] = prompt
@@ -135,9 +140,8 @@ class SlotRunner:
         )
         return np.asarray(drafts)
 
-    def compile(self, *, speculate: bool) -> None:
-        """Compiles every program, those of speculation only if asked; the slots must be free."""
-        nothing, none = np.zeros(self.slots, bool), np.zeros(self.slots, np.int32)
+    def compile(self) -> None:
+        """Compiles every program; the slots must be free."""
         self.reader.compile()
         if self._draft is not None:
             self._draft_reader.compile()
@@ -145,18 +149,18 @@ class SlotRunner:
         self._state = self._programs.append(
             self.params, self._state, np.int32(0), np.zeros(FORCED, np.int32), np.int32(0)
         )
-        self.compile_decoding(nothing)
-        if speculate:
+        self._compile_decoding()
+
+    def _compile_decoding(self) -> None:
+        """Compiles what decodes while the slots are free, so that the time of compilation is not that of a step."""
+        nothing, none = np.zeros(self.slots, bool), np.zeros(self.slots, np.int32)
+        self._decode(nothing, 0, until_free=False)
+        if self._speculates:
             self.verify(nothing, DraftTokens(np.zeros((self.slots, DRAFTED), np.int32), none))
         if self._draft is not None:
             self.draft(nothing)
         jax.block_until_ready(self._state)
-
-    def compile_decoding(self, active: Bool[np.ndarray, "B"]) -> None:
-        """Compiles `decode` by a call that decodes nothing, so that the time of compilation is not that of a step."""
-        if not self._ready:
-            jax.block_until_ready(self._decode(active, 0, until_free=False))
-            self._ready = True
+        self._compiled = True
 
     def _decode(self, active: np.ndarray, most: int, until_free: bool, masks: np.ndarray | None = None) -> Decoded:
         given = self._masks(masks)

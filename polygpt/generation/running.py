@@ -35,7 +35,7 @@ def engine_for(
         RequestError: as `check_requests`, or speculation is not possible.
     """
     check_requests(model.config, requests)
-    most = max(len(request.prompt) + request.max_new_tokens for request in requests)
+    most = max(request.limit(model.longest_sequence) for request in requests)
     length = max(min(-(-most // LENGTHS) * LENGTHS, model.longest_sequence), 2)
     slots = min(len(requests), SLOTS)
     return Engine(

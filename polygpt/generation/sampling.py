@@ -20,6 +20,10 @@ from polygpt.config import Config
 
 # What a row samples whose logits are not finite: no token's id, so that the host can refuse it.
 NOT_FINITE = -1
+DAMAGED = (
+    "the model's logits are not finite numbers (NaN or infinity): its weights are damaged, or its numbers exceed the "
+    "range of compute_dtype"
+)
 # The ids in a block, a power of two. Of N blocks, block i holds the ids i, i + N, i + 2N and so on.
 BLOCK = 64
 _FLOAT32 = np.finfo(np.float32)

@@ -47,7 +47,7 @@ def settings_of(requests: Sequence[Request | None], longest: int) -> SlotSetting
     stops = np.full((len(rows), width), NOT_FINITE, np.int32)
     for row, request in zip(stops, rows, strict=True):
         row[: len(request.stops)] = request.stops
-    limits = [min(len(request.prompt) + request.max_new_tokens, longest) for request in rows]
+    limits = [request.limit(longest) for request in rows]
     logprobs = [-1 if request.logprobs is None else request.logprobs for request in rows]
     return SlotSettings(
         stack_samplers(samplers),

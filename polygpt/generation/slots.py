@@ -117,11 +117,11 @@ def next_token(
     vocab: int,
 ) -> Int[Array, "B"]:
     """The next token of each row, `NOT_FINITE` where there is none."""
+    if vocab < logits.shape[-1]:
+        logits = jnp.where(jnp.arange(logits.shape[-1]) < vocab, logits, -jnp.inf)
     finite = are_finite(logits)
     edited = edit_logits(logits, settings.penalties, history, settings.stop_tokens, bias)
     edited = lax.cond(masks.given, lambda: _mask(edited, logits, masks.words), lambda: edited)
-    if vocab < logits.shape[-1]:
-        edited = jnp.where(jnp.arange(logits.shape[-1]) < vocab, edited, -jnp.inf)
     keys = token_keys(settings.seed, history.length)
     return jnp.where(finite, choose(edited, settings.sampling, keys), NOT_FINITE)
 

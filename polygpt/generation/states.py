@@ -16,6 +16,16 @@ from jaxtyping import Array, Int, PyTree
 from polygpt.kernels import KVCache
 
 
+def placed(state: PyTree, params: PyTree) -> PyTree:
+    """A new state on the device that holds the weights, as the states that programs return are.
+
+    Otherwise every program would be compiled twice: for a state that may be moved, and for one that may not.
+    """
+    first = jax.tree.leaves(params)[0]
+    fixed = isinstance(first, jax.Array) and first.committed and len(first.devices()) == 1
+    return jax.device_put(state, *first.devices()) if fixed else state
+
+
 def cuttable(state: PyTree, length: int) -> list[bool]:
     """For each leaf, whether its second axis from the end counts positions 0 to `length`."""
 
