@@ -169,12 +169,27 @@ def test_the_search_ends_at_the_context(model, params):
         ({"beams": 4, "diversity_penalty": 1.0}, "beam_groups"),
         ({"beams": 4, "beam_groups": 2, "diversity_penalty": -1.0}, "diversity_penalty"),
         ({"beams": 2, "length_penalty": float("nan")}, "length_penalty"),
+        ({"beams": 2, "length_penalty": -5.1}, r"length_penalty must be a number in -5\.\.5"),
         ({"beams": 2, "early_stopping": "sometimes"}, "early_stopping"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(model, params, settings, word):
     with pytest.raises(RequestError, match=word):
         search_beams(model, params, [Request(PROMPT, 4)], BeamSettings(**settings))
+
+
+@pytest.mark.parametrize("penalty", [-5.0, 5.0])
+def test_scores_of_the_strongest_penalties_are_still_ranked(model, params, penalty):
+    (found,) = search_beams(model, params, [Request(PROMPT, 20)], BeamSettings(3, length_penalty=penalty, n=3))
+    scores = [beam.score for beam in found]
+    assert len(set(scores)) == 3
+    assert scores == sorted(scores, reverse=True)
+    assert all(np.isfinite(scores))
+
+
+def test_ids_beyond_the_tokenizers_are_never_taken(model, params):
+    (found,) = search_beams(model, params, [Request(PROMPT, 3)], BeamSettings(20, n=20), vocab_size=2)
+    assert {tuple(beam.tokens) for beam in found} == set(itertools.product(range(2), repeat=3))
 
 
 def test_numbers_that_are_not_finite_are_an_error(model, params):

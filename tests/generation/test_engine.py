@@ -9,7 +9,7 @@ from engines import CHUNK, GREEDY, KINDS, LENGTH, SAMPLERS, engine_of, forget, o
 
 from polygpt.config import validate
 from polygpt.errors import PolygptError, RequestError
-from polygpt.generation import Engine, Request, Sampler, TextStream
+from polygpt.generation import Draft, Engine, Request, Sampler, TextStream
 from polygpt.generation.reader import PromptReader
 from polygpt.model import Model, ModelConfig
 from polygpt.tokenizers import TokenizerConfig, train_tokenizer
@@ -169,6 +169,9 @@ def test_tokens_beyond_the_tokenizers_are_never_sampled():
     handles = [engine.submit(Request([20], 30, Sampler(temperature=5.0), seed=seed)) for seed in range(8)]
     tokens = {token for handle in handles for token in handle.result().tokens}
     assert tokens == set(range(9))
+    # Nor where all of the tokenizer's are banned: then none of them is.
+    for sampler in Sampler(no_repeat_ngram=1), Sampler(temperature=0.0, no_repeat_ngram=1):
+        assert set(engine.submit(Request([20], 40, sampler)).result().tokens) == set(range(9))
 
 
 def test_bad_requests_are_refused_and_the_next_succeeds():
@@ -183,11 +186,48 @@ def test_bad_requests_are_refused_and_the_next_succeeds():
         (Request([1], 5, logprobs=21), ["logprobs", "20"]),
         (Request([1], 5, Sampler(logit_bias={99: 1.0})), ["logit_bias.99", "36"]),
         (Request([99], 5), ["99"]),
+        (Request([1.5], 5), ["prompt", "list of token ids", "1.5"]),
+        (Request("abc", 5), ["prompt", "list of token ids", "abc"]),
+        (Request(None, 5), ["prompt", "list of token ids", "None"]),
+        (Request(np.ones((1, 2), int), 5), ["prompt", "list of token ids"]),
+        (Request([1], 2.0), ["max_new_tokens", "2.0"]),
+        (Request([1], 5, seed=True), ["seed", "True"]),
+        (Request([1], 5, stop_tokens=("a",)), ["stop_tokens", "list of token ids"]),
+        (Request([1], 5, stop_tokens=5), ["stop_tokens", "list of token ids", "5"]),
+        (Request([1], 5, {"temperature": 0}), ["sampler must be a Sampler"]),
+        (Request([1], 5, constraint="a"), ["constraint must be a Constraint"]),
     ):
         with pytest.raises(RequestError) as error:
             engine.submit(request)
         assert all(word in str(error.value) for word in words)
         assert outcome(engine.submit(Request([1, 2], 5, GREEDY))) == expected
+
+
+@pytest.mark.parametrize("most", [np.int8(127), np.uint8(255), np.int32(2**31 - 1), np.int64(2**63 - 1), 2**80])
+def test_any_whole_number_of_tokens_ends_with_the_context(most):
+    handle = engine_of("softmax").submit(Request(np.array([1, 2], np.int8), most, GREEDY))
+    assert len(handle.result().tokens) == LENGTH - 2
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("vocab_size", 0), ("vocab_size", -1), ("cache_bytes", "x"), ("slots", 1.0), ("length", 1)]
+)
+def test_an_engine_of_an_impossible_shape_is_refused(setting, value):
+    model = engine_of("softmax").model
+    with pytest.raises(RequestError, match=f"{setting} must be a whole number of at least"):
+        Engine(model, {}, **{setting: value})
+
+
+def test_a_busy_engine_is_not_compiled():
+    engine = engine_of("softmax")
+    expected = outcome(engine.submit(Request([1, 2], 9)))
+    handle = engine.submit(Request([1, 2], 9))
+    engine.step(2)
+    with pytest.raises(RequestError, match="before its first request"):
+        engine.compile()
+    assert outcome(handle) == expected
+    engine.compile()
+    assert outcome(engine.submit(Request([1, 2], 9))) == expected
 
 
 def test_a_full_queue_refuses():
@@ -255,3 +295,19 @@ def test_everything_is_compiled_at_start_if_asked():
     for request in requests_of(12):
         engine.submit(request).result()
     assert [program._cache_size() for program in programs] == before
+
+
+def test_what_decodes_is_compiled_once_and_before_it_is_timed():
+    model = Model(zoo.config_of(zoo.Case({"context_length": LENGTH - 1})))  # of its own, since models share programs
+    params = jax.device_put(zoo.lively(model), jax.devices()[0])  # as those of a checkpoint, which may not be moved
+    for slots, draft in enumerate((None, "lookup", Draft(model, params)), 1):
+        engine = Engine(model, params, slots=slots, chunk=CHUNK, draft=draft)
+        decoding = engine._runner._programs[-3:]
+        before = decoding[0]._cache_size()
+        engine.submit(Request([1], 3))
+        engine._read()
+        sizes = [program._cache_size() for program in decoding]
+        assert sizes[0] == before + 1
+        for prompt in [1], [1, 2, 1, 2, 1], [3] * 20:
+            engine.submit(Request(prompt, 20, GREEDY)).result()
+        assert [program._cache_size() for program in decoding] == sizes

@@ -63,6 +63,11 @@ def test_no_ngram_is_repeated(n, seed):
     assert np.isinf(edited(Sampler(no_repeat_ngram=n), tokens)).tolist() == banned
 
 
+@pytest.mark.parametrize("n", [11, 2**20, 2**31 - 1])
+def test_runs_longer_than_the_sequence_ban_nothing_and_take_no_time(n):
+    np.testing.assert_array_equal(edited(Sampler(no_repeat_ngram=n), [1] * 10), LOGITS)
+
+
 def test_where_all_tokens_are_banned_none_is():
     found = edited(Sampler(no_repeat_ngram=1), [0, 1, 2, 3, 4, 5])
     np.testing.assert_array_equal(found, LOGITS)

@@ -57,6 +57,7 @@ def test_special_tokens_in_messages_and_tools_are_text(client, lm):
     assert ids.count(lm.tokenizer.special_tokens["<|assistant|>"]) == 1
     assert ids == lm.chat_tokens(typed)
     offered = lm.chat_tokens(typed, [WEATHER])
+    assert lm.chat(typed, tools=[WEATHER], max_new_tokens=5).tokens == lm.generate(offered, max_new_tokens=5).tokens
     assert offered.count(lm.tokenizer.special_tokens["<|user|>"]) == 1
 
 
