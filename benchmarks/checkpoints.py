@@ -27,6 +27,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -133,11 +134,14 @@ def prompts(rows: int, length: int) -> np.ndarray:
     return np.random.default_rng(0).integers(1000, 40000, (rows, length)).astype(np.int32)
 
 
-Tasks = tuple[dict[str, Callable[[], object]], Callable[[], int]]
+class Tasks(NamedTuple):
+    """What each task runs, and the peak of memory in bytes, a GPU's where there is one."""
+
+    run: dict[str, Callable[[], object]]
+    peak: Callable[[], int]
 
 
 def polygpt_tasks(arguments: argparse.Namespace) -> Tasks:
-    """What each task does, and what gives the peak memory in bytes: the GPU's where there is one."""
     from polygpt.process import keep_freed_memory
 
     keep_freed_memory()  # as the command does
@@ -186,7 +190,7 @@ def polygpt_tasks(arguments: argparse.Namespace) -> Tasks:
         "hellaswag": hellaswag,
         "bandwidth": bandwidth,
     }
-    return tasks, peak
+    return Tasks(tasks, peak)
 
 
 def transformers_tasks(arguments: argparse.Namespace) -> Tasks:
@@ -264,7 +268,7 @@ def transformers_tasks(arguments: argparse.Namespace) -> Tasks:
         "decode8": lambda: decode(8),
         "hellaswag": hellaswag,
     }
-    return tasks, peak
+    return Tasks(tasks, peak)
 
 
 if __name__ == "__main__":

@@ -68,9 +68,10 @@ def slot_programs(config: ModelConfig, length: int, chunk: int, vocab: int) -> S
     @partial(jax.jit, donate_argnums=1, static_argnames="fresh")
     def prefill(params: Params, row: PyTree, tokens: Array, start: Array, count: Array, *, fresh: bool) -> PyTree:
         index = jnp.arange(tokens.shape[1])[None]
-        valid = index < count
-        where = {"positions": start + index, "valid": valid, "fresh": fresh}
-        return model.hidden(params, tokens, state=row, for_state=True, **where).state
+        output = model.hidden(
+            params, tokens, positions=start + index, valid=index < count, state=row, fresh=fresh, for_state=True
+        )
+        return output.state
 
     @jax.jit
     def take(row: PyTree, start: Array) -> list[Array]:

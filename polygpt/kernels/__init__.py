@@ -38,7 +38,7 @@ from polygpt.kernels.softmax_attention import (
     choose_attention,
     reference_attention,
 )
-from polygpt.kernels.stacks import in_stack, layer_view, most_unrolled, write_back
+from polygpt.kernels.stacks import in_stack, layer_view, max_unrolled_layers, write_back
 from polygpt.kernels.weights import Weight, matmuls, project_to_vocabulary
 
 __all__ = [
@@ -66,8 +66,8 @@ __all__ = [
     "in_stack",
     "layer_view",
     "matmuls",
+    "max_unrolled_layers",
     "mean_over_devices",
-    "most_unrolled",
     "native_unavailable",
     "nll_of_logits",
     "pack",

@@ -63,7 +63,7 @@ class ModelConfig(Config):
             the fastest, `high`, or `highest`; None leaves JAX's own setting. A CPU has one precision.
         scan_layers: compile one repetition of the pattern and scan over it, so that compile time does not grow
             with depth; None means from 9 layers on, or 25 in training on one GPU (fewer layers compile quickly unrolled
-            and run faster).
+            and run faster), and wherever activations are computed again (`training.remat`).
         layout: the mesh that the model is spread over where there are as many devices and the run names no other.
     """
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from polygpt.errors import RequestError, suggest
+from polygpt.kernels import max_unrolled_layers
 from polygpt.model import model_of
 from polygpt.planning.program import Program
 from polygpt.planning.request import check_layout
@@ -101,10 +102,19 @@ def make_plan(config: RunConfig, accelerator: str) -> Plan:
     if accelerator not in ACCELERATORS:
         raise RequestError(f"no accelerator '{accelerator}' is known; {suggest(accelerator, ACCELERATORS)}")
     notes = tuple(check_layout(config))
-    program = compile_elsewhere(config)
+    program = compile_elsewhere(_as_on(accelerator, config))
     mesh = dict(zip(MESH_AXES, (config.mesh or MeshConfig()).shape, strict=True))
     seconds = estimate(program, mesh, accelerator, config.model.matmul_precision)
     return Plan(config, accelerator, program, seconds, notes)
+
+
+def _as_on(accelerator: str, config: RunConfig) -> RunConfig:
+    """The run with its layers unrolled if they are on the accelerator: the process that compiles has only a CPU."""
+    model, is_gpu = config.model, ACCELERATORS[accelerator].startswith("NVIDIA")
+    if not is_gpu or model.scan_layers is not None or config.mesh is not None or config.training.remat != "none":
+        return config
+    scans = model.num_layers > max_unrolled_layers(training=True, backend="gpu")
+    return config.model_copy(update={"model": model.model_copy(update={"scan_layers": scans})})
 
 
 def memory_of(accelerator: str) -> int:

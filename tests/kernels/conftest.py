@@ -13,4 +13,6 @@ def compute(request, monkeypatch):
         monkeypatch.setattr(native, "available", lambda: False)
     elif lacks := missing():
         pytest.skip(lacks)
+    else:
+        assert native.available(), native.unavailable()
     return request.param

@@ -96,13 +96,15 @@ def test_a_pass_for_the_state_alone_gives_the_same_state(changes):
     jax.tree.map(np.testing.assert_array_equal, after(False), after(True))
 
 
-def test_a_pass_for_the_state_alone_copies_no_stack_of_weights():
-    model = Model(zoo.config_of(zoo.Case({"scan_layers": True, "num_layers": 10, "embed_dim": 64})))
+@pytest.mark.parametrize("for_state", [True, False])
+@pytest.mark.parametrize("changes", [{"num_layers": 10}, {"num_layers": 11, "pattern": [{}, {"norm": "layernorm"}]}])
+def test_a_pass_with_a_state_copies_no_stack_of_weights(changes, for_state):
+    model = Model(zoo.config_of(zoo.Case({"scan_layers": True, "embed_dim": 64, **changes})))
     params = zoo.lively(model)
 
     @jax.jit
     def run(params, tokens, state):
-        return model.hidden(params, tokens, state=state, for_state=True).state
+        return model.hidden(params, tokens, state=state, for_state=for_state).state
 
     compiled = run.lower(params, jnp.zeros((1, 4), jnp.int32), model.init_state(1, LENGTH)).compile()
     stacked = sum(leaf.nbytes for leaf in jax.tree.leaves(params["blocks"]))

@@ -90,6 +90,17 @@ def test_a_recipe_goes_before_a_preset_of_the_same_name(name):
     assert planned.model == recipe.model.with_vocab(planned.model.vocab_size)
 
 
+def test_layers_are_unrolled_as_on_the_accelerator():
+    def scans(accelerator, *words):
+        return plan._as_on(accelerator, run_of(*words)).model.scan_layers
+
+    assert scans("h100") is scans("h200") is False  # 12 layers
+    assert scans("h100", "model.num_layers=25") is True
+    assert scans("h100", "model.scan_layers=true") is True
+    # Decided there as everywhere:
+    assert scans("v6e") is scans("h100", "mesh.fsdp=2") is scans("h100", "training.remat=block") is None
+
+
 def test_bytes_are_those_of_a_real_state_and_its_compiled_step(model_file):
     env = {
         **os.environ,

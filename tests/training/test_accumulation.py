@@ -110,6 +110,18 @@ def test_rematerialization_keeps_less():
     assert len(set(sizes)) == 4
 
 
+def test_rematerialization_takes_less_memory_whatever_the_number_of_layers():
+    """In compiled steps: XLA would merge what is computed again with what was, were these layers unrolled."""
+    batch = Batch(jnp.zeros((8, 128), jnp.int32), jnp.zeros((8, 128), jnp.int32), jnp.ones((8, 128)))
+
+    def temporary(remat):
+        trainer = trainer_of({"num_layers": 8, "context_length": 128}, remat=remat)
+        compiled = trainer.lower_step(trainer.abstract_state(), batch).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary("block") < temporary("none") / 2
+
+
 def test_the_logits_of_a_batch_are_never_whole_in_memory():
     """A vocabulary so large that the logits of all tokens would be most of the step's memory."""
     trainer = trainer_of({"vocab_size": 2**16, "context_length": 64})

@@ -89,6 +89,7 @@ def _compiler() -> list[str]:
     return [path, *flags]
 
 
+# Numbers of a matrix or of a stack of them; and a matrix in 4 bits: nibbles, step, zero and unit of `PackedInt4`.
 Stack = Float[Array, "*stack _ I"] | Int8[Array, "*stack _ I"] | UInt16[Array, "*stack _ I"]
 Int4 = tuple[UInt8[Array, "..."], UInt8[Array, "..."], UInt8[Array, "..."], Float[Array, "..."]]
 
@@ -105,7 +106,7 @@ def products(
 def products_int4(
     x: Float[Array, "M I"], matrices: Sequence[Int4], outputs: Sequence[int], layer: Array | int | None
 ) -> list[Float[Array, "M _"]]:
-    """The same of matrices in 4 bits, each nibbles, step, zero and unit of `PackedInt4`."""
+    """As `products`, for matrices in 4 bits, which have `outputs` outputs."""
     return _multiply("polygpt_product_int4", x, outputs, matrices, layer)
 
 

@@ -85,10 +85,7 @@ inline void positions_of(int32_t* held, int64_t start, int64_t size, int64_t pad
   if (last < slots) {  // no slot was written twice: no division for each of them
     for (int32_t s = 0; s < size; s++) held[s] = start + s <= last ? start + s : -1;
   } else {
-    for (int64_t s = 0; s < size; s++) {
-      const int64_t back = last - (start + s);
-      held[s] = last - (back < 0 ? back % slots + slots : back % slots);
-    }
+    for (int64_t s = 0; s < size; s++) held[s] = last - (last - start - s) % slots;
   }
   std::fill(held + size, held + padded, -1);
 }
@@ -167,7 +164,8 @@ void attend(Query* queries, int64_t count, const T* k, const T* v, const Rule& r
   for (int64_t start = 0; start < used; start += KEYS) {
     const int64_t size = std::min(KEYS, used - start), padded = (size + LANES - 1) / LANES * LANES;
     positions_of(held, start, size, padded, last, slots);
-    // After the keys come the block's values, and after those the keys of the next block, or of the next head.
+    // After the keys come the block's values, and after those the keys of the next block, or of the next head
+    // (wrong where more queries of this head follow, as in a prompt; it is only fetched).
     const T *keys = k + start * dim, *values = v + start * dim;
     const T* next = start + KEYS < used ? keys + KEYS * dim : k + slots * dim;
     const Ahead to_values = after(keys, size, values, dim), to_next = after(values, size, next, dim);
