@@ -28,7 +28,7 @@ SLOW_CASES = [
 ]
 HIDDEN = {"16,12,32", "8,12,32", "192,32", "96,32"}  # the shapes of whole activations, for the batch and for half of it
 
-ROUTER = {"f32[32,8]", "f32[1,32,8]", "f32[8]"}  # its weights and the balance of the experts
+ROUTER = {"f32[32,8]", "f32[1,32,8]", "f32[8]", "f32[1,8]"}  # its weights and the balance of the experts
 
 
 def run(cases):
