@@ -46,12 +46,14 @@ class Job:
     """One line of the input.
 
     Attributes:
+        number: of the line, from 1.
         shown: what its line in the output begins with: its id, if it has one, and the prompt.
         request: what is generated.
         stops: the strings that end it.
         key: a digest of all that its text depends on.
     """
 
+    number: int
     shown: dict[str, Any]
     request: Request
     stops: tuple[str, ...]
@@ -59,11 +61,19 @@ class Job:
 
 
 class Outcome(NamedTuple):
-    """How many lines were there already and how many were added, and the tokens of these."""
+    """What a job has done.
+
+    Attributes:
+        kept: lines that were there already.
+        added: lines that were written now.
+        tokens: in the lines that were written now.
+        failed: the errors of all prompts that failed, those of the kept lines included, by their lines in the input.
+    """
 
     kept: int
     added: int
     tokens: int
+    failed: dict[int, str]
 
 
 def run_batch(
@@ -76,23 +86,24 @@ def run_batch(
 ) -> Outcome:
     """Continues every prompt of a file, and appends a line to `out` for each, in the order of the input.
 
+    If a prompt fails, its line has the error instead of a text, and the others go on.
+
     Args:
         lm: the model.
         name: what it is called; the texts in `out` must be of one model.
         prompts: a line of JSON for each prompt.
         out: lines that are there already are kept, and only the others are generated.
         settings: of every prompt that does not have its own.
-
         draft: for speculation; texts do not depend on it.
 
     Raises:
         RequestError: a line of the input is wrong, or `out` does not belong to the input; nothing has been generated.
-        PolygptError: the model's logits are not finite numbers, or `out` cannot be written.
+        PolygptError: `out` cannot be written.
     """
     if out.exists() and prompts.samefile(out):
         raise RequestError(f"--out {out} is the file of the prompts; choose another name")
     jobs = read_jobs(lm, name, prompts, settings)
-    kept, length = _finished(out, prompts, jobs)
+    kept, length, failed = _finished(out, prompts, jobs)
     progress = _Progress(len(jobs))
     tokens = 0
     try:
@@ -100,12 +111,15 @@ def run_batch(
         with out.open("ab") as file:
             file.truncate(length)
             for done, (job, handle) in enumerate(_generate(lm, jobs, kept, draft), start=kept + 1):
-                _append(file, _line(job, handle))
-                tokens += len(handle.tokens)
+                line = _line(job, handle)
+                _append(file, line)
+                if "error" in line:
+                    failed[job.number] = line["error"]
+                tokens += len(line.get("tokens", ()))
                 progress(done, tokens)
     except OSError as error:
         raise PolygptError(f"{out}: cannot be written ({error.strerror or error})") from None
-    return Outcome(kept, len(jobs) - kept, tokens)
+    return Outcome(kept, len(jobs) - kept, tokens, failed)
 
 
 # --- The input ----------------------------------------------------------------------------------------------------
@@ -126,7 +140,7 @@ def read_jobs(lm: LanguageModel, name: str, path: Path, settings: Mapping[str, A
         if not line.strip():
             continue
         try:
-            job = _job(lm, name, line, settings)
+            job = _job(lm, name, number, line, settings)
             first = ids.setdefault(job.shown["id"], number) if "id" in job.shown else number
             if first != number:
                 raise RequestError(f"the id {job.shown['id']!r} is that of line {first}, too")
@@ -143,7 +157,7 @@ def read_jobs(lm: LanguageModel, name: str, path: Path, settings: Mapping[str, A
     return jobs
 
 
-def _job(lm: LanguageModel, name: str, line: bytes, settings: Mapping[str, Any]) -> Job:
+def _job(lm: LanguageModel, name: str, number: int, line: bytes, settings: Mapping[str, Any]) -> Job:
     own = _parsed(line)
     known = _OWN | set(Sampler.model_fields)
     unknown = next((key for key in own if key not in known), None)
@@ -158,9 +172,11 @@ def _job(lm: LanguageModel, name: str, line: bytes, settings: Mapping[str, Any])
     ours = {key: value for key, value in settings.items() if key not in _CONSTRAINTS or not own.keys() & _CONSTRAINTS}
     asked = ours | {key: value for key, value in own.items() if key not in shown and value is not None}
     stops = as_stop_strings(asked.pop("stop", ()))
+    if stops:
+        _ = lm.tokenizer  # refuses a model that has none
     request = _request(lm, own["prompt"], asked)
     check_requests(lm.config, [request])
-    return Job(shown, request, stops, _key(name, request, stops))
+    return Job(number, shown, request, stops, _key(name, request, stops))
 
 
 def _parsed(line: bytes) -> dict[str, Any]:
@@ -184,6 +200,8 @@ def _request(lm: LanguageModel, prompt: Any, asked: dict[str, Any]) -> Request:
     if not isinstance(chat, bool):
         raise RequestError(f"chat must be true or false, not {chat!r:.40}")
     if isinstance(prompts[0], str):
+        if not lm.has_tokenizer:
+            raise RequestError("this model has no tokenizer: give the prompt as a list of token ids")
         ids = lm.prompt_tokens(prompts[0], chat, most=lm.config.context_length)
     elif chat:
         raise RequestError("chat lays out a message, which is text; a prompt of ids is taken as it is")
@@ -210,14 +228,16 @@ def _key(name: str, request: Request, stops: Sequence[str]) -> str:
 # --- The output ---------------------------------------------------------------------------------------------------
 
 
-def _finished(out: Path, prompts: Path, jobs: Sequence[Job]) -> tuple[int, int]:
-    """How many jobs have their line in `out` already, and how many bytes these lines are; a torn last line is none.
+def _finished(out: Path, prompts: Path, jobs: Sequence[Job]) -> tuple[int, int, dict[int, str]]:
+    """How many jobs have their line in `out` already, how many bytes these lines are, and which of the jobs failed.
+
+    A torn last line does not count.
 
     Raises:
         RequestError: a line is not that of its job.
     """
     if not out.exists():
-        return 0, 0
+        return 0, 0, {}
     try:
         data = out.read_bytes()
     except OSError as error:
@@ -227,23 +247,29 @@ def _finished(out: Path, prompts: Path, jobs: Sequence[Job]) -> tuple[int, int]:
     advice = "choose another --out, or remove it"
     if len(lines) + bool(torn) > len(jobs):
         raise RequestError(f"{out} has more lines than {prompts} has prompts; {advice}")
+    failed = {}
     for number, (line, job) in enumerate(zip(lines, jobs, strict=False), start=1):
         try:
-            key = json.loads(line)["key"]
+            written = json.loads(line)
+            key = written["key"]
         except (ValueError, TypeError, KeyError):
             raise RequestError(f"{out} line {number}: not what such a job writes; {advice}") from None
         if key != job.key:
             raise RequestError(
                 f"{out} line {number}: written for another prompt, other settings or another model; {advice}"
             )
+        if "error" in written:
+            failed[job.number] = written["error"]
     if torn:
         begin = _json(jobs[len(lines)].shown)[:-1]
         if not (torn.startswith(begin) or begin.startswith(torn)):
             raise RequestError(f"{out} line {len(lines) + 1}: not what such a job writes; {advice}")
-    return len(lines), len(whole)
+    return len(lines), len(whole), failed
 
 
 def _line(job: Job, handle: Handle) -> dict[str, Any]:
+    if handle.error is not None:
+        return job.shown | {"error": str(handle.error), "key": job.key}
     line = job.shown | {"text": handle.text, "tokens": handle.tokens, "finish_reason": handle.finish_reason}
     if job.request.logprobs is not None:
         line["logprobs"] = [score.logprob for score in handle.logprobs]
@@ -267,7 +293,7 @@ def _json(value: Mapping[str, Any]) -> bytes:
 def _generate(
     lm: LanguageModel, jobs: Sequence[Job], start: int, draft: Speculation | None
 ) -> Iterator[tuple[Job, Handle]]:
-    """Every job from `start` on with its finished request, in order."""
+    """Every job from `start` on with its request, which has finished or failed, in order."""
     if start == len(jobs):
         return
     # Its shape follows from all jobs, those that are done included: a job that was interrupted ends as it would have.
@@ -277,8 +303,6 @@ def _generate(
     for job, handle in zip(jobs[start:], handles, strict=True):
         while not handle.ended:
             engine.step(STEPS)
-        if handle.error is not None:
-            raise handle.error
         yield job, handle
 
 

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from polygpt.cli.output import dtype_option, json_option, mesh_argument, mesh_of, print_json, reading, weights_option
+from polygpt.cli.output import (
+    dtype_option,
+    json_option,
+    mesh_argument,
+    mesh_of,
+    print_json,
+    reading,
+    reading_draft,
+    weights_option,
+)
+from polygpt.errors import PolygptError, RequestError
+from polygpt.files import expand
+from polygpt.hub import PREFIX as HUB
 
 if TYPE_CHECKING:
     from polygpt.language_model import Generation, LanguageModel
@@ -19,6 +31,8 @@ if TYPE_CHECKING:
 SAMPLING = ("temperature", "top_p", "min_p", "seed")
 ASKED_FOR = ("logprobs", "top_logprobs", "acceptance")
 NOT_IN_A_BATCH = ("n", "beams", "length_penalty", "past_context")
+# Lines of a batch that are named if they failed; the others are counted.
+NAMED = 10
 
 
 @click.command()
@@ -106,11 +120,13 @@ def generate(
         raise click.UsageError("--logprobs goes with --json or --prompts")
     texts = [_standard_input() if text == "-" else _checked(text) for text in texts]
     rows = max(len(texts), 1) * settings.get("n", 1)
-    lm = reading(model, dtype, {}, weights=weights or "auto", for_text=True, mesh=mesh_of(mesh, rows))
+    # A batch may have prompts of token ids alone.
+    how = {"weights": weights or "auto", "for_text": prompts is None}
+    lm = reading(model, dtype, {}, **how, mesh=mesh_of(mesh, rows))
     if settings.get("draft", "lookup") != "lookup":
-        settings["draft"] = reading(settings["draft"], dtype, {}, weights=weights or "auto", for_text=True)
+        settings["draft"] = reading_draft(settings["draft"], dtype, **how)
     if prompts is not None:
-        _batch(lm, f"{model} {dtype} {weights}", prompts, out, settings, as_json)
+        _batch(lm, f"{_identity(model)} {dtype} {weights}", prompts, out, settings, as_json)
     elif len(texts) == 1 and not as_json and not settings.keys() & {"n", "beams"}:
         _stream(lm, texts[0], settings)
     else:
@@ -138,11 +154,29 @@ def _batch(lm: LanguageModel, name: str, prompts: Path, out: Path, settings: dic
     from polygpt.cli.batch import run_batch
 
     draft = lm.speculation(settings.pop("draft", None))
-    kept, added, tokens = run_batch(lm, name, prompts, out, settings, draft)
+    kept, added, tokens, failed = run_batch(lm, name, prompts, out, settings, draft)
     if as_json:
-        print_json({"out": str(out), "kept": kept, "added": added, "tokens": tokens})
+        print_json({"out": str(out), "kept": kept, "added": added, "tokens": tokens, "failed": list(failed)})
     else:
         click.echo(f"{out}: {added:,} lines added" + (f" to {kept:,}" if kept else ""), err=True)
+    if failed:
+        raise PolygptError(_failed(failed, kept + added, prompts, out))
+
+
+def _failed(failed: Mapping[int, str], total: int, prompts: Path, out: Path) -> str:
+    """Which lines of the input failed, the first with its reason."""
+    number, reason = next(iter(failed.items()))
+    named = ", ".join(map(str, list(failed)[:NAMED]))
+    more = f" and {len(failed) - NAMED:,} more" if len(failed) > NAMED else ""
+    lines = f"{prompts} line{'s' if len(failed) > 1 else ''} {named}{more}"
+    told = f"{len(failed):,} of {total:,} prompts failed ({lines}); {out} has an error there instead of a text"
+    return f"{told}\nline {number}: {reason}"
+
+
+def _identity(model: str) -> str:
+    """What a batch calls MODEL: the same for every way to write its path."""
+    path = expand(model)
+    return str(path.resolve()) if not model.startswith(HUB) and path.exists() else model
 
 
 def _show_all(lm: LanguageModel, texts: Sequence[str], settings: dict, as_json: bool) -> None:
@@ -204,8 +238,6 @@ def _report(lm: LanguageModel, prompt: str, result: Generation, chat: bool) -> N
 
 
 def _checked(prompt: str) -> str:
-    from polygpt.errors import RequestError
-
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
@@ -214,8 +246,6 @@ def _checked(prompt: str) -> str:
 
 
 def _standard_input() -> str:
-    from polygpt.errors import RequestError
-
     data = sys.stdin.buffer.read()
     try:
         return data.decode()

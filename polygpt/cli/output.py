@@ -100,6 +100,17 @@ def reading(name: str, dtype: str | None, overrides: Mapping[str, Any], **how: A
         )
 
 
+def reading_draft(name: str, dtype: str | None, **how: Any) -> LanguageModel:
+    """Loads the model of `--draft`, as `reading` does; an error says that it is about that one."""
+    from polygpt.errors import PolygptError
+
+    try:
+        return reading(name, dtype, {}, **how)
+    except PolygptError as error:
+        error.args = (f"--draft {name}: {error}",)
+        raise
+
+
 @contextmanager
 def weights_bar() -> Iterator[Callable[[int], None]]:
     """Progress callback that counts weights on standard error, if that is a terminal."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from polygpt.cli.output import dtype_option, json_option, print_json, reading, weights_option
+from polygpt.cli.output import dtype_option, json_option, print_json, reading, reading_draft, weights_option
 
 if TYPE_CHECKING:
     from polygpt.server import Served, ServerSettings
@@ -74,7 +74,7 @@ def serve(
     names_of = _public_names(names, public)
     listening = listen(chosen)
     how = {"weights": weights or "auto", "for_text": True}
-    drafting = draft if draft in (None, "lookup") else reading(draft, dtype, {}, **how)
+    drafting = draft if draft in (None, "lookup") else reading_draft(draft, dtype, **how)
     models = [
         Served(name, reading(model, dtype, {}, **how), chosen, drafting)
         for model, name in zip(names, names_of, strict=True)

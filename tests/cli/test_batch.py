@@ -4,10 +4,13 @@ import json
 import re
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from polygpt import load
 from polygpt.cli import batch
+from polygpt.language_model import LanguageModel
 
 LINES = [
     {"prompt": "the ", "id": "first", "max_new_tokens": 5},
@@ -87,9 +90,86 @@ def test_an_interrupted_job_goes_on_to_the_same_file(job, cut, monkeypatch):
     monkeypatch.setattr(batch, "_append", lambda file, line: (generated.append(line), append(file, line)))
     done = job("--json")
     tokens = sum(len(json.loads(line)["tokens"]) for line in lines[kept:])
-    assert json.loads(done.out) == {"out": "out.jsonl", "kept": kept, "added": 5 - kept, "tokens": tokens}
+    counts = {"kept": kept, "added": 5 - kept, "tokens": tokens, "failed": []}
+    assert json.loads(done.out) == {"out": "out.jsonl"} | counts
     assert len(generated) == 5 - kept
     assert Path("out.jsonl").read_bytes() == whole
+
+
+FAILING = {"prompt": "a", "id": "dead end", "grammar": r'start: "a" /[^\s\S]/'}
+
+
+@pytest.mark.parametrize("cut", [0, 1, 2, 4, 5])
+def test_a_prompt_that_fails_has_its_error_and_the_others_their_texts(run, program, cut):
+    """Whether the job runs through, or is continued before or after the line that failed."""
+    pytest.importorskip("llguidance")
+    words = ["generate", run, "--prompts", "prompts.jsonl", "--out", "out.jsonl", "--max-new-tokens", "4"]
+    write([LINES[0], LINES[1]])
+    assert program(*words).code == 0
+    texts = Path("out.jsonl").read_bytes().splitlines(keepends=True)
+    write([LINES[0], "", FAILING, LINES[1], {"prompt": "o"}, FAILING | {"id": 9}])
+    Path("out.jsonl").unlink()
+    for _ in range(2):
+        done = program(*words)
+        assert (done.code, done.out) == (1, "")
+        assert done.complaint == [
+            "2 of 5 prompts failed (prompts.jsonl lines 3, 6); out.jsonl has an error there instead of a text",
+            "line 3: the constraint cannot be met: no text matches it",
+        ]
+    whole = Path("out.jsonl").read_bytes()
+    lines = whole.splitlines(keepends=True)
+    assert [lines[0], lines[2]] == texts
+    failed = json.loads(lines[1])
+    assert failed.pop("key")
+    assert failed == {"id": "dead end", "prompt": "a", "error": "the constraint cannot be met: no text matches it"}
+    Path("out.jsonl").write_bytes(b"".join(lines[:cut]) + (lines[cut][:30] if cut < 5 else b""))
+    done = program(*words, "--json")
+    assert (done.code, json.loads(done.out)["failed"]) == (1, [3, 6])
+    assert Path("out.jsonl").read_bytes() == whole
+
+
+def test_a_model_whose_logits_are_not_finite_fails_every_prompt(run):
+    lm = load(run)
+    broken = LanguageModel(lm.config, jax.tree.map(lambda weight: weight * np.nan, lm.params), lm.tokenizer)
+    write([{"prompt": "a"}, {"prompt": "the "}])
+    done = batch.run_batch(broken, "broken", Path("prompts.jsonl"), Path("out.jsonl"), {})
+    assert (list(done.failed), done.added, done.tokens) == ([1, 2], 2, 0)
+    assert all("not finite" in json.loads(line)["error"] for line in Path("out.jsonl").read_text().splitlines())
+
+
+def test_of_many_prompts_that_failed_the_first_are_named(run, program):
+    pytest.importorskip("llguidance")
+    write([{name: FAILING[name] for name in ("prompt", "grammar")}] * 12)
+    done = program("generate", run, "--prompts", "prompts.jsonl", "--out", "out.jsonl")
+    assert "12 of 12 prompts failed (prompts.jsonl lines 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 2 more)" in done.err
+
+
+def test_a_job_is_continued_however_the_model_s_path_is_written(job, run, program, workdir):
+    assert job().code == 0
+    whole = Path("out.jsonl").read_bytes()
+    (workdir / "link").symlink_to(workdir / "run")
+    for spelling in ("./run", "run/", workdir / "run", "link"):
+        Path("out.jsonl").write_bytes(b"".join(whole.splitlines(keepends=True)[:4]))
+        done = program("generate", spelling, "--prompts", "prompts.jsonl", "--out", "out.jsonl")
+        assert done.code == 0, done.err
+        assert Path("out.jsonl").read_bytes() == whole
+    (workdir / "run").rename("other")
+    done = program("generate", "other", "--prompts", "prompts.jsonl", "--out", "out.jsonl")
+    assert (done.code, "another model" in done.err) == (2, True)
+
+
+def test_a_preset_continues_token_ids(program, workdir):
+    """It has no tokenizer, so there is no text."""
+    words = ["generate", "tiny_moe", "--prompts", "prompts.jsonl", "--out", "out.jsonl", "--max-new-tokens", "3"]
+    write([{"prompt": [1, 2, 3]}, {"prompt": [5]}])
+    assert program(*words, "--draft", "lookup").code == 0
+    lines = list(map(json.loads, Path("out.jsonl").read_text().splitlines()))
+    assert [(line["text"], len(line["tokens"])) for line in lines] == [(None, 3), (None, 3)]
+    for wrong in ({"prompt": "a"}, {"prompt": [1], "stop": ["a"]}, {"prompt": [1], "regex": "a"}):
+        write([{"prompt": [1]}, wrong])
+        done = program(*words[:-4], "--out", "new.jsonl")
+        assert (done.code, len(done.complaint)) == (2, 1)
+        assert "prompts.jsonl line 2: this model has no tokenizer" in done.err
 
 
 def test_lines_are_written_as_they_are_done(job, monkeypatch):
