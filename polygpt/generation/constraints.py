@@ -22,9 +22,16 @@ MISSING = "constraints need the package llguidance: pip install 'polygpt[constra
 # llguidance's limits, where ours are lower: Earley items and lexer steps that one token may take. An ambiguous grammar
 # takes 20 ms a token with them, 500 ms with its own (50,000 and 200,000); other grammars take a tenth of them.
 LIMITS = {"step_max_items": 10_000, "step_lexer_fuel": 100_000}
-# Words of llguidance's about a grammar that exceeds a limit.
+# Words of llguidance's about a grammar that exceeds a limit: by the text that it forces, by its ambiguity, by its size.
+_ENDLESS = "ff_tokens"
 _TOO_AMBIGUOUS = ("too many items", "current row has")
 _TOO_LARGE = ("too many expressions", "too many states", "too big", "too large", "too complex", "fuel", "lexer")
+# How its errors about a place in a grammar begin (line and column), and then those about a regular expression there.
+_PLACE = re.compile(r"(?:at )?(\d+)\((\d+)\): ")
+_QUOTED = re.compile(r'invalid regex "(?:[^"\\]|\\.)*" \(in regex\): ', re.DOTALL)
+# The errors of its parser of regular expressions: the expression, a mark below the place, and the reason.
+_MARKED = re.compile(r"regex parse error:\n {4}(.*)\n {4}( *)\^")
+_UNPARSED = re.compile(r"regex parse error:\n.*^error: (.*)", re.DOTALL | re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -102,12 +109,13 @@ def as_grammar(
     if schema is not None:
         made = matcher.grammar_from_json_schema(_as_schema(schema))
     elif regex is not None:
-        made = matcher.grammar_from_regex(f"(?:{_text(regex, 'regex')})")
+        made = matcher.grammar_from_regex(_whole(_text(regex, "regex")))
     else:
         made = matcher.grammar_from_lark(_text(grammar, "grammar"))
     failed = matcher.validate_grammar(made, limits=_limits())
     if failed and not failed.startswith("WARNING"):
-        raise RequestError(f"the {named[0]} cannot be used: {_reason(failed)}")
+        # Only of a grammar has the user written the lines that llguidance counts.
+        raise RequestError(f"the {named[0]} cannot be used: {_reason(failed, places=grammar is not None)}")
     return made
 
 
@@ -140,9 +148,13 @@ class Constraint:
         """
         matcher = _library().LLMatcher(self.vocabulary.compiled, self.grammar, log_level=0, limits=_limits())
         _check(matcher)
-        matcher.compute_ff_tokens()
+        forced = matcher.compute_ff_tokens()
         matcher.compute_bitmask()
         _check(matcher)
+        if forced:  # after the first of them llguidance finds out whether they end
+            first = matcher.deep_copy()
+            first.consume_tokens(forced[:1])
+            _check(first)
         return matcher
 
 
@@ -195,7 +207,7 @@ def _as_schema(schema: Mapping[str, Any] | str | bool) -> str:
         except ValueError as error:
             raise RequestError(f"the schema is not JSON: {error}") from None
     if not isinstance(schema, Mapping | bool):
-        raise RequestError(f"a JSON schema is an object, not {schema!r:.40}")
+        raise RequestError(f"a JSON schema is an object, true or false, not {schema!r:.40}")
     try:
         return json.dumps(schema)
     except (TypeError, ValueError) as error:
@@ -216,15 +228,49 @@ def _check(matcher: Any) -> None:
         raise RequestError(f"the constraint cannot be followed: {_reason(failed)}")
 
 
-def _reason(message: str) -> str:
-    """The first line of an error of llguidance's, and what would be right if a limit is exceeded."""
-    reason = (message.strip().splitlines() or ["unknown"])[0][:200]
+def _whole(regex: str) -> str:
+    """`regex`, unless it ends within an escape sequence: llguidance drops a last backslash."""
+    if (len(regex) - len(regex.rstrip("\\"))) % 2:
+        raise RequestError("the regex cannot be used: it ends with a backslash that escapes nothing")
+    return regex
+
+
+def _reason(message: str, places: bool = True) -> str:
+    """An error of llguidance's in one line, and what would be right if a limit is exceeded.
+
+    Args:
+        message: its words; they may go on over several lines, with the place marked in a picture.
+        places: say at which line and column of a grammar it is.
+    """
+    place = _PLACE.match(message)
+    where = f"line {place[1]}, column {place[2]}: " if place and places else ""
+    rest = message[place.end() :] if place else message
+    if "regex parse error:" in rest:
+        return where + _of_regex(rest)
+    quoted = _QUOTED.match(rest)
+    reason = (rest[quoted.end() if quoted else 0 :].strip().splitlines() or ["unknown"])[0][:200]
+    if place:
+        return where + reason
     words = reason.lower()
+    if _ENDLESS in words:
+        return (
+            f"the text that it forces never ends or is too long ({reason}); a rule that contains itself, such as "
+            'start: "a" start, needs an alternative that does not'
+        )
     if any(word in words for word in _TOO_AMBIGUOUS):
         return f"it can be read in too many ways ({reason}); write lists as item*, not as list: list list"
     if any(word in words for word in _TOO_LARGE):
         return f"it is too complex ({reason}); repeat less, above all within repetitions, as in (a{{1,500}}){{1,500}}"
     return reason
+
+
+def _of_regex(message: str) -> str:
+    """Why a regular expression does not parse, and where, if it is a single line."""
+    marked, told = _MARKED.search(message), _UNPARSED.search(message)
+    reason = told[1].splitlines()[0] if told else "it does not parse"
+    if marked is None:
+        return reason
+    return f"{reason}, at character {len(marked[2]) + 1} of the regular expression {marked[1]:.100}"
 
 
 def _limits() -> Any:

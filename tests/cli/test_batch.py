@@ -96,7 +96,7 @@ def test_an_interrupted_job_goes_on_to_the_same_file(job, cut, monkeypatch):
     assert Path("out.jsonl").read_bytes() == whole
 
 
-FAILING = {"prompt": "a", "id": "dead end", "grammar": r'start: "a" /[^\s\S]/'}
+FAILING = {"prompt": "a", "id": "dead end", "grammar": r'start: ("a" | "o") /[^\s\S]/'}
 
 
 @pytest.mark.parametrize("cut", [0, 1, 2, 4, 5])
@@ -160,9 +160,9 @@ def test_a_job_is_continued_however_the_model_s_path_is_written(job, run, progra
 
 def test_a_preset_continues_token_ids(program, workdir):
     """It has no tokenizer, so there is no text."""
-    words = ["generate", "tiny_moe", "--prompts", "prompts.jsonl", "--out", "out.jsonl", "--max-new-tokens", "3"]
+    words = ["generate", "giant", "--prompts", "prompts.jsonl", "--out", "out.jsonl", "--max-new-tokens", "3"]
     write([{"prompt": [1, 2, 3]}, {"prompt": [5]}])
-    assert program(*words, "--draft", "lookup").code == 0
+    assert program(*words).code == 0
     lines = list(map(json.loads, Path("out.jsonl").read_text().splitlines()))
     assert [(line["text"], len(line["tokens"])) for line in lines] == [(None, 3), (None, 3)]
     for wrong in ({"prompt": "a"}, {"prompt": [1], "stop": ["a"]}, {"prompt": [1], "regex": "a"}):
