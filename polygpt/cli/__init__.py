@@ -28,7 +28,7 @@ COMMANDS = {
     "doctor": "Devices, libraries and kernels of this machine, and whether they compute correctly.",
     "report": "Redraw a run's report, or compare several runs in one page.",
     "eval": "Perplexity, HellaSwag, or a task of lm-evaluation-harness.",
-    "generate": "Continue a prompt.",
+    "generate": "Continue a prompt, several, or a file of them.",
     "chat": "Talk with a model in the terminal.",
     "serve": "An OpenAI-compatible HTTP API and a page to try models in the browser.",
     "import": "Bring in a model from Hugging Face, GGUF or llama2.c.",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from polygpt.cli.output import json_option, print_json, print_result
+from polygpt.cli.output import Whole, json_option, print_json, print_result
 
 if TYPE_CHECKING:
     from polygpt.data import Progress
@@ -71,7 +71,7 @@ def list_(as_json: bool) -> None:
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The folder for the shards.")
 @click.option("--split", type=click.Choice(["document", "fraction"]), default="document", show_default=True)
 @click.option("--validation-fraction", type=float, default=0.05, show_default=True)
-@click.option("--workers", type=click.IntRange(1, 1024), default=1, show_default=True, help="Processes.")
+@click.option("--workers", type=Whole(1, 1024), default=1, show_default=True, help="Processes.")
 @click.option(
     "--engine",
     type=click.Choice(["local", "ray"]),
@@ -81,7 +81,7 @@ def list_(as_json: bool) -> None:
 )
 @click.option(
     "--batch-chars",
-    type=click.IntRange(1 << 14),
+    type=Whole(1 << 14),
     default=1 << 20,
     show_default=True,
     help="Characters that each process tokenizes at once: bounds its memory.",

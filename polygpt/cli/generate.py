@@ -11,6 +11,15 @@ from typing import TYPE_CHECKING
 import click
 
 from polygpt.cli.output import (
+    MIN_P,
+    SEED,
+    SEED_HELP,
+    TEMPERATURE,
+    TOP_K,
+    TOP_P,
+    Whole,
+    as_typed,
+    check_sampler,
     dtype_option,
     json_option,
     mesh_argument,
@@ -18,6 +27,7 @@ from polygpt.cli.output import (
     print_json,
     reading,
     reading_draft,
+    text_of,
     weights_option,
 )
 from polygpt.errors import PolygptError, RequestError
@@ -42,51 +52,87 @@ NAMED = 10
     "--prompt",
     "texts",
     multiple=True,
-    help="The text to continue; - reads standard input. Given several times, each is continued.",
+    help="The text to continue; - reads standard input. If given several times, each text is continued.",
 )
 @click.option(
     "--prompts",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help='A file of JSON lines such as {"prompt": "Once"}, with "id" and own settings ("seed", ...) if wanted.',
-)
-@click.option("--out", type=click.Path(path_type=Path), help="With --prompts: the file that gets a line for each.")
-@click.option("--max-new-tokens", type=int, default=100, show_default=True)
-@click.option("--temperature", type=float, default=0.8, show_default=True, help="0 is greedy.")
-@click.option("--top-k", type=int, help="Only the k likeliest tokens.")
-@click.option(
-    "--top-p", type=float, default=0.95, show_default=True, help="Only the likeliest tokens up to this probability."
+    help='A file of JSON lines such as {"prompt": "Once"}; a line may have an "id" and its own settings ("seed", ...).',
 )
 @click.option(
-    "--min-p", type=float, default=0.0, show_default=True, help="Only tokens this share as likely as the likeliest."
+    "--out", type=click.Path(path_type=Path), help="With --prompts: the file that gets a line for each prompt."
 )
-@click.option("--repetition-penalty", type=float, default=1.0, show_default=True, help="Divides what occurred before.")
+@click.option("--max-new-tokens", type=int, default=100, show_default=True, help="Maximum tokens per prompt.")
+@click.option("--temperature", type=float, default=0.8, show_default=True, help=TEMPERATURE)
+@click.option("--top-k", type=int, help=TOP_K)
+@click.option("--top-p", type=float, default=0.95, show_default=True, help=TOP_P)
+@click.option("--min-p", type=float, default=0.0, show_default=True, help=MIN_P)
 @click.option(
-    "--presence-penalty", type=float, default=0.0, show_default=True, help="Off each generated token's logit."
+    "--repetition-penalty",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Divides the logits of tokens that occurred before (prompt included); above 1 makes them less likely.",
 )
-@click.option("--frequency-penalty", type=float, default=0.0, show_default=True, help="The same, for each occurrence.")
-@click.option("--no-repeat-ngram", type=int, default=0, show_default=True, help="No run of this many tokens twice.")
-@click.option("--min-new-tokens", type=int, default=0, show_default=True, help="No stop token before.")
+@click.option(
+    "--presence-penalty",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="Subtracted from the logit of every token generated so far.",
+)
+@click.option(
+    "--frequency-penalty",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="Subtracted from the logit of every token generated so far, once for each time it was generated.",
+)
+@click.option(
+    "--no-repeat-ngram",
+    type=int,
+    default=0,
+    show_default=True,
+    help="Do not repeat any sequence of this many tokens; 0 allows it.",
+)
+@click.option("--min-new-tokens", type=int, default=0, show_default=True, help="Do not stop before this many tokens.")
 @click.option(
     "--n",
-    type=click.IntRange(1),
-    help="Samples of each prompt, with seeds SEED, SEED + 1, ...; with --beams the N best texts.",
+    type=Whole(1),
+    help="Generate this many samples of each prompt, with seeds SEED, SEED + 1, ...; with --beams the N best texts.",
 )
-@click.option("--logprobs", type=click.IntRange(0, 20), help="With --json: also of this many of the likeliest.")
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
-@click.option("--stop", multiple=True, help="End at this text; may be given several times.")
-@click.option("--beams", type=int, help="Search for the likeliest text with so many beams, instead of sampling.")
-@click.option("--length-penalty", type=float, help="With --beams: above 0 favours long texts, below 0 short ones.  [1]")
-@click.option("--schema", type=click.File(encoding="utf-8"), help="A file with a JSON schema that the text must fit.")
+@click.option(
+    "--logprobs",
+    type=Whole(0, 20),
+    help="With --json or --prompts: give the log probability of each token, and those of this many (0 to 20) of the "
+    "likeliest tokens at its place.",
+)
+@click.option("--seed", type=SEED, default=0, show_default=True, help=SEED_HELP)
+@click.option("--stop", multiple=True, help="End before this text; may be given several times.")
+@click.option("--beams", type=int, help="Search for the likeliest text with this many beams instead of sampling.")
+@click.option(
+    "--length-penalty",
+    type=float,
+    help="With --beams: above 0 favours long texts, below 0 short ones.  [default: 1.0]",
+)
+@click.option(
+    "--schema",
+    type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path),
+    help="A file with a JSON schema that the text must match.",
+)
 @click.option("--regex", help="A regular expression that the whole text must match.")
 @click.option(
     "--draft",
     metavar="MODEL|lookup",
-    help="Guess tokens by a smaller MODEL or from the text itself, check several at once: the same text, sooner.",
+    help="Draft tokens with a smaller MODEL, or by looking them up in the text so far, and check several at once: the "
+    "same text, faster.",
 )
 @click.option(
-    "--past-context", is_flag=True, help="Go on past the context length; attention then sees a sliding window."
+    "--past-context", is_flag=True, help="Continue past the context length; attention then sees a sliding window."
 )
-@click.option("--chat", is_flag=True, help="The prompt is a message: lay it out by the model's chat template.")
+@click.option(
+    "--chat", is_flag=True, help="Treat the prompt as a message, and lay it out by the model's chat template."
+)
 @dtype_option
 @weights_option
 @json_option
@@ -101,24 +147,32 @@ def generate(
     as_json: bool,
     **settings,
 ) -> None:
-    """Continue a prompt; text streams to standard output as it is decoded.
+    """Continue a prompt, several, or a file of them.
 
-    With several prompts the texts are printed when all are done, an empty line between two; --json prints a line for
-    each. A prompt's text does not depend on the others.
+    The text of a single prompt streams to standard output as it is decoded. With several prompts the texts are printed
+    when all are done, an empty line between two; --json prints a line for each. A prompt's text does not depend on the
+    others.
 
-    --prompts FILE --out FILE continues many prompts, and writes a JSON line for each in their order. Repeat the command
-    after an interruption: lines that are there are kept.
+    --prompts FILE --out FILE continues every prompt of a file, and writes a JSON line for each in their order. If it is
+    interrupted, the same command continues it: the lines that are there are kept.
 
-    MODEL is a run's folder, an imported or a Hugging Face folder, hf:owner/name, a .gguf file, or a preset (random
-    weights, without text). mesh.tensor=4 splits it over four devices.
+    MODEL is a run's folder, an imported or a Hugging Face folder, hf:owner/name, a .gguf file, or a preset. (A preset
+    has random weights and no tokenizer, so it only takes --prompts with prompts of token ids.) mesh.tensor=4 splits the
+    model over four devices.
     """
     settings = _chosen(settings)
-    if "schema" in settings:
-        settings["schema"] = settings["schema"].read()
     _check_options(texts, prompts, out, settings)
+    if "schema" in settings:
+        settings["schema"] = _schema(settings["schema"])
+    for name, given in (("--stop", settings["stop"]), ("--regex", [settings.get("regex", "")])):
+        for text in given:
+            as_typed(text, name)
     if "logprobs" in settings and not (as_json or prompts):
         raise click.UsageError("--logprobs goes with --json or --prompts")
-    texts = [_standard_input() if text == "-" else _checked(text) for text in texts]
+    if "length_penalty" in settings and "beams" not in settings:
+        raise click.UsageError("--length-penalty goes with --beams N, which searches instead of sampling")
+    check_sampler(settings)
+    texts = [_standard_input() if text == "-" else as_typed(text, "--prompt") for text in texts]
     rows = max(len(texts), 1) * settings.get("n", 1)
     # A batch may have prompts of token ids alone.
     how = {"weights": weights or "auto", "for_text": prompts is None}
@@ -237,17 +291,14 @@ def _report(lm: LanguageModel, prompt: str, result: Generation, chat: bool) -> N
     click.echo(f"{count},{speed}{drafted} finished: {result.finish_reason}{past}", err=True)
 
 
-def _checked(prompt: str) -> str:
+def _schema(path: Path) -> str:
+    if str(path) == "-":
+        return _standard_input()
     try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise RequestError(f"--prompt: not UTF-8 text (character {error.start})") from None
-    return prompt
+        return text_of(path.read_bytes(), f"--schema {path}").removeprefix("\ufeff")  # a byte order mark
+    except OSError as error:
+        raise RequestError(f"--schema {path}: cannot be read ({error.strerror})") from None
 
 
 def _standard_input() -> str:
-    data = sys.stdin.buffer.read()
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise RequestError(f"standard input: not UTF-8 text (byte {error.start})") from None
+    return text_of(sys.stdin.buffer.read(), "standard input")

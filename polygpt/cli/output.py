@@ -30,10 +30,34 @@ class _Types(click.Choice):
         return super().convert(value, param, ctx)
 
 
+class Whole(type(click.INT)):
+    """A whole number in a range. click's own type shows the range as a formula in `--help`; here the text says it."""
+
+    def __init__(self, least: int, most: int | None = None):
+        self.least, self.most = least, most
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        number = super().convert(value, param, ctx)
+        if number < self.least or (self.most is not None and number > self.most):
+            self.fail(f"{number} is not {self.described}", param, ctx)
+        return number
+
+    @property
+    def described(self) -> str:
+        return f"at least {self.least}" if self.most is None else f"in {self.least}..{self.most}"
+
+
+SEED = Whole(0, 2**32 - 1)
+# What `--help` says of the settings of sampling.
+TEMPERATURE = "Divides the logits: lower values make likely tokens likelier; 0 always takes the likeliest."
+TOP_K = "Sample from the K likeliest tokens only."
+TOP_P = "Sample only from the likeliest tokens that together reach this probability."
+MIN_P = "Sample only from tokens at least this many times as likely as the likeliest."
+SEED_HELP = "Seed of the random numbers; the same seed gives the same text."
 dtype_option: Callable = click.option(
     "--dtype",
     type=_Types(["float32", "bfloat16", "float16"]),
-    help="Of weights and activations.  [default: as stored]",
+    help="Data type of weights and activations.  [default: as stored]",
 )
 weights_option: Callable = click.option(
     "--weights",
@@ -129,6 +153,48 @@ def weights_bar() -> Iterator[Callable[[int], None]]:
     ) as progress:
         task = progress.add_task("", total=None)
         yield lambda count: progress.advance(task, count)
+
+
+def check_sampler(settings: Mapping[str, Any]) -> None:
+    """Refuses settings of sampling that are out of range; None is one that was not given.
+
+    Raises:
+        RequestError: names the setting.
+    """
+    from polygpt.config import validate
+    from polygpt.generation import Sampler
+
+    names = settings.keys() & Sampler.model_fields.keys()
+    validate(Sampler, {name: settings[name] for name in names if settings[name] is not None})
+
+
+def text_of(data: bytes, name: str) -> str:
+    """The text of UTF-8 bytes, which came from `name`.
+
+    Raises:
+        RequestError: they are not UTF-8; it names the first wrong byte.
+    """
+    from polygpt.errors import RequestError
+
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{name}: not UTF-8 text (byte {error.start})") from None
+
+
+def as_typed(text: str, name: str) -> str:
+    """`text`, which was given on the command line or in a terminal.
+
+    Raises:
+        RequestError: it is not UTF-8; it names the first wrong character.
+    """
+    from polygpt.errors import RequestError
+
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"{name}: not UTF-8 text (character {error.start})") from None
+    return text
 
 
 def print_json(value: Any) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from polygpt.cli.output import dtype_option, json_option, print_json, reading, reading_draft, weights_option
+from polygpt.cli.output import Whole, dtype_option, json_option, print_json, reading, reading_draft, weights_option
 
 if TYPE_CHECKING:
     from polygpt.server import Served, ServerSettings
@@ -24,10 +24,10 @@ SHORTEST_KEY = 16  # characters; a shorter one could be guessed
 @click.command()
 @click.argument("names", nargs=-1, required=True, metavar="MODEL [MODEL]...")
 @click.option("--host", default="127.0.0.1", show_default=True, help="One that is not loopback needs --api-key-file.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
-@click.option("--slots", type=click.IntRange(1), default=8, show_default=True, help="Sequences decoded together.")
-@click.option("--queue", type=click.IntRange(0), default=64, show_default=True, help="Sequences that may wait.")
-@click.option("--length", type=click.IntRange(2), help="Tokens of a sequence at most.  [default: the context length]")
+@click.option("--port", type=Whole(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option("--slots", type=Whole(1), default=8, show_default=True, help="Sequences decoded together.")
+@click.option("--queue", type=Whole(0), default=64, show_default=True, help="Sequences that may wait.")
+@click.option("--length", type=Whole(2), help="Tokens of a sequence at most.  [default: the context length]")
 @click.option(
     "--api-key-file",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),

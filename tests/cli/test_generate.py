@@ -2,9 +2,12 @@
 
 import json
 import os
+from pathlib import Path
 
+import click
 import pytest
 
+from polygpt.cli import COMMANDS, polygpt
 from polygpt.cli.generate import generate
 from polygpt.kernels import WEIGHT_TYPES
 
@@ -198,3 +201,42 @@ def test_what_does_not_go_with_beam_search_is_refused(run, program, options, wor
     done = program("generate", run, "--prompt", "the ", *options)
     assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
     assert word in done.err
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (["--length-penalty", "1"], "--length-penalty goes with --beams N"),
+        (["--draft", "giant"], "--draft giant: this model has no tokenizer"),
+        (["--draft", "gaint"], "--draft gaint: no model 'gaint'; did you mean 'giant'?"),
+        (["--schema", "latin.json"], "--schema latin.json: not UTF-8 text (byte 1)"),
+        (["--schema", "run"], "'--schema'"),
+        (["--regex", "a\udcff"], "--regex: not UTF-8 text (character 1)"),
+        (["--stop", "a", "--stop", "\udcff"], "--stop: not UTF-8 text (character 0)"),
+        (["--n", "0"], "'--n': 0 is not at least 1"),
+        (["--logprobs", "21", "--json"], "'--logprobs': 21 is not in 0..20"),
+    ],
+)
+def test_an_option_that_cannot_be_used_is_named(run, program, options, word):
+    Path("latin.json").write_bytes(b"{\xff}")
+    done = program("generate", run, "--prompt", "the ", *options)
+    assert (done.code, done.out, len(done.complaint)) == (2, "", 1)
+    assert word in done.err
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_a_schema_is_read_from_a_file(run, program, mark):
+    pytest.importorskip("llguidance")
+    Path("yes.json").write_text(f'{mark}{{"type": "integer", "maximum": 9, "minimum": 0}}', encoding="utf-8")
+    words = ["generate", run, "--prompt", "the ", "--max-new-tokens", "2", "--schema", "yes.json"]
+    assert "no text matches" in program(*words).err  # the run's tokenizer has no digits
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_a_text_for_every_option_and_no_formulas(program, command):
+    shown = program(command, "--help")
+    assert shown.code == 0
+    for word in ("RANGE", "x>=", "<=x"):
+        assert word not in shown.out
+    for parameter in polygpt.get_command(None, command).params if command in ("generate", "chat", "serve") else ():
+        assert not isinstance(parameter, click.Option) or parameter.help or parameter.hidden, parameter.name
