@@ -131,7 +131,8 @@ class Constraint:
         grammar: as `as_grammar` gives it.
 
     Raises:
-        RequestError: the grammar has no text at all, or exceeds llguidance's limits.
+        RequestError: it is plain from the start that no text satisfies the grammar, or it exceeds llguidance's limits at
+            its first token. Either may also show later, in `Matcher`.
     """
 
     vocabulary: Vocabulary = field(repr=False, compare=False)
