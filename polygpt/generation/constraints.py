@@ -131,8 +131,8 @@ class Constraint:
         grammar: as `as_grammar` gives it.
 
     Raises:
-        RequestError: it is plain from the start that no text satisfies the grammar, or it exceeds llguidance's limits at
-            its first token. Either may also show later, in `Matcher`.
+        RequestError: no text satisfies the grammar, or it exceeds llguidance's limits, and that shows at its first
+            token; otherwise `Matcher` raises it.
     """
 
     vocabulary: Vocabulary = field(repr=False, compare=False)
