@@ -90,7 +90,7 @@ def as_grammar(
         schema: a JSON schema, as an object or as text.
         regex: a regular expression that the whole continuation matches.
         choices: texts, one of which the continuation is.
-        grammar: in Lark's notation.
+        grammar: in Lark's notation, or in llama.cpp's (GBNF).
 
     Raises:
         RequestError: several are given, one is malformed, or llguidance is not installed.
@@ -111,12 +111,25 @@ def as_grammar(
     elif regex is not None:
         made = matcher.grammar_from_regex(_whole(_text(regex, "regex")))
     else:
-        made = matcher.grammar_from_lark(_text(grammar, "grammar"))
+        made = matcher.grammar_from_lark(_as_lark(_text(grammar, "grammar")))
     failed = matcher.validate_grammar(made, limits=_limits())
     if failed and not failed.startswith("WARNING"):
         # Only of a grammar has the user written the lines that llguidance counts.
         raise RequestError(f"the {named[0]} cannot be used: {_reason(failed, places=grammar is not None)}")
     return made
+
+
+def _as_lark(grammar: str) -> str:
+    """The grammar in Lark's notation; its rules are `name: ...`, those of GBNF are `name ::= ...`."""
+    if re.search(r"(?m)^\s*[\w-]+\s*::=", grammar) is None:
+        return grammar
+    from llguidance.gbnf_to_lark import gbnf_to_lark
+
+    try:
+        return gbnf_to_lark(grammar)
+    except Exception as error:  # of no type of its own where a rule is missing
+        reason = str(error).partition(", '")[0]  # without the text that follows there
+        raise RequestError(f"the grammar cannot be used: as GBNF, {reason}") from None
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,12 @@ def test_choices(write):
     assert len(found) > 1
 
 
+def test_a_grammar_of_llama_cpp(write):
+    text, reason, _ = write(grammar='root ::= "a" (item ","){2} "z" # twice\nitem ::= "x" | "yy"')
+    assert reason == "stop"
+    assert re.fullmatch(r"a((x|yy),){2}z", text)
+
+
 def test_a_grammar(write):
     text, reason, _ = write(grammar='start: "a" (item ",")~2 "z"\nitem: "x" | "yy"')
     assert (text in {f"a{p},{q},z" for p in ("x", "yy") for q in ("x", "yy")}, reason) == (True, "stop")
@@ -186,6 +192,8 @@ def test_generated_schemas(write, count, least):
         ({"schema": []}, r"an object, true or false, not \[\]"),
         ({"grammar": "start: X\nX: /(/"}, "^the grammar cannot be used: line 2, column 4: unclosed group"),
         ({"grammar": 'start: "a'}, "^the grammar cannot be used: line 1, column 10: lexer error$"),
+        ({"grammar": 'root ::= "a'}, "^the grammar cannot be used: as GBNF, Unexpected end of input at line 1$"),
+        ({"grammar": "root ::= item"}, "^the grammar cannot be used: .*item"),
         ({"grammar": 'start: "a" start'}, "^the constraint cannot be followed: the text that it forces never ends"),
         ({"grammar": 'start: "a" b\nb: "c" start'}, "never ends"),
         ({"grammar": r'start: "a" /[^\s\S]/'}, "no text matches"),
