@@ -56,7 +56,7 @@ def chat(model: str, system: str | None, seed: int, dtype: str | None, weights: 
 
     MODEL is an imported or a Hugging Face folder, hf:owner/name, or a .gguf file.
     """
-    check_sampler(settings)
+    check_sampler(model, settings)
     if system is not None:
         as_typed(system, "--system")
     lm = reading(model, dtype, {}, weights=weights or "auto", for_text=True)

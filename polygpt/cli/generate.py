@@ -171,7 +171,7 @@ def generate(
         raise click.UsageError("--logprobs goes with --json or --prompts")
     if "length_penalty" in settings and "beams" not in settings:
         raise click.UsageError("--length-penalty goes with --beams N, which searches instead of sampling")
-    check_sampler(settings)
+    check_sampler(model, settings)
     texts = [_standard_input() if text == "-" else as_typed(text, "--prompt") for text in texts]
     rows = max(len(texts), 1) * settings.get("n", 1)
     # A batch may have prompts of token ids alone.

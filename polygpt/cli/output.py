@@ -155,13 +155,16 @@ def weights_bar() -> Iterator[Callable[[int], None]]:
         yield lambda count: progress.advance(task, count)
 
 
-def check_sampler(settings: Mapping[str, Any]) -> None:
-    """Refuses settings of sampling that are out of range; None is one that was not given.
+def check_sampler(model: str, settings: Mapping[str, Any]) -> None:
+    """Refuses settings of sampling that are out of range before MODEL is loaded; None is one that was not given.
 
     Raises:
-        RequestError: names the setting.
+        RequestError: names the setting, or there is no such model.
     """
     from polygpt.config import validate
+    from polygpt.presets import check_model_name
+
+    check_model_name(model)  # at once: the next import is JAX's
     from polygpt.generation import Sampler
 
     names = settings.keys() & Sampler.model_fields.keys()
