@@ -206,9 +206,11 @@ def _check_options(texts: Sequence[str], prompts: Path | None, out: Path | None,
 
 def _batch(lm: LanguageModel, name: str, prompts: Path, out: Path, settings: dict, as_json: bool) -> None:
     from polygpt.cli.batch import run_batch
+    from polygpt.sharding import use_mesh
 
     draft = lm.speculation(settings.pop("draft", None))
-    kept, added, tokens, failed = run_batch(lm, name, prompts, out, settings, draft)
+    with use_mesh(lm.scope):
+        kept, added, tokens, failed = run_batch(lm, name, prompts, out, settings, draft)
     if as_json:
         print_json({"out": str(out), "kept": kept, "added": added, "tokens": tokens, "failed": list(failed)})
     else:
