@@ -10,17 +10,13 @@ from typing import TYPE_CHECKING
 import click
 
 from polygpt.cli.output import (
-    MIN_P,
     SEED,
-    SEED_HELP,
-    TEMPERATURE,
-    TOP_K,
-    TOP_P,
     Whole,
     as_typed,
     check_sampler,
     dtype_option,
     reading,
+    sampling_options,
     text_of,
     weights_option,
 )
@@ -43,11 +39,7 @@ NAMES = ("/reset", "/save", "/seed", "/help", "/quit")
 @click.argument("model", metavar="MODEL")
 @click.option("--system", help="A system message, which comes before the conversation.")
 @click.option("--max-new-tokens", type=Whole(1), default=512, show_default=True, help="Maximum tokens per answer.")
-@click.option("--temperature", type=float, default=0.8, show_default=True, help=TEMPERATURE)
-@click.option("--top-k", type=int, help=TOP_K)
-@click.option("--top-p", type=float, default=0.95, show_default=True, help=TOP_P)
-@click.option("--min-p", type=float, default=0.0, show_default=True, help=MIN_P)
-@click.option("--seed", type=SEED, default=0, show_default=True, help=SEED_HELP)
+@sampling_options
 @dtype_option
 @weights_option
 @click.option("--json", is_flag=True, hidden=True, expose_value=False, callback=lambda *given: _refuse_json(given[2]))
@@ -150,9 +142,9 @@ class Conversation:
         Raises:
             RequestError: it is no seed.
         """
-        if not (given.isascii() and given.isdecimal()) or int(given) > SEED.most:
-            not_this = f", not {given:.40}" if given else ": /seed 1"
-            raise RequestError(f"/seed takes a whole number {SEED.described}{not_this}")
+        if not (given.isascii() and given.isdecimal() and len(given) < 20 and int(given) <= SEED.most):
+            instead = f", not {given:.40}" if given else ", as in /seed 1"
+            raise RequestError(f"/seed takes a whole number {SEED.described}{instead}")
         self.seed = int(given)
         _confirm(f"the answers that follow use seed {self.seed}")
 

@@ -11,12 +11,6 @@ from typing import TYPE_CHECKING
 import click
 
 from polygpt.cli.output import (
-    MIN_P,
-    SEED,
-    SEED_HELP,
-    TEMPERATURE,
-    TOP_K,
-    TOP_P,
     Whole,
     as_typed,
     check_sampler,
@@ -27,6 +21,7 @@ from polygpt.cli.output import (
     print_json,
     reading,
     reading_draft,
+    sampling_options,
     text_of,
     weights_option,
 )
@@ -63,10 +58,7 @@ NAMED = 10
     "--out", type=click.Path(path_type=Path), help="With --prompts: the file that gets a line for each prompt."
 )
 @click.option("--max-new-tokens", type=int, default=100, show_default=True, help="Maximum tokens per prompt.")
-@click.option("--temperature", type=float, default=0.8, show_default=True, help=TEMPERATURE)
-@click.option("--top-k", type=int, help=TOP_K)
-@click.option("--top-p", type=float, default=0.95, show_default=True, help=TOP_P)
-@click.option("--min-p", type=float, default=0.0, show_default=True, help=MIN_P)
+@sampling_options
 @click.option(
     "--repetition-penalty",
     type=float,
@@ -107,7 +99,6 @@ NAMED = 10
     help="With --json or --prompts: give the log probability of each token, and those of this many (0 to 20) of the "
     "likeliest tokens at its place.",
 )
-@click.option("--seed", type=SEED, default=0, show_default=True, help=SEED_HELP)
 @click.option("--stop", multiple=True, help="End before this text; may be given several times.")
 @click.option("--beams", type=int, help="Search for the likeliest text with this many beams instead of sampling.")
 @click.option(

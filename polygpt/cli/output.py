@@ -30,6 +30,13 @@ class _Types(click.Choice):
         return super().convert(value, param, ctx)
 
 
+def sampling_options(command: Callable) -> Callable:
+    """The options of every command that samples."""
+    for option in reversed(_SAMPLING):
+        command = option(command)
+    return command
+
+
 class Whole(type(click.INT)):
     """A whole number in a range. click's own type shows the range as a formula in `--help`; here the text says it."""
 
@@ -48,12 +55,37 @@ class Whole(type(click.INT)):
 
 
 SEED = Whole(0, 2**32 - 1)
-# What `--help` says of the settings of sampling.
-TEMPERATURE = "Divides the logits: lower values make likely tokens likelier; 0 always takes the likeliest."
-TOP_K = "Sample from the K likeliest tokens only."
-TOP_P = "Sample only from the likeliest tokens that together reach this probability."
-MIN_P = "Sample only from tokens at least this many times as likely as the likeliest."
-SEED_HELP = "Seed of the random numbers; the same seed gives the same text."
+_SAMPLING = (
+    click.option(
+        "--temperature",
+        type=float,
+        default=0.8,
+        show_default=True,
+        help="Divides the logits: lower values make likely tokens likelier; 0 always takes the likeliest.",
+    ),
+    click.option("--top-k", type=int, help="Sample from the K likeliest tokens only."),
+    click.option(
+        "--top-p",
+        type=float,
+        default=0.95,
+        show_default=True,
+        help="Sample only from the likeliest tokens that together reach this probability.",
+    ),
+    click.option(
+        "--min-p",
+        type=float,
+        default=0.0,
+        show_default=True,
+        help="Sample only from tokens whose probability is at least this fraction of the likeliest one's.",
+    ),
+    click.option(
+        "--seed",
+        type=SEED,
+        default=0,
+        show_default=True,
+        help="Seed of the random numbers; the same seed gives the same text.",
+    ),
+)
 dtype_option: Callable = click.option(
     "--dtype",
     type=_Types(["float32", "bfloat16", "float16"]),

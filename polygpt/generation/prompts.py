@@ -1,4 +1,4 @@
-"""What a user gives as prompts, ids, seeds and stop strings, taken apart; anything else is refused in one line."""
+"""What a user gives as prompts, ids, seeds, numbers and settings, taken apart; all else is refused in one line."""
 
 from __future__ import annotations
 

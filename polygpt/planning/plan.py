@@ -102,13 +102,13 @@ def make_plan(config: RunConfig, accelerator: str) -> Plan:
     if accelerator not in ACCELERATORS:
         raise RequestError(f"no accelerator '{accelerator}' is known; {suggest(accelerator, ACCELERATORS)}")
     notes = tuple(check_layout(config))
-    program = compile_elsewhere(_as_on(accelerator, config))
+    program = compile_elsewhere(_unrolled_as_on(accelerator, config))
     mesh = dict(zip(MESH_AXES, (config.mesh or MeshConfig()).shape, strict=True))
     seconds = estimate(program, mesh, accelerator, config.model.matmul_precision)
     return Plan(config, accelerator, program, seconds, notes)
 
 
-def _as_on(accelerator: str, config: RunConfig) -> RunConfig:
+def _unrolled_as_on(accelerator: str, config: RunConfig) -> RunConfig:
     """The run with its layers unrolled if they are on the accelerator: the process that compiles has only a CPU."""
     model, is_gpu = config.model, ACCELERATORS[accelerator].startswith("NVIDIA")
     if not is_gpu or model.scan_layers is not None or config.mesh is not None or config.training.remat != "none":

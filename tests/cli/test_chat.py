@@ -79,7 +79,8 @@ def test_quit_leaves_and_help_lists_the_commands(talk):
     [
         ("/sed 5", "did you mean '/seed'? (/help lists commands; //... sends /... as a message)"),
         ("/help me", "/help takes no argument"),
-        ("/seed", "/seed takes a whole number in 0..4294967295: /seed 1"),
+        ("/seed", "/seed takes a whole number in 0..4294967295, as in /seed 1"),
+        ("/seed " + "9" * 5000, "in 0..4294967295, not 9999"),
         ("/seed -1", "in 0..4294967295, not -1"),
         ("/seed 4294967296", "in 0..4294967295, not 4294967296"),
         ("/seed ²", "in 0..4294967295, not ²"),

@@ -92,7 +92,7 @@ def test_a_recipe_goes_before_a_preset_of_the_same_name(name):
 
 def test_layers_are_unrolled_as_on_the_accelerator():
     def scans(accelerator, *words):
-        return plan._as_on(accelerator, run_of(*words)).model.scan_layers
+        return plan._unrolled_as_on(accelerator, run_of(*words)).model.scan_layers
 
     assert scans("h100") is scans("h200") is False  # 12 layers
     assert scans("h100", "model.num_layers=25") is True
