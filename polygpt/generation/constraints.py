@@ -109,7 +109,7 @@ def as_grammar(
     if schema is not None:
         made = matcher.grammar_from_json_schema(_as_schema(schema))
     elif regex is not None:
-        made = matcher.grammar_from_regex(_whole(_text(regex, "regex")))
+        made = matcher.grammar_from_regex(_checked_regex(_text(regex, "regex")))
     else:
         made = matcher.grammar_from_lark(_as_lark(_text(grammar, "grammar")))
     failed = matcher.validate_grammar(made, limits=_limits())
@@ -242,7 +242,7 @@ def _check(matcher: Any) -> None:
         raise RequestError(f"the constraint cannot be followed: {_reason(failed)}")
 
 
-def _whole(regex: str) -> str:
+def _checked_regex(regex: str) -> str:
     """`regex`, unless it ends within an escape sequence: llguidance drops a last backslash."""
     if (len(regex) - len(regex.rstrip("\\"))) % 2:
         raise RequestError("the regex cannot be used: it ends with a backslash that escapes nothing")

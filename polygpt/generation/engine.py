@@ -70,10 +70,13 @@ class Engine:
         """
         longest = model.longest_sequence
         length = min(model.config.context_length, longest) if length is None else length
-        whole = {"slots": (slots, 1), "length": (length, 2), "queue": (queue, 0), "chunk": (chunk, 1)}
-        whole |= {"cache_bytes": (cache_bytes, 0)} | ({} if vocab_size is None else {"vocab_size": (vocab_size, 1)})
-        for name, (value, least) in whole.items():
-            as_whole(value, name, least)
+        as_whole(slots, "slots", 1)
+        as_whole(length, "length", 2)
+        as_whole(queue, "queue", 0)
+        as_whole(chunk, "chunk", 1)
+        as_whole(cache_bytes, "cache_bytes", 0)
+        if vocab_size is not None:
+            as_whole(vocab_size, "vocab_size", 1)
         if length > longest:
             raise RequestError(f"length={length} exceeds the model's longest sequence of {longest} tokens")
         vocab_size = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
@@ -202,7 +205,7 @@ class Engine:
         """
         with self._stepping:
             if not self.idle:
-                raise RequestError("the engine is compiled before its first request, or once all have ended")
+                raise RequestError("requests run or wait: compile the engine before the first, or once all have ended")
             self._running = [None] * self.slots
             self._runner.compile()
 

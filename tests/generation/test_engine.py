@@ -223,7 +223,7 @@ def test_a_busy_engine_is_not_compiled():
     expected = outcome(engine.submit(Request([1, 2], 9)))
     handle = engine.submit(Request([1, 2], 9))
     engine.step(2)
-    with pytest.raises(RequestError, match="before its first request"):
+    with pytest.raises(RequestError, match="requests run or wait: compile the engine before the first"):
         engine.compile()
     assert outcome(handle) == expected
     engine.compile()
